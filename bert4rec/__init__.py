@@ -1,0 +1,1 @@
+"""BERT4Rec sequential recommendation as a batch system on Ray."""

@@ -1,0 +1,268 @@
+"""All settings: pydantic groups (frozen, unknown keys refused), from one YAML file and `group.key=value` overrides."""
+
+import difflib
+import os
+from typing import Any, Literal, Self
+
+import yaml
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+
+from bert4rec import storage
+from bert4rec.storage import InputError
+
+
+class _Group(BaseModel):
+    model_config = ConfigDict(frozen=True, extra="forbid", use_attribute_docstrings=True, protected_namespaces=())
+
+
+class DataConfig(_Group):
+    """What is read, and which part of it is trained on."""
+
+    data_dir: str = "data/ml-100k"
+    """Directory (local or s3://, gs://) of the input files; the default is fetched when it is not there."""
+    data_file: str = "train_ratings.csv"
+    """Interactions `user,item[,time]` in data_dir: a file name or a glob pattern; CSV, compressed CSV or Parquet."""
+    batch_size: int = Field(512, ge=1)
+    """Users a training step, over all workers."""
+    min_interactions: int = Field(3, ge=1)
+    """Users with fewer interactions are left out of training and validation (they still get recommendations)."""
+    use_full_data: bool = False
+    """Train on every interaction: no validation, no early stopping, the best epoch is the one of least train_loss."""
+    sampling_strategy: Literal["recent", "weighted"] = "recent"
+    """Of a history longer than max_len: the last max_len items, or max_len drawn anew each epoch without replacement,
+    probability rising linearly with recency, order kept."""
+    holdout: Literal[1, 2] = 1
+    """Last items of each user kept from training: 1 gives train / validation, 2 train / validation / test."""
+    seed: int = Field(42, ge=0)
+    """Seed of the weights, the order of users, the masks and dropout."""
+
+    @model_validator(mode="after")
+    def _leaves_something_to_train_on(self) -> Self:
+        if self.min_interactions <= self.holdout and not self.use_full_data:
+            raise ValueError(
+                f"data.min_interactions={self.min_interactions} must be larger than data.holdout={self.holdout}, "
+                "or a user has nothing left to train on"
+            )
+        return self
+
+
+class ModelConfig(_Group):
+    """The network (BERT4Rec, arXiv 1904.06690, Section 3)."""
+
+    hidden_units: int = Field(256, ge=1)
+    """Width of embeddings and hidden states."""
+    num_heads: int = Field(4, ge=1)
+    """Attention heads; must divide hidden_units."""
+    num_layers: int = Field(2, ge=1)
+    """Transformer blocks."""
+    max_len: int = Field(200, ge=2)
+    """Longest sequence, the appended [MASK] of scoring counted in."""
+    dropout_rate: float = Field(0.2, ge=0, lt=1)
+    """Dropout after the embeddings and after each sub-layer (Section 3.3)."""
+    random_mask_prob: float = Field(0.2, gt=0, le=1)
+    """Probability that an item becomes a target of the masked-item task (Section 3.6)."""
+    last_item_mask_ratio: float = Field(0.05, ge=0, le=1)
+    """Probability that, besides, the last item of a sequence is masked."""
+    share_embeddings: bool = True
+    """Output weights tied to the item embedding (equation 7), or a matrix of their own."""
+
+    @model_validator(mode="after")
+    def _heads_divide_width(self) -> Self:
+        if self.hidden_units % self.num_heads:
+            raise ValueError(
+                f"model.num_heads={self.num_heads} does not divide model.hidden_units={self.hidden_units}"
+            )
+        return self
+
+
+class TrainingConfig(_Group):
+    """How the network is trained, and on what."""
+
+    num_epochs: int = Field(500, ge=1)
+    """Passes over the training users, at most."""
+    lr: float = Field(0.001, gt=0)
+    """Peak learning rate."""
+    weight_decay: float = Field(0.0, ge=0)
+    """L2 penalty (adam) or decoupled decay (adamw) of matrices; biases, norms and the padding row have none."""
+    optimizer: Literal["adam", "adamw"] = "adamw"
+    """Optimiser; the fused kernels of torch."""
+    scheduler: Literal["constant", "cosine", "linear"] = "constant"
+    """Learning rate after the warm-up: constant, or falling to zero at num_epochs."""
+    warmup_epochs: float = Field(0.0, ge=0)
+    """Epochs in which the learning rate rises linearly to lr; fractions are allowed."""
+    gradient_clip_val: float | None = Field(None, gt=0)
+    """Largest norm of the gradient of a step; none by default."""
+    monitor_metric: str = "val_ndcg@10"
+    """Metric that chooses the best checkpoint and drives early stopping: a validation metric or train_loss."""
+    early_stopping: bool = True
+    """Stop when monitor_metric has not improved for early_stopping_patience validations."""
+    early_stopping_patience: int = Field(20, ge=1)
+    """Validations without improvement before training stops."""
+    val_check_interval: int = Field(1, ge=1)
+    """Epochs from one validation, and checkpoint, to the next; the last epoch always has both."""
+    accelerator: Literal["auto", "cpu", "gpu"] = "auto"
+    """Where training and scoring run; auto takes a GPU a worker where the cluster has enough of them."""
+    num_workers: int = Field(1, ge=1)
+    """Distributed (DDP) workers, one GPU each on GPUs."""
+    cpus_per_worker: int | None = Field(None, ge=1)
+    """CPU cores, and torch threads, a worker; default: the cluster's cores shared evenly."""
+    precision: Literal["32-true", "16-mixed", "bf16-mixed"] = "32-true"
+    """Arithmetic of the forward and backward pass."""
+    max_failures: int = Field(3, ge=0)
+    """Times that training restarts from the last checkpoint after a worker or its node died."""
+
+
+class EvaluationConfig(_Group):
+    """How validation and `jobs.evaluate` rank."""
+
+    exclude_seen: bool = True
+    """Leave the user's seen items out of the ranking, as recommendation does."""
+    split: Literal["auto", "validation", "test"] = "auto"
+    """Target that `jobs.evaluate` ranks; auto: test where data.holdout is 2, else validation."""
+
+
+class InferenceConfig(_Group):
+    """Scoring of all users."""
+
+    checkpoint_path: str | None = None
+    """Model directory; default: the best one of run.name, or of the newest run in run.storage_path."""
+    topk: int = Field(10, ge=1)
+    """Recommendations a user, at most."""
+    batch_size: int = Field(512, ge=1)
+    """Users scored at once by one worker."""
+    exclude_seen: bool = True
+    """Never recommend an item of the user's whole history."""
+    exclude_future: bool = True
+    """Never recommend an item released in a later year than that of the user's last interaction, where both are known."""
+    formats: tuple[Literal["parquet", "csv"], ...] = Field(("parquet", "csv"), min_length=1)
+    """Files to write."""
+    output_path: str | None = None
+    """Directory of the results; default: `recommendations` beside the run's checkpoints."""
+
+
+class RunConfig(_Group):
+    """Where runs live."""
+
+    name: str | None = Field(None, pattern=r"^[\w.-]+$")
+    """Directory of the run in storage_path; default: named after the data and the config, so that the same command
+    continues, and finishes, the same run."""
+    storage_path: str = "runs"
+    """Root of prepared datasets and runs: local, or a URI that all nodes reach."""
+
+
+class Config(_Group):
+    """All groups."""
+
+    data: DataConfig = DataConfig()
+    model: ModelConfig = ModelConfig()
+    training: TrainingConfig = TrainingConfig()
+    evaluation: EvaluationConfig = EvaluationConfig()
+    inference: InferenceConfig = InferenceConfig()
+    run: RunConfig = RunConfig()
+
+    @model_validator(mode="after")
+    def _monitor_metric_exists(self) -> Self:
+        if self.training.monitor_metric not in (known := [*METRIC_NAMES, "train_loss"]):
+            close = difflib.get_close_matches(self.training.monitor_metric, known, n=1)
+            raise ValueError(
+                f"training.monitor_metric={self.training.monitor_metric!r} is no metric of ours; "
+                f"expected one of {', '.join(known)}" + (f" (did you mean {close[0]}?)" if close else "")
+            )
+        return self
+
+    @property
+    def monitor(self) -> str:
+        """The metric that chooses the best checkpoint; on the full data there is no validation, only train_loss."""
+        return "train_loss" if self.data.use_full_data else self.training.monitor_metric
+
+    @property
+    def data_name(self) -> str:
+        """The data's short name, for directories."""
+        return os.path.basename(self.data.data_dir.rstrip("/")) or "data"
+
+    @property
+    def prepared_path(self) -> str:
+        """Directory of the prepared dataset: one for each input, shared by all runs on it."""
+        source = {"data_dir": storage.absolute(self.data.data_dir), "data_file": self.data.data_file}
+        name = f"{self.data_name}-{storage.fingerprint(source)[:8]}"
+        return storage.join(storage.absolute(self.run.storage_path), "prepared", name)
+
+
+METRIC_CUTOFFS = (1, 5, 10, 20)
+METRIC_NAMES = (
+    *(f"val_{name}@{k}" for name in ("hr", "ndcg") for k in METRIC_CUTOFFS),
+    "val_mrr",
+)
+
+
+def load_config(path: str | None = None, overrides: list[str] | None = None) -> Config:
+    """The config of a YAML file (or the defaults) with `group.key=value` overrides; values are read as YAML.
+
+    Raises
+    ------
+    InputError
+        For a file that cannot be read, a key that does not exist (the nearest is named) or a value out of range.
+    """
+    content: dict[str, Any] = {}
+    if path is not None:
+        content = _read_yaml(path)
+    for override in overrides or []:
+        key, equals, value = override.partition("=")
+        group, dot, name = key.partition(".")
+        if not (equals and dot and name):
+            raise InputError(f"{override!r} is no override; expected group.key=value, such as model.hidden_units=64")
+        section = content.setdefault(group, {})
+        section[name] = _parse_value(value)
+    try:
+        return Config.model_validate(content)
+    except ValidationError as error:
+        raise InputError(_explain(error, path)) from None
+
+
+def _read_yaml(path: str) -> dict[str, Any]:
+    try:
+        content = yaml.safe_load(storage.read_bytes(path))
+    except FileNotFoundError:
+        raise InputError(f"{path}: no such config file") from None
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        raise InputError(f"{path}: not valid YAML ({error})") from None
+    content = content or {}
+    if not isinstance(content, dict) or not all(isinstance(group, dict) for group in content.values()):
+        raise InputError(f"{path}: expected groups ({', '.join(Config.model_fields)}) of `key: value` lines")
+    return content
+
+
+def _parse_value(text: str) -> Any:  # noqa: ANN401 - any YAML scalar or list
+    try:
+        value = yaml.safe_load(text)
+    except yaml.YAMLError:
+        return text
+    if isinstance(value, str):
+        try:  # YAML 1.1 reads 1e-3 as a string
+            return float(value)
+        except ValueError:
+            return text
+    return value
+
+
+def _explain(error: ValidationError, path: str | None) -> str:
+    lines = []
+    for problem in error.errors():
+        key = ".".join(str(part) for part in problem["loc"])
+        if problem["type"] == "extra_forbidden":
+            lines.append(f"config key {key} does not exist{_nearest(key)}")
+        elif problem["type"] == "value_error":  # our own messages name their keys
+            lines.append(str(problem["ctx"]["error"]))
+        else:
+            lines.append(f"{key}={problem['input']!r}: {problem['msg']}")
+    return (f"{path}: " if path else "") + "; ".join(lines)
+
+
+def _nearest(key: str) -> str:
+    known = [f"{group}.{name}" for group, field in Config.model_fields.items() for name in _keys(field.annotation)]
+    close = difflib.get_close_matches(key, [*known, *Config.model_fields], n=1, cutoff=0.5)
+    return f" (did you mean {close[0]}?)" if close else ""
+
+
+def _keys(group: Any) -> list[str]:  # noqa: ANN401 - a pydantic class
+    return list(group.model_fields)

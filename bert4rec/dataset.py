@@ -1,0 +1,187 @@
+"""The prepared dataset on disk, read side.
+
+| file | one row a | columns |
+| --- | --- | --- |
+| sequences/*.parquet | user, sorted by user id over the files in name order | user, items list<int32> in time order, last_year int16? |
+| items.parquet | item, in token order | index int32, item, count int64, year int16?, title?, genres list<int32>, director int32?, writers list<int32> |
+| manifest.json | | `Manifest`; written last |
+
+Tokens: 0 is padding, 1..num_items are items, num_items+1 is [MASK]. Genre, director and writer indices count from 0 into
+the manifest's vocabularies. Ids are int64 or strings, as they came.
+"""
+
+from dataclasses import dataclass
+from typing import Literal, Self
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.fs as pafs
+import pyarrow.parquet as pq
+from pydantic import BaseModel, ConfigDict, ValidationError
+
+from bert4rec import storage
+from bert4rec.storage import InputError
+
+FORMAT_VERSION = 1
+PADDING = 0
+
+
+class InputFile(BaseModel):
+    """One file that the dataset was made from."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+    name: str
+    size: int
+    sha256: str
+
+
+class Manifest(BaseModel):
+    """What the prepared dataset holds and what it was made from."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+    format_version: Literal[1] = FORMAT_VERSION
+    num_users: int
+    num_items: int
+    num_interactions: int
+    """After the exact duplicates were dropped."""
+    num_duplicates: int
+    has_time: bool
+    catalogue: str
+    """Fingerprint of the item ids in token order and of all metadata."""
+    genres: list[str]
+    directors: list[str]
+    writers: list[str]
+    notes: list[str]
+    """What was ignored or switched off, a line each, for the user."""
+    inputs: list[InputFile]
+    files: dict[str, int]
+    """Bytes of each data file, to detect a damaged copy."""
+
+    @property
+    def fingerprint(self) -> str:
+        """Of the input files, hence of the whole dataset."""
+        return storage.fingerprint([self.format_version, *(f.model_dump() for f in self.inputs)])
+
+
+@dataclass(frozen=True)
+class Sequences:
+    """Histories of N users: one flat array and offsets, Arrow's own layout."""
+
+    users: pa.Array
+    """[N] original ids."""
+    items: np.ndarray
+    """[T] int32 tokens, each user's in time order."""
+    offsets: np.ndarray
+    """[N+1] int64; user n's items are items[offsets[n]:offsets[n+1]]."""
+    last_year: np.ndarray
+    """[N] int16 year of the last interaction, meaningful where has_last_year."""
+    has_last_year: np.ndarray
+    """[N] bool."""
+
+    @classmethod
+    def from_table(cls, table: pa.Table) -> Self:
+        """From rows of sequences/*.parquet, without a copy where the table is one chunk."""
+        table = table.combine_chunks()
+        items = _one_chunk(table["items"])
+        year = _one_chunk(table["last_year"])
+        offsets = items.offsets.to_numpy().astype(np.int64)
+        return cls(
+            users=_one_chunk(table["user"]),
+            items=items.values.to_numpy()[offsets[0] : offsets[-1]],
+            offsets=offsets - offsets[0],
+            last_year=year.fill_null(0).to_numpy(),
+            has_last_year=year.is_valid().to_numpy(zero_copy_only=False),
+        )
+
+    def __len__(self) -> int:
+        return len(self.users)
+
+    @property
+    def lengths(self) -> np.ndarray:
+        """[N] int64, interactions a user."""
+        return np.diff(self.offsets)
+
+
+@dataclass(frozen=True)
+class ItemTable:
+    """The catalogue; row i is token i+1."""
+
+    ids: pa.Array
+    """[num_items] original ids."""
+    count: np.ndarray
+    """[num_items] int64 interactions, falling."""
+    year: np.ndarray
+    """[num_items] int16 release year, meaningful where has_year."""
+    has_year: np.ndarray
+    """[num_items] bool."""
+    title: pa.Array
+    """[num_items] strings, null where unknown."""
+
+
+class PreparedDataset:
+    """A whole prepared dataset; reads what is asked for.
+
+    Raises
+    ------
+    InputError
+        Where there is none, it is of another format, or a file is missing or has another size than was written.
+    """
+
+    def __init__(self, path: str) -> None:
+        self.path = path
+        if not storage.is_complete(path):
+            raise InputError(
+                f"{path}: no prepared dataset ({storage.MANIFEST} is missing); "
+                "run `python -m jobs.prepare` with the same data options first"
+            )
+        try:
+            self.manifest = Manifest.model_validate(storage.read_json(storage.join(path, storage.MANIFEST)))
+        except ValidationError as error:
+            raise InputError(f"{path}: prepared by another version ({error}); run `python -m jobs.prepare` again") from None
+        self._check_files()
+
+    @property
+    def num_items(self) -> int:
+        """Items of the catalogue."""
+        return self.manifest.num_items
+
+    @property
+    def sequence_files(self) -> list[str]:
+        """Paths of sequences/*.parquet, in order of user ids."""
+        return [storage.join(self.path, name) for name in sorted(self.manifest.files) if name.startswith("sequences/")]
+
+    def sequences(self) -> Sequences:
+        """Every user, sorted by id."""
+        return Sequences.from_table(pa.concat_tables([_read_parquet(file) for file in self.sequence_files]))
+
+    def items(self) -> ItemTable:
+        """The catalogue."""
+        table = _read_parquet(storage.join(self.path, "items.parquet")).combine_chunks()
+        year = _one_chunk(table["year"])
+        return ItemTable(
+            ids=_one_chunk(table["item"]),
+            count=table["count"].to_numpy(),
+            year=year.fill_null(0).to_numpy(),
+            has_year=year.is_valid().to_numpy(zero_copy_only=False),
+            title=_one_chunk(table["title"]),
+        )
+
+    def _check_files(self) -> None:
+        for name, size in self.manifest.files.items():
+            filesystem, inner = storage.open_store(storage.join(self.path, name))
+            info = filesystem.get_file_info(inner)
+            if info.type == pafs.FileType.NotFound or info.size != size:
+                found = "is missing" if info.type == pafs.FileType.NotFound else f"has {info.size} bytes"
+                raise InputError(
+                    f"{storage.join(self.path, name)}: {found}, expected {size} bytes; the prepared dataset is damaged, "
+                    "delete it and run `python -m jobs.prepare` again"
+                )
+
+
+def _read_parquet(path: str) -> pa.Table:
+    filesystem, inner = storage.open_store(path)
+    return pq.read_table(inner, filesystem=filesystem)
+
+
+def _one_chunk(column: pa.ChunkedArray) -> pa.Array:
+    return column.chunk(0) if column.num_chunks == 1 else column.combine_chunks()

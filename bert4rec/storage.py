@@ -1,0 +1,154 @@
+"""The only door to filesystems: local paths, or any URI that pyarrow knows (s3://, gs://, hdfs://).
+
+A directory is whole when it holds ``manifest.json``. Writers remove it first and write it last (object stores have no
+atomic rename), readers refuse a directory without it.
+"""
+
+import hashlib
+import json
+import os
+from pathlib import Path
+from typing import Any
+
+import pyarrow as pa
+import pyarrow.fs as pafs
+
+MANIFEST = "manifest.json"
+
+
+class InputError(Exception):
+    """The user's input cannot be used: one message of what, where, how many, and what is expected."""
+
+
+def absolute(path: str) -> str:
+    """`path` such that it means the same in every process: URIs as they are, local paths made absolute."""
+    return path if "://" in path else os.path.abspath(os.path.expanduser(path))
+
+
+def join(path: str, *names: str) -> str:
+    """`path` with `names` appended, for local paths and URIs alike."""
+    return "/".join([path.rstrip("/"), *names])
+
+
+def open_store(path: str) -> tuple[pafs.FileSystem, str]:
+    """The filesystem of `path` and the path within it.
+
+    Raises
+    ------
+    InputError
+        If no filesystem is known for the URI's scheme.
+    """
+    try:
+        filesystem, inner = pafs.FileSystem.from_uri(absolute(path))
+    except (pa.ArrowInvalid, pa.ArrowNotImplementedError) as error:
+        raise InputError(f"{path}: no filesystem for this path ({error}); expected a local path, s3:// or gs://") from None
+    return filesystem, inner
+
+
+def exists(path: str) -> bool:
+    """Whether there is a file or a directory at `path`."""
+    filesystem, inner = open_store(path)
+    return bool(filesystem.get_file_info(inner).type != pafs.FileType.NotFound)
+
+
+def read_bytes(path: str) -> bytes:
+    """The whole of a small file."""
+    filesystem, inner = open_store(path)
+    with filesystem.open_input_stream(inner, compression=None) as stream:
+        return bytes(stream.read())
+
+
+def write_bytes(path: str, content: bytes) -> None:
+    """Write a small file so that a reader sees all of it or none (local: renamed into place; object stores: one put)."""
+    filesystem, inner = open_store(path)
+    filesystem.create_dir(os.path.dirname(inner), recursive=True)
+    target = f"{inner}.tmp" if isinstance(filesystem, pafs.LocalFileSystem) else inner
+    with filesystem.open_output_stream(target, compression=None) as stream:
+        stream.write(content)
+    if target != inner:
+        filesystem.move(target, inner)
+
+
+def read_json(path: str) -> dict[str, Any]:
+    """A JSON object from a file.
+
+    Raises
+    ------
+    InputError
+        If the file is not there or holds no JSON object.
+    """
+    try:
+        content = json.loads(read_bytes(path))
+    except FileNotFoundError:
+        raise InputError(f"{path}: no such file") from None
+    except ValueError as error:
+        raise InputError(f"{path}: not valid JSON ({error}); the file is damaged") from None
+    if not isinstance(content, dict):
+        raise InputError(f"{path}: expected a JSON object, found {type(content).__name__}")
+    return content
+
+
+def write_json(path: str, content: dict[str, Any]) -> None:
+    """Write a JSON object, indented, all or nothing."""
+    write_bytes(path, (json.dumps(content, indent=1, ensure_ascii=False) + "\n").encode())
+
+
+def remove(path: str) -> None:
+    """Remove a file or a directory with all in it; nothing happens where there is none."""
+    filesystem, inner = open_store(path)
+    kind = filesystem.get_file_info(inner).type
+    if kind == pafs.FileType.Directory:
+        filesystem.delete_dir(inner)
+    elif kind != pafs.FileType.NotFound:
+        filesystem.delete_file(inner)
+
+
+def begin(path: str) -> None:
+    """Make `path` an empty directory without a completion marker, ready to be written.
+
+    Raises
+    ------
+    InputError
+        If it cannot be written.
+    """
+    try:
+        remove(join(path, MANIFEST))  # first, so that a reader never takes what follows for whole
+        remove(path)
+        filesystem, inner = open_store(path)
+        filesystem.create_dir(inner, recursive=True)
+        probe = join(inner, ".writable")
+        with filesystem.open_output_stream(probe) as stream:
+            stream.write(b"1")
+        filesystem.delete_file(probe)
+    except OSError as error:
+        raise InputError(f"{path}: cannot be written ({error.strerror or error})") from None
+
+
+def commit(path: str, manifest: dict[str, Any]) -> None:
+    """Mark the directory `path` as whole."""
+    write_json(join(path, MANIFEST), manifest)
+
+
+def is_complete(path: str) -> bool:
+    """Whether the directory `path` was committed."""
+    return exists(join(path, MANIFEST))
+
+
+def fingerprint(content: Any) -> str:  # noqa: ANN401 - any JSON value
+    """16 hex digits of the SHA-256 of a JSON value, the same for equal values in any key order."""
+    canonical = json.dumps(content, sort_keys=True, ensure_ascii=False, separators=(",", ":"))
+    return hashlib.sha256(canonical.encode()).hexdigest()[:16]
+
+
+def local_path(path: str) -> Path:
+    """`path` as a local one, for the libraries that read only those.
+
+    Raises
+    ------
+    InputError
+        If it is on another filesystem.
+    """
+    filesystem, inner = open_store(path)
+    if not isinstance(filesystem, pafs.LocalFileSystem):
+        raise InputError(f"{path}: expected a local path")
+    return Path(inner)
