@@ -69,9 +69,7 @@ class ModelConfig(_Group):
     @model_validator(mode="after")
     def _heads_divide_width(self) -> Self:
         if self.hidden_units % self.num_heads:
-            raise ValueError(
-                f"model.num_heads={self.num_heads} does not divide model.hidden_units={self.hidden_units}"
-            )
+            raise ValueError(f"model.num_heads={self.num_heads} does not divide model.hidden_units={self.hidden_units}")
         return self
 
 
@@ -130,10 +128,14 @@ class InferenceConfig(_Group):
     """Recommendations a user, at most."""
     batch_size: int = Field(512, ge=1)
     """Users scored at once by one worker."""
+    num_workers: int | None = Field(None, ge=1)
+    """Scoring workers, one GPU or one CPU core each; default: as many as the cluster has when the job begins."""
+    score_memory_mb: int = Field(256, ge=1)
+    """MiB for the scores of one batch; larger catalogues are ranked in blocks of items of that size."""
     exclude_seen: bool = True
     """Never recommend an item of the user's whole history."""
     exclude_future: bool = True
-    """Never recommend an item released in a later year than that of the user's last interaction, where both are known."""
+    """Never recommend an item released in a later year than the user's last interaction, where both are known."""
     formats: tuple[Literal["parquet", "csv"], ...] = Field(("parquet", "csv"), min_length=1)
     """Files to write."""
     output_path: str | None = None

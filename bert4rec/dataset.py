@@ -1,17 +1,18 @@
 """The prepared dataset on disk, read side.
 
-| file | one row a | columns |
-| --- | --- | --- |
-| sequences/*.parquet | user, sorted by user id over the files in name order | user, items list<int32> in time order, last_year int16? |
-| items.parquet | item, in token order | index int32, item, count int64, year int16?, title?, genres list<int32>, director int32?, writers list<int32> |
-| manifest.json | | `Manifest`; written last |
+sequences/*.parquet: a row a user, sorted by user id over the files in name order.
+    user, items list<int32> in time order, last_year int16 or null
+items.parquet: a row an item, in token order.
+    index int32, item, count int64, year int16 or null, title or null,
+    genres list<int32>, director int32 or null, writers list<int32>
+manifest.json: `Manifest`, written last.
 
-Tokens: 0 is padding, 1..num_items are items, num_items+1 is [MASK]. Genre, director and writer indices count from 0 into
-the manifest's vocabularies. Ids are int64 or strings, as they came.
+Tokens: 0 is padding, 1..num_items are items, num_items+1 is [MASK]. Genre, director and writer indices count from 0
+into the manifest's vocabularies. Ids are int64 or strings, as they came.
 """
 
 from dataclasses import dataclass
-from typing import Literal, Self
+from typing import Literal, NamedTuple, Self
 
 import numpy as np
 import pyarrow as pa
@@ -22,7 +23,6 @@ from pydantic import BaseModel, ConfigDict, ValidationError
 from bert4rec import storage
 from bert4rec.storage import InputError
 
-FORMAT_VERSION = 1
 PADDING = 0
 
 
@@ -39,7 +39,7 @@ class Manifest(BaseModel):
     """What the prepared dataset holds and what it was made from."""
 
     model_config = ConfigDict(frozen=True, extra="forbid")
-    format_version: Literal[1] = FORMAT_VERSION
+    format_version: Literal[1] = 1
     num_users: int
     num_items: int
     num_interactions: int
@@ -118,6 +118,14 @@ class ItemTable:
     """[num_items] strings, null where unknown."""
 
 
+class Part(NamedTuple):
+    """Users low..high-1, in order of ids."""
+
+    number: int
+    low: int
+    high: int
+
+
 class PreparedDataset:
     """A whole prepared dataset; reads what is asked for.
 
@@ -137,7 +145,9 @@ class PreparedDataset:
         try:
             self.manifest = Manifest.model_validate(storage.read_json(storage.join(path, storage.MANIFEST)))
         except ValidationError as error:
-            raise InputError(f"{path}: prepared by another version ({error}); run `python -m jobs.prepare` again") from None
+            raise InputError(
+                f"{path}: prepared by another version ({error}); run `python -m jobs.prepare` again"
+            ) from None
         self._check_files()
 
     @property
@@ -153,6 +163,28 @@ class PreparedDataset:
     def sequences(self) -> Sequences:
         """Every user, sorted by id."""
         return Sequences.from_table(pa.concat_tables([_read_parquet(file) for file in self.sequence_files]))
+
+    def parts(self) -> list["Part"]:
+        """The users in consecutive parts, the same for every call: the units of parallel scoring and of its resume."""
+        size = min(max(-(-self.manifest.num_users // 64), 512), 65_536)
+        return [
+            Part(number, low, min(low + size, self.manifest.num_users))
+            for number, low in enumerate(range(0, self.manifest.num_users, size))
+        ]
+
+    def read_part(self, part: "Part") -> Sequences:
+        """The histories of one part."""
+        tables, first = [], 0
+        for file in self.sequence_files:
+            filesystem, inner = storage.open_store(file)
+            with pq.ParquetFile(inner, filesystem=filesystem) as parquet:
+                for group in range(parquet.num_row_groups):
+                    rows = parquet.metadata.row_group(group).num_rows
+                    low, high = max(part.low - first, 0), min(part.high - first, rows)
+                    if low < high:
+                        tables.append(parquet.read_row_group(group).slice(low, high - low))
+                    first += rows
+        return Sequences.from_table(pa.concat_tables(tables))
 
     def items(self) -> ItemTable:
         """The catalogue."""
@@ -173,8 +205,8 @@ class PreparedDataset:
             if info.type == pafs.FileType.NotFound or info.size != size:
                 found = "is missing" if info.type == pafs.FileType.NotFound else f"has {info.size} bytes"
                 raise InputError(
-                    f"{storage.join(self.path, name)}: {found}, expected {size} bytes; the prepared dataset is damaged, "
-                    "delete it and run `python -m jobs.prepare` again"
+                    f"{storage.join(self.path, name)}: {found}, expected {size} bytes; the prepared dataset is "
+                    "damaged, delete it and run `python -m jobs.prepare` again"
                 )
 
 

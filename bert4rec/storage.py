@@ -7,7 +7,6 @@ atomic rename), readers refuse a directory without it.
 import hashlib
 import json
 import os
-from pathlib import Path
 from typing import Any
 
 import pyarrow as pa
@@ -41,7 +40,9 @@ def open_store(path: str) -> tuple[pafs.FileSystem, str]:
     try:
         filesystem, inner = pafs.FileSystem.from_uri(absolute(path))
     except (pa.ArrowInvalid, pa.ArrowNotImplementedError) as error:
-        raise InputError(f"{path}: no filesystem for this path ({error}); expected a local path, s3:// or gs://") from None
+        raise InputError(
+            f"{path}: no filesystem for this path ({error}); expected a local path, s3:// or gs://"
+        ) from None
     return filesystem, inner
 
 
@@ -59,7 +60,7 @@ def read_bytes(path: str) -> bytes:
 
 
 def write_bytes(path: str, content: bytes) -> None:
-    """Write a small file so that a reader sees all of it or none (local: renamed into place; object stores: one put)."""
+    """Write a small file so that a reader sees all of it or none (renamed into place; object stores: one put)."""
     filesystem, inner = open_store(path)
     filesystem.create_dir(os.path.dirname(inner), recursive=True)
     target = f"{inner}.tmp" if isinstance(filesystem, pafs.LocalFileSystem) else inner
@@ -103,6 +104,17 @@ def remove(path: str) -> None:
         filesystem.delete_file(inner)
 
 
+def move(source: str, target: str) -> None:
+    """Move the directory `source` of files: at once where the filesystem can, else file by file."""
+    filesystem, inner = open_store(source)
+    _, inner_target = open_store(target)
+    if isinstance(filesystem, pafs.LocalFileSystem):
+        filesystem.move(inner, inner_target)
+        return
+    for info in filesystem.get_file_info(pafs.FileSelector(inner)):
+        filesystem.move(info.path, join(inner_target, info.base_name))
+
+
 def begin(path: str) -> None:
     """Make `path` an empty directory without a completion marker, ready to be written.
 
@@ -111,9 +123,22 @@ def begin(path: str) -> None:
     InputError
         If it cannot be written.
     """
+    check_writable(path)
+    remove(join(path, MANIFEST))  # first, so that a reader never takes what follows for whole
+    remove(path)
+    filesystem, inner = open_store(path)
+    filesystem.create_dir(inner, recursive=True)
+
+
+def check_writable(path: str) -> None:
+    """Make the directory `path` and see that a file can be written there.
+
+    Raises
+    ------
+    InputError
+        If not.
+    """
     try:
-        remove(join(path, MANIFEST))  # first, so that a reader never takes what follows for whole
-        remove(path)
         filesystem, inner = open_store(path)
         filesystem.create_dir(inner, recursive=True)
         probe = join(inner, ".writable")
@@ -138,17 +163,3 @@ def fingerprint(content: Any) -> str:  # noqa: ANN401 - any JSON value
     """16 hex digits of the SHA-256 of a JSON value, the same for equal values in any key order."""
     canonical = json.dumps(content, sort_keys=True, ensure_ascii=False, separators=(",", ":"))
     return hashlib.sha256(canonical.encode()).hexdigest()[:16]
-
-
-def local_path(path: str) -> Path:
-    """`path` as a local one, for the libraries that read only those.
-
-    Raises
-    ------
-    InputError
-        If it is on another filesystem.
-    """
-    filesystem, inner = open_store(path)
-    if not isinstance(filesystem, pafs.LocalFileSystem):
-        raise InputError(f"{path}: expected a local path")
-    return Path(inner)

@@ -1,0 +1,246 @@
+"""From flat histories to batches: hold out, truncate, mask, split by length. Tensor operations only, on any device.
+
+Shapes: B users, L positions, M queried positions a user, T interactions in all.
+Sequences are padded on the left, so that the last column is always the latest position.
+"""
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import NamedTuple, Self
+
+import torch
+from torch import Tensor
+
+from bert4rec.config import DataConfig, ModelConfig
+from bert4rec.dataset import PADDING, Sequences
+
+
+class Batch(NamedTuple):
+    """What the model reads: padded tokens, and the positions whose hidden states are wanted."""
+
+    tokens: Tensor
+    """[B, L] int64."""
+    query: Tensor
+    """[B, M] int64 columns of `tokens`; where `labels` is 0 it only fills the row."""
+    labels: Tensor
+    """[B, M] int64 true token at `query`, 0 for none."""
+
+
+class Step(NamedTuple):
+    """One worker's part of a training step."""
+
+    batches: list[Batch]
+    num_targets: int
+    """Targets of the whole step, over all workers."""
+    num_tokens: int
+    """Real tokens of the whole step, over all workers."""
+
+
+@dataclass(frozen=True)
+class Windows:
+    """A part of each user's history, as ranges of one flat array: user n has items[start[n]:end[n]]."""
+
+    items: Tensor
+    """[T] int32."""
+    start: Tensor
+    """[N] int64."""
+    end: Tensor
+    """[N] int64."""
+
+    @classmethod
+    def from_sequences(cls, sequences: Sequences, device: torch.device | str = "cpu") -> Self:
+        """Whole histories."""
+        offsets = torch.from_numpy(sequences.offsets)
+        items = torch.tensor(sequences.items)  # a copy: Arrow's memory is read-only
+        return cls(items.to(device), offsets[:-1].to(device), offsets[1:].to(device))
+
+    def __len__(self) -> int:
+        return len(self.start)
+
+    @property
+    def lengths(self) -> Tensor:
+        """[N] int64."""
+        return self.end - self.start
+
+    def users(self, index: Tensor) -> "Windows":
+        """Those users only."""
+        return Windows(self.items, self.start[index], self.end[index])
+
+    def to(self, device: torch.device) -> "Windows":
+        """The same on `device`, without items that no window covers if it has to be copied."""
+        if self.items.device == device:
+            return self
+        ends = torch.cumsum(self.lengths, 0)
+        return Windows(self.flat()[1].to(device), (ends - self.lengths).to(device), ends.to(device))
+
+    def flat(self) -> tuple[Tensor, Tensor]:
+        """[S] int64 row and [S] int32 item of all interactions of all windows, in order."""
+        lengths = self.lengths
+        row = torch.repeat_interleave(torch.arange(len(self), device=lengths.device), lengths)
+        shift = self.start - (torch.cumsum(lengths, 0) - lengths)
+        return row, self.items[shift[row] + torch.arange(len(row), device=row.device)]
+
+    def without_last(self, count: int) -> "Windows":
+        """All but each user's last `count` items."""
+        return Windows(self.items, self.start, torch.maximum(self.end - count, self.start))
+
+
+def training_users(windows: Windows, data: DataConfig) -> Tensor:
+    """Indices of the users that are trained on and validated: those with data.min_interactions or more."""
+    return torch.nonzero(windows.lengths >= data.min_interactions).flatten()
+
+
+def training_windows(windows: Windows, data: DataConfig) -> Windows:
+    """What training may see: the training users' histories without the holdout."""
+    kept = windows.users(training_users(windows, data))
+    return kept if data.use_full_data else kept.without_last(data.holdout)
+
+
+def held_out(windows: Windows, data: DataConfig, split: str) -> tuple[Windows, Tensor]:
+    """Histories and targets of the training users for `split`, "validation" or "test".
+
+    Returns
+    -------
+    histories : Windows
+        What stands before the target; for "test" the validation item is part of it.
+    targets : Tensor
+        [N] int64 tokens: the last item, or for "validation" with holdout 2 the last but one.
+    """
+    after = data.holdout - 1 if split == "validation" else 0
+    visible = windows.users(training_users(windows, data)).without_last(after)
+    return visible.without_last(1), visible.items[visible.end - 1].long()
+
+
+def last_items(windows: Windows, max_len: int) -> Tensor:
+    """[B, L] int64 tokens of each user's last `max_len` items, L the longest of them."""
+    length = windows.lengths.clamp(max=max_len)
+    width = max(int(length.max()), 1)
+    column = torch.arange(width, device=length.device)
+    index = windows.end[:, None] - width + column
+    padding = column < width - length[:, None]
+    return windows.items[index.masked_fill(padding, 0)].long().masked_fill(padding, PADDING)
+
+
+def weighted_items(windows: Windows, max_len: int, generator: torch.Generator) -> Tensor:
+    """[B, L] int64 tokens; of a history longer than `max_len`, that many items drawn without replacement.
+
+    The n-th of a user's items is drawn with weight n (Efraimidis & Spirakis 2006: the smallest Exp(1) / weight win);
+    the order of time is kept.
+    """
+    tokens = last_items(windows, max_len)
+    is_long = windows.lengths > max_len
+    if not is_long.any():
+        return tokens
+    long = windows.users(is_long.nonzero().flatten())
+    row, items = long.flat()  # [S], S = all items of the long histories
+    first = torch.cumsum(long.lengths, 0) - long.lengths
+    place = torch.arange(len(row)) - first[row]
+    draw = torch.empty(len(row), dtype=torch.float64).exponential_(generator=generator) / (place + 1)
+    by_row_then_draw = torch.argsort(row + draw / (1 + draw))  # the fraction lies in [0, 1)
+    chosen = by_row_then_draw[place < max_len].sort().values  # max_len of each row, in order of time
+    tokens[is_long] = items[chosen].long().view(len(long), max_len)
+    return tokens
+
+
+def mask_items(tokens: Tensor, model: ModelConfig, num_items: int, generator: torch.Generator) -> tuple[Tensor, Tensor]:
+    """The masked-item task (Section 3.6; replacement as in BERT).
+
+    Each item becomes a target with `random_mask_prob`: 80% are replaced by [MASK], 10% by a random item, 10% stay.
+    Then, with `last_item_mask_ratio`, the last item of the sequence is made a target and replaced by [MASK].
+
+    Parameters
+    ----------
+    tokens : Tensor
+        [B, L] int64, padded on the left, at least one item a row.
+
+    Returns
+    -------
+    masked : Tensor
+        [B, L] the model's input.
+    labels : Tensor
+        [B, L] the true token at targets, 0 elsewhere.
+    """
+    mask_token = num_items + 1
+    target = (torch.rand(tokens.shape, generator=generator) < model.random_mask_prob) & (tokens != PADDING)
+    how = torch.rand(tokens.shape, generator=generator)
+    random_items = torch.randint(1, num_items + 1, tokens.shape, generator=generator)
+    masked = torch.where(target & (how < 0.8), mask_token, tokens)
+    masked = torch.where(target & (how >= 0.9), random_items, masked)
+    last = torch.rand(len(tokens), generator=generator) < model.last_item_mask_ratio
+    target[:, -1] |= last
+    masked[:, -1] = torch.where(last, mask_token, masked[:, -1])
+    return masked, torch.where(target, tokens, PADDING)
+
+
+def append_mask(windows: Windows, max_len: int, num_items: int) -> Tensor:
+    """[B, L] the last max_len-1 items and [MASK] behind them: what the model reads to predict the next item."""
+    items = last_items(windows, max_len - 1)
+    return torch.cat([items, items.new_full((len(items), 1), num_items + 1)], dim=1)
+
+
+def by_length(lengths: Tensor, max_tokens: int) -> Iterator[Tensor]:
+    """Indices of rows in groups of like length, longest first, each of at most `max_tokens` padded tokens.
+
+    Work is then done almost only where there is a token, however uneven the lengths are.
+    """
+    order = torch.argsort(lengths, descending=True, stable=True)
+    longest = lengths[order].clamp(min=1).tolist()
+    begin = 0
+    while begin < len(order):
+        end = begin + max(1, max_tokens // longest[begin])
+        yield order[begin:end]
+        begin = end
+
+
+def iter_steps(
+    windows: Windows,
+    data: DataConfig,
+    model: ModelConfig,
+    num_items: int,
+    epoch: int,
+    rank: int,
+    world_size: int,
+    max_tokens: int,
+    device: torch.device,
+) -> Iterator[Step]:
+    """This worker's part of every step of an epoch.
+
+    Every worker draws the same users and masks for the whole step and takes its share of the rows, so the targets, and
+    with dropout 0 the gradients, are the same for any number of workers. A step's users are a fair draw; they are
+    sorted by length only within the step.
+
+    Parameters
+    ----------
+    max_tokens : int
+        Padded tokens in one forward pass.
+    """
+    generator = torch.Generator().manual_seed(data.seed * 1_000_003 + epoch)
+    shuffled = torch.randperm(len(windows), generator=generator)
+    for users in torch.split(shuffled, data.batch_size):
+        chosen = windows.users(users)
+        if data.sampling_strategy == "weighted":
+            tokens = weighted_items(chosen, model.max_len, generator)
+        else:
+            tokens = last_items(chosen, model.max_len)
+        masked, labels = mask_items(tokens, model, num_items, generator)
+        lengths = (tokens != PADDING).sum(1)
+        rows = torch.argsort(lengths, descending=True, stable=True)[rank::world_size]
+        batches = [
+            trim(masked[rows[part]], labels[rows[part]], device) for part in by_length(lengths[rows], max_tokens)
+        ]
+        if not batches:  # fewer users than workers: DDP still needs a pass, one without targets
+            batches = [trim(masked[:1], torch.zeros_like(labels[:1]), device)]
+        yield Step(batches, int((labels != PADDING).sum()), int(lengths.sum()))
+
+
+def trim(masked: Tensor, labels: Tensor, device: torch.device) -> Batch:
+    """A `Batch` without columns that are all padding, its targets gathered to the front: [B, L], [B, L] -> Batch."""
+    width = int((masked != PADDING).sum(1).max())
+    masked, labels = masked[:, -width:], labels[:, -width:]
+    most = max(1, int((labels != PADDING).sum(1).max()))
+    query = torch.argsort((labels == PADDING).to(torch.uint8), dim=1, stable=True)[:, :most]
+    return Batch(
+        masked.to(device, non_blocking=True),
+        query.to(device, non_blocking=True),
+        labels.gather(1, query).to(device, non_blocking=True),
+    )

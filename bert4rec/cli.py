@@ -1,0 +1,147 @@
+"""What all jobs share: options, Ray's start, errors as one message, exit codes, where a run's things lie."""
+
+import argparse
+import logging
+import os
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
+os.environ.setdefault("RAY_DATA_DISABLE_PROGRESS_BARS", "1")  # ours report instead
+os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")  # a warning that concerns no user of ours
+
+import pyarrow.fs as pafs
+import ray
+import yaml
+from ray.exceptions import RayError
+from ray.train import TrainingFailedError
+
+from bert4rec import storage
+from bert4rec.config import Config, load_config
+from bert4rec.storage import InputError
+from bert4rec.train import RUN
+
+DEFAULT_CONFIG = Path(__file__).parent.parent / "configs" / "ml-100k.yaml"
+
+
+def run_job(description: str, work: Callable[[Config], object]) -> None:
+    """Parse the command line, start or join Ray, do the work, and exit: 0 done, 1 failed, 2 the input is unusable."""
+    arguments = _parser(description).parse_args()
+    try:
+        config = _load(arguments.config, arguments.overrides)
+        _start_ray(arguments.verbose)
+        work(config)
+    except InputError as error:
+        sys.exit(_fail(str(error), 2))
+    except (RayError, TrainingFailedError) as error:
+        if arguments.verbose:
+            raise
+        sys.exit(_fail(_root_message(error), 1))
+    except KeyboardInterrupt:
+        sys.exit(_fail("interrupted; the same command goes on from here", 130))
+
+
+def newest_run(storage_path: str) -> str:
+    """The directory of the run that finished last.
+
+    Raises
+    ------
+    InputError
+        If there is none.
+    """
+    root = storage.absolute(storage_path)
+    filesystem, inner = storage.open_store(root)
+    found = filesystem.get_file_info(pafs.FileSelector(inner, allow_not_found=True))
+    runs = [info.base_name for info in found if info.type == pafs.FileType.Directory]
+    finished = [(filesystem.get_file_info(f"{inner}/{run}/{RUN}"), run) for run in runs]
+    times = [(info.mtime_ns, run) for info, run in finished if info.type == pafs.FileType.File]
+    if not times:
+        raise InputError(f"{root}: no trained run; run `python -m jobs.train` first, or set inference.checkpoint_path")
+    return storage.join(root, max(times)[1])
+
+
+def checkpoint_and_output(config: Config, checkpoint: str | None = None) -> tuple[str, str]:
+    """The model directory to score with (`checkpoint` where given), and where recommendations go.
+
+    Raises
+    ------
+    InputError
+        If the run named, or any, has not been trained to its end.
+    """
+    checkpoint = checkpoint or config.inference.checkpoint_path
+    if checkpoint is None:
+        root = storage.absolute(config.run.storage_path)
+        run = storage.join(root, config.run.name) if config.run.name else newest_run(root)
+        checkpoint = str(storage.read_json(storage.join(run, RUN))["best_checkpoint"])
+    checkpoint = storage.absolute(checkpoint)
+    output = config.inference.output_path or storage.join(os.path.dirname(checkpoint.rstrip("/")), "recommendations")
+    return checkpoint, storage.absolute(output)
+
+
+def table_of_metrics(rows: dict[str, dict[str, float]]) -> str:
+    """Metrics side by side, a column for each of `rows`."""
+    names = list(next(iter(rows.values())))
+    lines = [f"{'':<10}" + "".join(f"{system:>13}" for system in rows)]
+    lines += [f"{name:<10}" + "".join(f"{metrics[name]:>13.4f}" for metrics in rows.values()) for name in names]
+    return "\n".join(lines)
+
+
+def _parser(description: str) -> argparse.ArgumentParser:
+    keys = [
+        f"  {group}.{name}={_shown(field.default)}\n      {' '.join((field.description or '').split())}"
+        for group, section in Config.model_fields.items()
+        for name, field in section.annotation.model_fields.items()  # type: ignore[union-attr]
+    ]
+    parser = argparse.ArgumentParser(
+        description=description,
+        epilog="keys and defaults:\n" + "\n".join(keys),
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    parser.add_argument("--config", help="YAML file; without it and data.data_dir: configs/ml-100k.yaml")
+    parser.add_argument("--verbose", action="store_true", help="show the messages of Ray and its workers")
+    parser.add_argument("overrides", nargs="*", metavar="group.key=value", help="override a key of the config")
+    return parser
+
+
+def _shown(value: object) -> str:
+    return yaml.safe_dump(list(value) if isinstance(value, tuple) else value, default_flow_style=True).split("\n")[0]
+
+
+def _load(path: str | None, overrides: list[str]) -> Config:
+    if path is None and not any(override.startswith("data.data_dir=") for override in overrides):
+        print(
+            f"no --config and no data.data_dir: MovieLens-100K with {DEFAULT_CONFIG.parent.name}/{DEFAULT_CONFIG.name}"
+        )
+        path = str(DEFAULT_CONFIG)
+    return load_config(path, overrides)
+
+
+def _start_ray(verbose: bool) -> None:
+    """Join the cluster of RAY_ADDRESS (as in a submitted job), else start Ray on this machine."""
+    level = logging.INFO if verbose else logging.ERROR
+    address = os.environ.get("RAY_ADDRESS") or "local"
+    try:
+        ray.init(address=address, log_to_driver=verbose, logging_level=level)
+    except ConnectionError as error:
+        raise InputError(f"RAY_ADDRESS={address}: no Ray cluster answers there ({error})") from None
+    logging.getLogger("ray.data").setLevel(level)
+    logging.getLogger("ray.train").setLevel(level)
+
+
+def _root_message(error: BaseException) -> str:
+    """The first line that says what went wrong, out of Ray's layers of tracebacks."""
+    if isinstance(error, TrainingFailedError) and getattr(error, "worker_failures", None):
+        rank, failure = next(iter(error.worker_failures.items()))  # type: ignore[attr-defined]
+        return f"training worker {rank} failed: {_last_line(failure)} (--verbose shows all)"
+    return f"{_last_line(error)} (--verbose shows all)"
+
+
+def _last_line(error: BaseException) -> str:
+    lines = [line for line in str(error).strip().splitlines() if line.strip()]
+    return lines[-1] if lines else type(error).__name__
+
+
+def _fail(message: str, code: int) -> int:
+    print(f"error: {message}", file=sys.stderr)
+    return code

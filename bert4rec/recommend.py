@@ -1,0 +1,203 @@
+"""Top-k for every user, on Ray Data actors, in the original ids.
+
+Each part of the users is written by the worker that scored it, in a directory of unfinished parts, so that a rerun of
+a killed job keeps what was done. The results appear in `output_path` when all parts are there, its manifest.json last.
+"""
+
+import hashlib
+import time
+from dataclasses import dataclass
+from typing import Any
+
+import pyarrow as pa
+import pyarrow.csv
+import pyarrow.fs as pafs
+import pyarrow.parquet as pq
+import torch
+
+from bert4rec import storage
+from bert4rec.batches import Windows
+from bert4rec.config import Config, InferenceConfig
+from bert4rec.dataset import Part, PreparedDataset
+from bert4rec.model import WEIGHTS, BERT4Rec
+from bert4rec.progress import Progress, Reporter
+from bert4rec.scoring import Exclusions, load_for, score_next, top_k
+from bert4rec.storage import InputError
+from bert4rec.workers import for_scoring, map_parts
+
+UNFINISHED = "_unfinished"
+PARQUET = "recommendations.parquet"
+CSV = "recommendations.csv"
+
+
+@dataclass(frozen=True)
+class RecommendResult:
+    """What was written."""
+
+    output_path: str
+    num_users: int
+    num_rows: int
+    num_short_users: int
+    """Users for whom fewer than topk items remained."""
+    seconds: float
+
+
+def recommend(config: Config, dataset_path: str, checkpoint: str, output_path: str) -> RecommendResult:
+    """Write `recommendations.parquet/` (user, item, rank from 1, score) and `recommendations.csv` (user,item).
+
+    Rows are sorted by user, then rank. Finished results of the same model, data and settings are left as they are.
+
+    Raises
+    ------
+    InputError
+        If the model belongs to another catalogue, topk is larger than it, or `output_path` cannot be written.
+    """
+    began = time.monotonic()
+    inference = config.inference
+    dataset = PreparedDataset(dataset_path)
+    if inference.topk > dataset.num_items:
+        raise InputError(
+            f"inference.topk={inference.topk} is larger than the catalogue, which has {dataset.num_items} items"
+        )
+    load_for(dataset, checkpoint)  # a wrong model is found here, not in an actor
+    identity = {
+        "dataset": dataset.manifest.fingerprint,
+        "model": hashlib.sha256(storage.read_bytes(storage.join(checkpoint, WEIGHTS))).hexdigest(),
+        "settings": inference.model_dump(mode="json", exclude={"checkpoint_path", "output_path", "num_workers"}),
+    }
+    manifest_path = storage.join(output_path, storage.MANIFEST)
+    if storage.exists(manifest_path) and (manifest := storage.read_json(manifest_path))["identity"] == identity:
+        print(f"{output_path} is up to date")
+        counted = manifest["counts"]
+    else:
+        work = _open_work(output_path, identity)
+        use_gpu, num_workers = for_scoring(config)
+        parts = dataset.parts()
+        missing = [part for part in parts if not _is_done(work, part, inference)]
+        with Progress("scoring", dataset.manifest.num_users, "users") as reporter:
+            reporter.skip(sum(part.high - part.low for part in parts) - sum(part.high - part.low for part in missing))
+            arguments = (inference, dataset_path, checkpoint, work, use_gpu, reporter)
+            for _ in map_parts(missing, _Recommender, arguments, num_workers, use_gpu) if missing else ():
+                pass
+        counted = _publish(work, output_path, parts, inference)
+        storage.commit(output_path, {"identity": identity, "checkpoint": checkpoint, "counts": counted})
+    return RecommendResult(output_path=output_path, seconds=time.monotonic() - began, **counted)
+
+
+class _Recommender:
+    """Scores and writes the users of a part."""
+
+    def __init__(
+        self,
+        inference: InferenceConfig,
+        dataset_path: str,
+        checkpoint: str,
+        work: str,
+        use_gpu: bool,
+        reporter: Reporter,
+    ) -> None:
+        self.inference, self.work, self.reporter = inference, work, reporter
+        self.device = torch.device("cuda" if use_gpu else "cpu")
+        self.dataset = PreparedDataset(dataset_path)
+        self.items = self.dataset.items()
+        self.model = BERT4Rec.from_pretrained(checkpoint).to(self.device)
+
+    def __call__(self, part: Part) -> dict[str, list[int]]:
+        """Write a part's files; its counts come last and mark it as whole."""
+        sequences = self.dataset.read_part(part)
+        windows = Windows.from_sequences(sequences)
+        tables, num_short = [], 0
+        for users in torch.split(torch.arange(len(windows)), self.inference.batch_size):
+            histories = windows.users(users).to(self.device)
+            exclusions = Exclusions.of(
+                histories if self.inference.exclude_seen else None,
+                future_of=(self.items, sequences, users) if self.inference.exclude_future else None,
+                device=self.device,
+            )
+            values, items = top_k(
+                score_next(self.model, histories),
+                exclusions,
+                len(users),
+                self.model.num_items,
+                self.inference.topk,
+                self.inference.score_memory_mb * 2**20,
+            )
+            found = torch.isfinite(values).cpu()  # (B, K)
+            num_short += int((found.sum(1) < self.inference.topk).sum())
+            row, place = torch.nonzero(found, as_tuple=True)
+            tables.append(
+                pa.table(
+                    {
+                        "user": sequences.users.take(pa.array(users[row].numpy())),
+                        "item": self.items.ids.take(pa.array(items.cpu()[found].numpy())),
+                        "rank": (place + 1).to(torch.int32).numpy(),
+                        "score": values.cpu()[found].numpy(),
+                    }
+                )
+            )
+            self.reporter.advance(len(users))
+        table = pa.concat_tables(tables)
+        filesystem, work = storage.open_store(self.work)
+        if "parquet" in self.inference.formats:
+            pq.write_table(table, _part_path(work, part, "parquet"), filesystem=filesystem)
+        if "csv" in self.inference.formats:
+            with filesystem.open_output_stream(_part_path(work, part, "csv"), compression=None) as stream:
+                _write_csv(table.select(["user", "item"]), stream)
+        counts = {"num_users": len(windows), "num_rows": len(table), "num_short_users": num_short}
+        storage.write_json(_part_path(self.work, part, "json"), counts)
+        return {name: [count] for name, count in counts.items()}
+
+
+def _part_path(work: str, part: Part, suffix: str) -> str:
+    name = f"part-{part.number:05d}.{suffix}"
+    return storage.join(work, PARQUET, name) if suffix == "parquet" else storage.join(work, name)
+
+
+def _is_done(work: str, part: Part, inference: InferenceConfig) -> bool:
+    return all(storage.exists(_part_path(work, part, suffix)) for suffix in ("json", *inference.formats))
+
+
+def _open_work(output_path: str, identity: dict[str, Any]) -> str:
+    """The directory of unfinished parts, emptied if they were made with anything else than `identity`."""
+    storage.check_writable(output_path)
+    work = storage.join(output_path, UNFINISHED)
+    marker = storage.join(work, "identity.json")
+    if not storage.exists(marker) or storage.read_json(marker) != identity:
+        storage.remove(work)
+        filesystem, inner = storage.open_store(storage.join(work, PARQUET))
+        filesystem.create_dir(inner, recursive=True)
+        storage.write_json(marker, identity)
+    return work
+
+
+def _publish(work: str, output_path: str, parts: list[Part], inference: InferenceConfig) -> dict[str, int]:
+    """Put the finished parts in their place; totals of their counts."""
+    storage.remove(storage.join(output_path, storage.MANIFEST))  # what is there of an earlier job is no longer whole
+    filesystem, inner = storage.open_store(output_path)
+    inner_work = storage.join(inner, UNFINISHED)
+    counts = [storage.read_json(_part_path(work, part, "json")) for part in parts]
+    for name in (PARQUET, CSV):
+        storage.remove(storage.join(output_path, name))
+    if "csv" in inference.formats:
+        joined = storage.join(inner_work, CSV)
+        with filesystem.open_output_stream(joined, compression=None) as stream:
+            stream.write(b"user,item\n")
+            for part in parts:
+                with filesystem.open_input_stream(_part_path(inner_work, part, "csv"), compression=None) as source:
+                    while chunk := source.read(2**24):
+                        stream.write(chunk)
+        filesystem.move(joined, storage.join(inner, CSV))
+    if "parquet" in inference.formats:
+        storage.move(storage.join(work, PARQUET), storage.join(output_path, PARQUET))
+    storage.remove(work)
+    return {name: sum(count[name] for count in counts) for name in counts[0]}
+
+
+def _write_csv(table: pa.Table, stream: pafs.NativeFile) -> None:  # type: ignore[name-defined]
+    """Rows without a header; quotes only where a value needs them (pyarrow's "needed" quotes every string)."""
+    special = any(
+        pa.types.is_string(column.type) and pa.compute.any(pa.compute.match_substring_regex(column, '[",\r\n]')).as_py()
+        for column in table.columns
+    )
+    options = pa.csv.WriteOptions(include_header=False, quoting_style="needed" if special else "none")
+    pa.csv.write_csv(table, stream, options)

@@ -1,0 +1,181 @@
+"""The one path from histories to a ranking: validation, evaluation and recommendation all go through here.
+
+Scores are made and ranked on blocks of items, so that [B, V] need never be held whole.
+Shapes: B users, V items, K top-k, S seen items of all B users.
+"""
+
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from bert4rec.batches import Windows, append_mask, by_length
+from bert4rec.dataset import ItemTable, PreparedDataset, Sequences
+from bert4rec.model import BERT4Rec
+from bert4rec.storage import InputError
+
+Scorer = Callable[[int, int], Tensor]
+"""scores(low, high) -> [B, high-low] of items low..high-1, counted from 0 (item i is token i+1)."""
+
+DEFAULT_SCORE_BYTES = 256 * 2**20
+PASS_TOKENS = 16_384
+"""Padded tokens in one forward pass of scoring."""
+
+
+@dataclass(frozen=True)
+class Exclusions:
+    """Items that must not be ranked for some of B users."""
+
+    seen_row: Tensor
+    """[S] int64 user of each seen item."""
+    seen_item: Tensor
+    """[S] int64 seen item, counted from 0."""
+    release_year: Tensor | None = None
+    """[V] int32 year of release, the smallest integer where unknown (never in the future)."""
+    last_year: Tensor | None = None
+    """[B] int32 year of the last interaction, the largest integer where unknown (nothing is in its future)."""
+
+    @classmethod
+    def of(
+        cls,
+        seen: Windows | None,
+        future_of: tuple[ItemTable, Sequences, Tensor] | None = None,
+        device: torch.device | str = "cpu",
+    ) -> "Exclusions":
+        """Exclude what the windows `seen` hold, and items released in a later year than the last interaction.
+
+        Parameters
+        ----------
+        seen : Windows or None
+            B windows; none leaves seen items in.
+        future_of : tuple or None
+            The catalogue, users, and [B] indices of the batch's users among them; none leaves later releases in.
+        """
+        row = item = torch.empty(0, dtype=torch.int64, device=device)
+        if seen is not None:
+            row, tokens = seen.flat()
+            item = tokens.long() - 1
+        if future_of is None:
+            return cls(row, item)
+        items, sequences, users = future_of
+        limits = torch.iinfo(torch.int32)
+        release = np.where(items.has_year, items.year, limits.min).astype(np.int32)
+        last = np.where(sequences.has_last_year, sequences.last_year, limits.max).astype(np.int32)[users.numpy()]
+        return cls(row, item, torch.from_numpy(release).to(device), torch.from_numpy(last).to(device))
+
+
+def exclude(scores: Tensor, exclusions: Exclusions, low: int) -> Tensor:
+    """Set excluded items of the block [B, width] that begins at item `low` to -inf, in place."""
+    in_block = (exclusions.seen_item >= low) & (exclusions.seen_item < low + scores.shape[1])
+    scores[exclusions.seen_row[in_block], exclusions.seen_item[in_block] - low] = -torch.inf
+    if exclusions.release_year is not None and exclusions.last_year is not None:
+        release = exclusions.release_year[low : low + scores.shape[1]]
+        scores.masked_fill_(release > exclusions.last_year[:, None], -torch.inf)
+    return scores
+
+
+def load_for(dataset: PreparedDataset, checkpoint: str) -> BERT4Rec:
+    """The model of `checkpoint`, if it was trained on this dataset's catalogue.
+
+    Raises
+    ------
+    InputError
+        If it was not, or is damaged.
+    """
+    model = BERT4Rec.from_pretrained(checkpoint)
+    if model.catalogue != dataset.manifest.catalogue:
+        raise InputError(
+            f"{checkpoint}: this model was trained on another catalogue (fingerprint {model.catalogue}, "
+            f"{model.num_items} items) than {dataset.path} (fingerprint {dataset.manifest.catalogue}, "
+            f"{dataset.num_items} items); train on this dataset, or name a checkpoint that was"
+        )
+    return model
+
+
+@torch.inference_mode()
+def next_item_states(model: BERT4Rec, histories: Windows) -> Tensor:
+    """[B, D] projected states at a [MASK] behind each history (Section 3.6); `output_weights` turn them into scores."""
+    states = torch.empty(len(histories), model.config.hidden_units, device=model.output_bias.device)
+    for rows in by_length((histories.lengths + 1).clamp(max=model.config.max_len), PASS_TOKENS):
+        tokens = append_mask(histories.users(rows), model.config.max_len, model.num_items)
+        last = torch.full((len(tokens), 1), tokens.shape[1] - 1, device=tokens.device)
+        hidden = model.encode(tokens, last, torch.ones_like(last, dtype=torch.bool))
+        states[rows] = model.project(hidden).float()
+    return states
+
+
+@torch.inference_mode()
+def score_next(model: BERT4Rec, histories: Windows) -> Scorer:
+    """Scores of all items as the next one of each history."""
+    states = next_item_states(model, histories)
+    weights, bias = model.output_weights()
+    return lambda low, high: F.linear(states, weights[low:high], bias[low:high])
+
+
+def item_blocks(num_users: int, num_items: int, score_bytes: int) -> Iterator[tuple[int, int]]:
+    """Ranges of items such that a float32 block of `num_users` rows takes at most `score_bytes`."""
+    width = max(1, score_bytes // (4 * max(num_users, 1)))
+    return ((low, min(low + width, num_items)) for low in range(0, num_items, width))
+
+
+@torch.inference_mode()
+def top_k(
+    scores: Scorer,
+    exclusions: Exclusions,
+    num_users: int,
+    num_items: int,
+    k: int,
+    score_bytes: int = DEFAULT_SCORE_BYTES,
+) -> tuple[Tensor, Tensor]:
+    """The best items of each user.
+
+    Returns
+    -------
+    values : Tensor
+        [B, K] float32, falling; -inf where fewer than K items remain.
+    items : Tensor
+        [B, K] int64, counted from 0; meaningless where the value is -inf.
+    """
+    values = torch.empty(num_users, 0)
+    items = torch.empty(num_users, 0, dtype=torch.int64)
+    for low, high in item_blocks(num_users, num_items, score_bytes):
+        block = exclude(scores(low, high), exclusions, low)
+        best = block.topk(min(k, high - low), dim=1)
+        values = torch.cat([values.to(block.device), best.values], dim=1)
+        items = torch.cat([items.to(block.device), best.indices + low], dim=1)
+        if values.shape[1] > k:
+            values, order = values.topk(k, dim=1)
+            items = items.gather(1, order)
+    return values, items
+
+
+@torch.inference_mode()
+def rank_of_target(
+    scores: Scorer,
+    exclusions: Exclusions,
+    targets: Tensor,
+    num_items: int,
+    score_bytes: int = DEFAULT_SCORE_BYTES,
+) -> Tensor:
+    """[B] int64 rank, from 1, of each target token [B]; items of equal score rank before it.
+
+    A target that is itself excluded gets the last rank: it cannot be recommended.
+    """
+    index = (targets - 1)[:, None]
+    blocks = list(item_blocks(len(targets), num_items, score_bytes))
+    kept: Tensor | None = None
+    target_score = torch.full(index.shape, -torch.inf, device=index.device)
+    for low, high in blocks:  # the target's score is read from the same product that it is compared with
+        block = exclude(scores(low, high), exclusions, low)
+        inside = (index >= low) & (index < high)
+        own = block.gather(1, (index - low).clamp(0, high - low - 1))
+        target_score = torch.where(inside, own, target_score)
+        kept = block if len(blocks) == 1 else None
+    rank = torch.zeros(len(targets), dtype=torch.int64, device=index.device)
+    for low, high in blocks:
+        block = exclude(scores(low, high), exclusions, low) if kept is None else kept
+        rank += (block >= target_score).sum(1)  # the target itself is among them: ranks start at 1
+    return rank

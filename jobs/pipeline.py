@@ -1,0 +1,49 @@
+"""Ratings file to trained model to top-k file: `python -m jobs.pipeline [--config FILE] [group.key=value ...]`."""
+
+import pyarrow.parquet as pq
+
+from bert4rec import storage
+from bert4rec.cli import run_job
+from bert4rec.config import Config
+from bert4rec.dataset import PreparedDataset
+from bert4rec.recommend import PARQUET
+from jobs.evaluate import evaluate_model
+from jobs.prepare import prepare_dataset
+from jobs.recommend import recommend_all
+from jobs.train import train_model
+
+SHOWN_USERS, SHOWN_ITEMS = 5, 5
+
+
+def run_pipeline(config: Config) -> None:
+    """All steps, then a look at what came out."""
+    dataset = PreparedDataset(prepare_dataset(config))
+    result = train_model(config)
+    if not config.data.use_full_data:
+        evaluate_model(config, result.best_checkpoint)
+    output_path = recommend_all(config, result.best_checkpoint)
+    if "parquet" in config.inference.formats:
+        _show_users(dataset, output_path)
+
+
+def _show_users(dataset: PreparedDataset, output_path: str) -> None:
+    """The last items and the first recommendations of a few users, by title."""
+    items = dataset.items()
+    ids, titles = items.ids.to_pylist(), items.title.to_pylist()
+    title_of = {item: title or str(item) for item, title in zip(ids, titles, strict=True)}
+    first = dataset.parts()[0]
+    sequences = dataset.read_part(first)
+    filesystem, inner = storage.open_store(storage.join(output_path, PARQUET, f"part-{first.number:05d}.parquet"))
+    recommended = pq.read_table(inner, filesystem=filesystem).to_pylist()
+    for user in range(min(SHOWN_USERS, len(sequences))):
+        user_id = sequences.users[user].as_py()
+        history = sequences.items[sequences.offsets[user] : sequences.offsets[user + 1]]
+        print(f"\nuser {user_id}, {len(history)} interactions; the last:")
+        print("".join(f"    {title_of[ids[token - 1]]}\n" for token in history[-SHOWN_ITEMS:]), end="")
+        print("  recommended:")
+        best = [row for row in recommended if row["user"] == user_id][:SHOWN_ITEMS]
+        print("".join(f"    {row['rank']}. {title_of[row['item']]}  ({row['score']:.2f})\n" for row in best), end="")
+
+
+if __name__ == "__main__":
+    run_job("Prepare, train, evaluate and recommend.", run_pipeline)

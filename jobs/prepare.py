@@ -1,0 +1,24 @@
+"""Ratings and item metadata -> prepared dataset: `python -m jobs.prepare [--config FILE] [group.key=value ...]`."""
+
+from bert4rec.cli import run_job
+from bert4rec.config import Config, DataConfig
+from bert4rec.movielens import ensure_ml_100k
+from bert4rec.prepare import prepare
+
+
+def prepare_dataset(config: Config) -> str:
+    """Prepare the config's data, fetching MovieLens-100K where that is meant; the dataset's directory."""
+    if config.data.data_dir == DataConfig.model_fields["data_dir"].default:
+        ensure_ml_100k(config.data.data_dir)
+    manifest = prepare(config.data, config.prepared_path, report=print)
+    for note in manifest.notes:
+        print(f"note: {note}")
+    print(
+        f"prepared {manifest.num_interactions:,} interactions of {manifest.num_users:,} users with "
+        f"{manifest.num_items:,} items: {config.prepared_path}"
+    )
+    return config.prepared_path
+
+
+if __name__ == "__main__":
+    run_job("Build user sequences and the catalogue from the input files.", prepare_dataset)

@@ -1,0 +1,21 @@
+"""Prepared dataset -> model directory: `python -m jobs.train [--config FILE] [group.key=value ...]`."""
+
+from bert4rec.cli import run_job
+from bert4rec.config import Config
+from bert4rec.progress import duration
+from bert4rec.train import TrainResult, train
+
+
+def train_model(config: Config) -> TrainResult:
+    """Train on the prepared dataset and say what came of it."""
+    result = train(config, config.prepared_path)
+    best = result.best_metrics
+    print(
+        f"trained {int(result.history[-1]['epoch'])} epochs in {duration(result.seconds)}; best epoch "
+        f"{int(best['epoch'])}: {config.monitor} {best[config.monitor]:.4f}\nbest model: {result.best_checkpoint}"
+    )
+    return result
+
+
+if __name__ == "__main__":
+    run_job("Train BERT4Rec on the prepared dataset.", train_model)
