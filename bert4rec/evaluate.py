@@ -1,6 +1,7 @@
 """Ranks the held-out item of every user: the model beside the popularity baseline, on Ray Data actors."""
 
 import numpy as np
+import ray
 import torch
 from torch import Tensor
 
@@ -35,7 +36,7 @@ def evaluate(config: Config, dataset_path: str, checkpoint: str) -> dict[str, di
     dataset = PreparedDataset(dataset_path)
     load_for(dataset, checkpoint)  # a wrong model is found here, not in an actor
     use_gpu, num_workers = for_scoring(config)
-    popularity = _training_counts(dataset, config, num_workers)
+    popularity = ray.put(_training_counts(dataset, config, num_workers))
     counts = {system: RankCounts.empty(dataset.num_items) for system in SYSTEMS}
     with Progress("evaluating", dataset.manifest.num_users, "users") as reporter:
         arguments = (config, dataset_path, checkpoint, popularity, use_gpu, reporter)
@@ -63,13 +64,19 @@ class _Evaluator:
     """Ranks the users of a part."""
 
     def __init__(
-        self, config: Config, dataset_path: str, checkpoint: str, popularity: Tensor, use_gpu: bool, reporter: Reporter
+        self,
+        config: Config,
+        dataset_path: str,
+        checkpoint: str,
+        popularity: ray.ObjectRef,
+        use_gpu: bool,
+        reporter: Reporter,
     ) -> None:
         self.config, self.reporter = config, reporter
         self.device = torch.device("cuda" if use_gpu else "cpu")
         self.dataset = PreparedDataset(dataset_path)
         self.model = BERT4Rec.from_pretrained(checkpoint).to(self.device)
-        self.popularity = popularity.to(self.device)
+        self.popularity: Tensor = ray.get(popularity).to(self.device)
 
     def __call__(self, part: Part) -> dict[str, np.ndarray]:
         everyone = Windows.from_sequences(self.dataset.read_part(part))

@@ -41,7 +41,7 @@ class Progress:
         self._stop = threading.Event()
         self._thread = threading.Thread(target=self._print_reports, daemon=True)
         self._done = self._skipped = 0.0
-        self._started = time.monotonic()
+        self._started: float | None = None
         self._last_line = 0.0
         self._text = ""
 
@@ -67,9 +67,15 @@ class Progress:
             except Exception:  # Ray goes down before us: there is nothing left to report
                 return
             if kind == "skip":
-                self._skipped = amount
+                self._skipped += amount
                 continue
-            self._done += amount
+            if (
+                self._started is None
+            ):  # the first report: what came before it was start-up, and says nothing of the rate
+                self._started = time.monotonic()
+                self._skipped += amount
+            else:
+                self._done += amount
             self._text = text or self._text
             is_terminal = sys.stdout.isatty()
             if is_terminal or time.monotonic() - self._last_line > self._seconds_between_lines:
@@ -78,14 +84,12 @@ class Progress:
                 sys.stdout.flush()
 
     def _line(self) -> str:
-        elapsed = time.monotonic() - self._started
-        rate = self._done / elapsed
-        left = max(self.total - self._skipped - self._done, 0) / rate if rate else 0.0
-        share = min((self._skipped + self._done) / self.total, 1.0)
-        return (
-            f"{self.stage}: {self._text + ', ' if self._text else ''}{share:.0%}, "
-            f"{rate:,.0f} {self.unit}/s, {duration(left)} left"
-        )
+        rate = self._done / max(time.monotonic() - (self._started or 0), 1e-9)
+        done = self._skipped + self._done
+        text = f"{self.stage}: {self._text + ', ' if self._text else ''}{min(done / self.total, 1):.0%}"
+        if rate:
+            text += f", {rate:,.{0 if rate >= 10 else 1}f} {self.unit}/s, {duration((self.total - done) / rate)} left"
+        return text
 
 
 def duration(seconds: float) -> str:

@@ -10,8 +10,8 @@ from dataclasses import dataclass
 from typing import Any
 
 import pyarrow as pa
+import pyarrow.compute as pc
 import pyarrow.csv
-import pyarrow.fs as pafs
 import pyarrow.parquet as pq
 import torch
 
@@ -193,10 +193,10 @@ def _publish(work: str, output_path: str, parts: list[Part], inference: Inferenc
     return {name: sum(count[name] for count in counts) for name in counts[0]}
 
 
-def _write_csv(table: pa.Table, stream: pafs.NativeFile) -> None:  # type: ignore[name-defined]
+def _write_csv(table: pa.Table, stream: pa.NativeFile) -> None:
     """Rows without a header; quotes only where a value needs them (pyarrow's "needed" quotes every string)."""
     special = any(
-        pa.types.is_string(column.type) and pa.compute.any(pa.compute.match_substring_regex(column, '[",\r\n]')).as_py()
+        pa.types.is_string(column.type) and pc.any(pc.match_substring_regex(column, '[",\r\n]')).as_py()
         for column in table.columns
     )
     options = pa.csv.WriteOptions(include_header=False, quoting_style="needed" if special else "none")

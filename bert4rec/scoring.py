@@ -61,9 +61,9 @@ class Exclusions:
         if future_of is None:
             return cls(row, item)
         items, sequences, users = future_of
-        limits = torch.iinfo(torch.int32)
-        release = np.where(items.has_year, items.year, limits.min).astype(np.int32)
-        last = np.where(sequences.has_last_year, sequences.last_year, limits.max).astype(np.int32)[users.numpy()]
+        limits = np.iinfo(np.int32)
+        release = np.where(items.has_year, items.year.astype(np.int32), limits.min)
+        last = np.where(sequences.has_last_year, sequences.last_year.astype(np.int32), limits.max)[users.numpy()]
         return cls(row, item, torch.from_numpy(release).to(device), torch.from_numpy(last).to(device))
 
 

@@ -1,0 +1,95 @@
+"""Slow, obvious twins of everything clever."""
+
+import math
+
+import torch
+import torch.nn.functional as F
+
+from bert4rec.model import BERT4Rec
+
+
+def last_items(items: list[list[int]], max_len: int) -> list[list[int]]:
+    """Each row's last items, padded on the left with 0 to the longest of them."""
+    kept = [row[-max_len:] for row in items]
+    width = max(len(row) for row in kept)
+    return [[0] * (width - len(row)) + row for row in kept]
+
+
+def hidden_states(model: BERT4Rec, sequence: list[int]) -> torch.Tensor:
+    """[L, D]: the network of the paper for one sequence without padding, a head and a layer at a time."""
+    width, heads = model.config.hidden_units, model.config.num_heads
+    x = torch.stack(
+        [
+            model.item_embedding.weight[token] + model.position_embedding.weight[len(sequence) - 1 - place]
+            for place, token in enumerate(sequence)
+        ]
+    )
+    x = F.layer_norm(x, (width,), model.embedding_norm.weight, model.embedding_norm.bias)
+    for block in model.blocks:
+        query = x @ block.query.weight.T + block.query.bias
+        key_value = x @ block.key_value.weight.T + block.key_value.bias
+        key, value = key_value[:, :width], key_value[:, width:]
+        size = width // heads
+        outputs = []
+        for head in range(heads):
+            part = slice(head * size, (head + 1) * size)
+            attention = torch.softmax(query[:, part] @ key[:, part].T / math.sqrt(size), dim=1)
+            outputs.append(attention @ value[:, part])
+        attended = torch.cat(outputs, dim=1) @ block.attention_output.weight.T + block.attention_output.bias
+        x = F.layer_norm(x + attended, (width,), block.attention_norm.weight, block.attention_norm.bias)
+        first, _, second = block.feed_forward
+        inner = F.gelu(x @ first.weight.T + first.bias)
+        x = F.layer_norm(
+            x + inner @ second.weight.T + second.bias, (width,), block.output_norm.weight, block.output_norm.bias
+        )
+    return x
+
+
+def logits(model: BERT4Rec, sequence: list[int]) -> torch.Tensor:
+    """[L, V]: equation 7 at every position."""
+    transformed = F.gelu(hidden_states(model, sequence) @ model.output_transform.weight.T + model.output_transform.bias)
+    weights = model.item_embedding.weight[1:-1] if model.config.share_embeddings else model.output_embedding
+    return transformed @ weights.T + model.output_bias
+
+
+def loss(model: BERT4Rec, masked: list[list[int]], labels: list[list[int]]) -> torch.Tensor:
+    """Mean cross-entropy over all targets of padded rows, one target at a time."""
+    losses = []
+    for tokens, targets in zip(masked, labels, strict=True):
+        start = next(place for place, token in enumerate(tokens) if token)
+        scores = logits(model, tokens[start:])
+        for place, target in enumerate(targets[start:]):
+            if target:
+                losses.append(-torch.log_softmax(scores[place], dim=0)[target - 1])
+    return torch.stack(losses).mean()
+
+
+def recommendations(
+    model: BERT4Rec,
+    history: list[int],
+    k: int,
+    years: list[int | None],
+    last_year: int | None,
+    exclude_seen: bool = True,
+    exclude_future: bool = True,
+) -> list[tuple[int, float]]:
+    """(token, score) of the best k items of one user, one item at a time."""
+    recent = history[-(model.config.max_len - 1) :]
+    scores = logits(model, [*recent, model.num_items + 1])[-1].tolist()
+    kept = []
+    for token in range(1, model.num_items + 1):
+        year = years[token - 1]
+        if exclude_seen and token in history:
+            continue
+        if exclude_future and year is not None and last_year is not None and year > last_year:
+            continue
+        kept.append((token, scores[token - 1]))
+    return sorted(kept, key=lambda pair: -pair[1])[:k]
+
+
+def rank(scores: list[float], target: int, excluded: set[int]) -> int:
+    """Rank of `target` (counted from 0), from 1; equal scores stand before it, an excluded target comes last."""
+    if target in excluded:
+        return len(scores)
+    others = [score for item, score in enumerate(scores) if item != target and item not in excluded]
+    return 1 + sum(score >= scores[target] for score in others)

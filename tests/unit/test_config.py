@@ -1,0 +1,81 @@
+import pytest
+
+from bert4rec.config import Config, load_config
+from bert4rec.storage import InputError
+
+pytestmark = pytest.mark.unit
+
+
+def test_defaults_are_those_of_the_documentation():
+    config = load_config()
+    assert (config.model.hidden_units, config.model.num_heads, config.model.num_layers, config.model.max_len) == (
+        256,
+        4,
+        2,
+        200,
+    )
+    assert (config.data.batch_size, config.data.min_interactions, config.data.holdout) == (512, 3, 1)
+    assert (config.training.num_epochs, config.training.lr, config.monitor) == (500, 0.001, "val_ndcg@10")
+    assert config.inference.formats == ("parquet", "csv")
+
+
+def test_overrides_win_over_the_file(tmp_path):
+    file = tmp_path / "c.yaml"
+    file.write_text("model:\n  hidden_units: 64\n  num_heads: 2\ntraining: {lr: 0.01}\n")
+    config = load_config(str(file), ["training.lr=1e-4", "inference.formats=[csv]", "run.name=x"])
+    assert config.model.hidden_units == 64
+    assert config.training.lr == 1e-4
+    assert config.inference.formats == ("csv",)
+    assert config.run.name == "x"
+
+
+@pytest.mark.parametrize(
+    ("override", "words"),
+    [
+        ("model.hiden_units=3", ["model.hiden_units", "does not exist", "model.hidden_units"]),
+        ("modle.num_heads=3", ["modle", "does not exist", "model"]),
+        ("model.num_heads=3", ["num_heads=3", "does not divide", "hidden_units=256"]),
+        ("data.batch_size=0", ["data.batch_size=0", "greater than or equal to 1"]),
+        ("training.lr=fast", ["training.lr='fast'", "number"]),
+        ("training.monitor_metric=val_ndcg10", ["val_ndcg10", "did you mean val_ndcg@10"]),
+        ("data.min_interactions=1", ["min_interactions=1", "larger than data.holdout=1"]),
+        ("hidden_units=64", ["'hidden_units=64'", "group.key=value"]),
+        ("run.name=a/b", ["run.name='a/b'", "pattern"]),
+    ],
+)
+def test_a_wrong_setting_is_one_clear_message(override, words):
+    with pytest.raises(InputError) as error:
+        load_config(None, [override])
+    for word in words:
+        assert word in str(error.value)
+    assert "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize(
+    ("content", "words"),
+    [("model: [1", "not valid YAML"), ("model: 3", "expected groups"), ("- 1", "expected groups")],
+)
+def test_a_wrong_file_is_one_clear_message(tmp_path, content, words):
+    file = tmp_path / "c.yaml"
+    file.write_text(content)
+    with pytest.raises(InputError, match=words):
+        load_config(str(file))
+    with pytest.raises(InputError, match="no such config file"):
+        load_config(str(tmp_path / "none.yaml"))
+
+
+def test_full_data_is_judged_by_its_training_loss():
+    assert load_config(None, ["data.use_full_data=true"]).monitor == "train_loss"
+
+
+def test_prepared_path_depends_on_the_input_alone():
+    path = load_config(None, ["data.data_dir=/d/x"]).prepared_path
+    assert path == load_config(None, ["data.data_dir=/d/x", "model.max_len=7", "data.seed=3"]).prepared_path
+    assert path != load_config(None, ["data.data_dir=/e/x"]).prepared_path
+    assert path != load_config(None, ["data.data_dir=/d/x", "data.data_file=b.csv"]).prepared_path
+
+
+def test_every_key_is_described():
+    for section in Config.model_fields.values():
+        for name, field in section.annotation.model_fields.items():
+            assert field.description, name

@@ -1,0 +1,136 @@
+import json
+
+import pytest
+import torch
+
+from bert4rec import batches
+from bert4rec.config import DataConfig, ModelConfig
+from bert4rec.model import BERT4Rec
+from bert4rec.storage import InputError
+from tests import reference
+from tests.datasets import random_histories
+from tests.unit.test_batches import windows_of
+
+pytestmark = pytest.mark.unit
+
+NUM_ITEMS = 30
+
+
+def make_model(**settings):
+    torch.manual_seed(0)
+    config = ModelConfig(**{"hidden_units": 16, "num_heads": 4, "num_layers": 2, "max_len": 12, **settings})
+    model = BERT4Rec(config, NUM_ITEMS, "catalogue").eval()
+    for parameter in model.parameters():  # weights of 0.02 would hide mistakes behind nearly uniform attention
+        if parameter.ndim > 1:
+            parameter.data.mul_(10)
+        else:
+            parameter.data.add_(0.1 * torch.randn_like(parameter))
+    return model
+
+
+def everywhere(tokens):
+    query = torch.arange(tokens.shape[1]).expand(tokens.shape)
+    return query, tokens > 0
+
+
+@pytest.mark.parametrize("num_layers", [1, 3])
+def test_hidden_states_equal_the_slow_network(num_layers):
+    model = make_model(num_layers=num_layers)
+    histories = list(random_histories(8, NUM_ITEMS).values())
+    tokens = torch.tensor(reference.last_items(histories, 12))
+    got = model.encode(tokens, *everywhere(tokens))
+    expected = torch.cat([reference.hidden_states(model, history) for history in histories])
+    torch.testing.assert_close(got, expected, rtol=1e-4, atol=1e-5)
+
+
+def test_padding_on_the_left_changes_nothing():
+    model = make_model()
+    tokens = torch.tensor([[3, 9, 4, 31]])
+    padded = torch.cat([torch.zeros(1, 6, dtype=torch.int64), tokens], dim=1)
+    torch.testing.assert_close(
+        model.encode(tokens, *everywhere(tokens)), model.encode(padded, *everywhere(padded)), rtol=1e-5, atol=1e-6
+    )
+
+
+def test_attention_goes_both_ways():
+    model = make_model()
+    first, second = torch.tensor([[3, 9, 4]]), torch.tensor([[3, 9, 5]])
+    assert not torch.allclose(
+        model.encode(first, *everywhere(first))[0], model.encode(second, *everywhere(second))[0], atol=1e-3
+    )
+
+
+@pytest.mark.parametrize("share_embeddings", [True, False])
+def test_a_step_has_the_loss_and_gradients_of_the_slow_way(share_embeddings):
+    """Micro-batches by length, logits at targets only, the last block at targets only: the same arithmetic."""
+    model = make_model(share_embeddings=share_embeddings, dropout_rate=0.0, random_mask_prob=0.4)
+    data = DataConfig(batch_size=16)
+    windows = windows_of(list(random_histories(16, NUM_ITEMS, longest=20).values()))
+    device = torch.device("cpu")
+
+    (step,) = batches.iter_steps(windows, data, model.config, NUM_ITEMS, 0, 0, 1, 40, device)
+    assert len(step.batches) > 2
+    total = sum(model(*batch) for batch in step.batches) / step.num_targets
+    total.backward()
+    fast = {name: parameter.grad.clone() for name, parameter in model.named_parameters()}
+
+    (whole,) = batches.iter_steps(windows, data, model.config, NUM_ITEMS, 0, 0, 1, 10**9, device)
+    (batch,) = whole.batches
+    labels = torch.zeros_like(batch.tokens).scatter_add_(1, batch.query, batch.labels)
+    model.zero_grad()
+    slow = reference.loss(model, batch.tokens.tolist(), labels.tolist())
+    slow.backward()
+    torch.testing.assert_close(total, slow, rtol=1e-5, atol=1e-6)
+    for name, parameter in model.named_parameters():
+        expected = parameter.grad
+        if name == "item_embedding.weight":
+            expected[0] = 0
+        torch.testing.assert_close(fast[name], expected, rtol=1e-3, atol=1e-5, msg=name)
+
+
+def test_no_target_adds_no_loss_and_breaks_nothing():
+    model = make_model()
+    none = torch.zeros(2, 1, dtype=torch.int64)
+    loss = model(torch.tensor([[1, 2], [0, 3]]), none, none)
+    assert loss.item() == 0
+    loss.backward()
+    assert all(parameter.grad is None or not parameter.grad.any() for parameter in model.parameters())
+
+
+def test_initial_weights():
+    model = BERT4Rec(ModelConfig(hidden_units=64, num_heads=2), 5000)
+    assert not model.item_embedding.weight[0].any()
+    assert abs(model.item_embedding.weight[1:].std().item() - 0.02) < 0.0005
+    assert model.output_weights()[0].shape == (5000, 64)
+    assert not model.output_bias.any()
+
+
+@pytest.mark.parametrize("share_embeddings", [True, False])
+def test_saved_and_read_again_it_scores_the_same(tmp_path, share_embeddings):
+    model = make_model(share_embeddings=share_embeddings)
+    model.save_pretrained(str(tmp_path / "m"))
+    again = BERT4Rec.from_pretrained(str(tmp_path / "m"))
+    assert (again.num_items, again.catalogue, again.config) == (NUM_ITEMS, "catalogue", model.config)
+    tokens = torch.tensor([[3, 9, 4, 31]])
+    torch.testing.assert_close(
+        again.encode(tokens, *everywhere(tokens)), model.encode(tokens, *everywhere(tokens)), rtol=0, atol=0
+    )
+
+
+def test_a_damaged_model_directory_is_named(tmp_path):
+    directory = tmp_path / "m"
+    make_model().save_pretrained(str(directory))
+    weights = (directory / "model.safetensors").read_bytes()
+    (directory / "model.safetensors").write_bytes(weights[:-100])
+    with pytest.raises(InputError, match="m: not a model directory"):
+        BERT4Rec.from_pretrained(str(directory))
+    (directory / "model.safetensors").unlink()
+    with pytest.raises(InputError, match=r"model\.safetensors is missing"):
+        BERT4Rec.from_pretrained(str(directory))
+    content = json.loads((directory / "config.json").read_text())
+    del content["num_items"]
+    (directory / "config.json").write_text(json.dumps(content))
+    with pytest.raises(InputError, match="num_items"):
+        BERT4Rec.from_pretrained(str(directory))
+    with pytest.raises(InputError, match="no such file"):
+        BERT4Rec.from_pretrained(str(tmp_path / "other"))

@@ -1,0 +1,72 @@
+import os
+
+import pytest
+
+from bert4rec import storage
+from bert4rec.dataset import PreparedDataset, Sequences
+from bert4rec.storage import InputError
+from tests.datasets import random_histories, write_dataset
+
+pytestmark = pytest.mark.unit
+
+
+def test_a_directory_is_whole_only_after_commit(tmp_path):
+    path = str(tmp_path / "d")
+    storage.begin(path)
+    assert not storage.is_complete(path)
+    storage.commit(path, {"a": 1})
+    assert storage.is_complete(path)
+    assert storage.read_json(f"{path}/manifest.json") == {"a": 1}
+    storage.begin(path)
+    assert os.listdir(path) == []
+
+
+def test_what_cannot_be_written_is_said_at_once(tmp_path):
+    (tmp_path / "file").write_text("")
+    with pytest.raises(InputError, match="cannot be written"):
+        storage.begin(str(tmp_path / "file" / "d"))
+    with pytest.raises(InputError, match="no filesystem"):
+        storage.open_store("ftpx://a/b")
+
+
+def test_damaged_json_is_named(tmp_path):
+    (tmp_path / "a.json").write_text("{")
+    with pytest.raises(InputError, match=r"a\.json: not valid JSON"):
+        storage.read_json(str(tmp_path / "a.json"))
+    with pytest.raises(InputError, match="no such file"):
+        storage.read_json(str(tmp_path / "b.json"))
+
+
+def test_fingerprint_ignores_the_order_of_keys():
+    assert storage.fingerprint({"a": 1, "b": [2]}) == storage.fingerprint({"b": [2], "a": 1})
+    assert storage.fingerprint({"a": 1}) != storage.fingerprint({"a": 2})
+
+
+def test_dataset_round_trip_and_parts(tmp_path):
+    histories = random_histories(1300, 30)
+    dataset = PreparedDataset(write_dataset(tmp_path / "d", histories, 30))
+    whole = dataset.sequences()
+    assert [whole.items[whole.offsets[n] : whole.offsets[n + 1]].tolist() for n in range(len(whole))] == [
+        histories[user] for user in sorted(histories)
+    ]
+    parts = dataset.parts()
+    assert [(part.low, part.high) for part in parts] == [(0, 512), (512, 1024), (1024, 1300)]
+    read = [dataset.read_part(part) for part in parts]
+    assert [user for part in read for user in part.users.to_pylist()] == whole.users.to_pylist()
+    assert [item for part in read for item in part.items.tolist()] == whole.items.tolist()
+    assert isinstance(read[0], Sequences)
+    assert read[1].lengths.tolist() == whole.lengths[512:1024].tolist()
+
+
+def test_a_damaged_dataset_is_refused(tmp_path):
+    path = write_dataset(tmp_path / "d", {1: [1, 2, 3]}, 3)
+    with open(tmp_path / "d" / "items.parquet", "ab") as file:
+        file.write(b"x")
+    with pytest.raises(InputError, match=r"items\.parquet: has \d+ bytes, expected \d+"):
+        PreparedDataset(path)
+    (tmp_path / "d" / "items.parquet").unlink()
+    with pytest.raises(InputError, match=r"items\.parquet: is missing"):
+        PreparedDataset(path)
+    (tmp_path / "d" / "manifest.json").unlink()
+    with pytest.raises(InputError, match=r"no prepared dataset.*jobs\.prepare"):
+        PreparedDataset(path)
