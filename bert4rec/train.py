@@ -17,7 +17,7 @@ import ray.train
 import torch
 import torch.distributed
 import yaml
-from ray.train import Checkpoint, CheckpointConfig, FailureConfig, ScalingConfig, TrainingFailedError
+from ray.train import Checkpoint, CheckpointConfig, FailureConfig, ScalingConfig
 from ray.train.torch import TorchConfig, TorchTrainer, prepare_model
 from torch import Tensor, nn
 
@@ -72,7 +72,7 @@ def train(config: Config, dataset_path: str) -> TrainResult:
     InputError
         If the run's name belongs to a training with other settings or data, training diverges, or the cluster lacks
         what was asked for.
-    TrainingFailedError
+    ray.train.TrainingFailedError
         If workers fail more than training.max_failures times.
     """
     manifest = PreparedDataset(dataset_path).manifest
@@ -103,19 +103,15 @@ def train(config: Config, dataset_path: str) -> TrainResult:
                 failure_config=FailureConfig(max_failures=config.training.max_failures),
                 checkpoint_config=CheckpointConfig(
                     num_to_keep=1,  # the best; Ray keeps the last one besides
-                    checkpoint_score_attribute=config.monitor,
-                    checkpoint_score_order="min" if config.monitor == "train_loss" else "max",
+                    checkpoint_score_attribute="improvement",
                 ),
             ),
         )
         result = trainer.fit()
-    if "error" in (result.metrics or {}):
-        raise InputError(result.metrics["error"])
-    if result.checkpoint is None:
-        raise TrainingFailedError("training ended without a checkpoint")
+    if isinstance(result.return_value, str):
+        raise InputError(result.return_value)
+    history = result.return_value
     best, _ = result.best_checkpoints[-1]
-    with result.checkpoint.as_directory() as directory:
-        history = _load_state(directory)["history"]
     best_name = os.path.basename(best.path)
     trained = TrainResult(
         run_path=run_path,
@@ -181,15 +177,15 @@ def _open_run(config: Config, manifest: Manifest, run_path: str) -> TrainResult 
     return TrainResult(**storage.read_json(storage.join(run_path, RUN)))
 
 
-def _train_worker(loop: dict[str, Any]) -> None:
-    """What each worker runs; a problem of the user's is reported, not raised, so that Ray does not try it again."""
+def _train_worker(loop: dict[str, Any]) -> list[dict[str, float]] | str:
+    """What each worker runs: the history, or the user's problem, which is not raised so that Ray does not try again."""
     try:
-        _run_epochs(loop["config"], PreparedDataset(loop["dataset_path"]), loop["reporter"])
+        return _run_epochs(loop["config"], PreparedDataset(loop["dataset_path"]), loop["reporter"])
     except InputError as error:
-        ray.train.report({"error": str(error)})
+        return str(error)
 
 
-def _run_epochs(config: Config, dataset: PreparedDataset, reporter: Reporter) -> None:
+def _run_epochs(config: Config, dataset: PreparedDataset, reporter: Reporter) -> list[dict[str, float]]:
     training, rank = config.training, ray.train.get_context().get_world_rank()
     device = ray.train.torch.get_device()
     torch.manual_seed(config.data.seed)
@@ -202,7 +198,7 @@ def _run_epochs(config: Config, dataset: PreparedDataset, reporter: Reporter) ->
             f"{config.data.min_interactions} interactions; nothing to train on"
         )
 
-    state: dict[str, Any] = {"epoch": 0, "history": [], "best": None, "validations_since_best": 0}
+    state: dict[str, Any] = {"epoch": 0, "history": [], "best": None, "improvements": 0, "validations_since_best": 0}
     checkpoint = ray.train.get_checkpoint()
     optimizer_state = scaler_state = None
     if checkpoint is not None:
@@ -269,6 +265,8 @@ def _run_epochs(config: Config, dataset: PreparedDataset, reporter: Reporter) ->
         _report(model, state, optimizer, scaler, metrics, config.monitor)
         if rank == 0:
             reporter.advance(0, _summary(state["epoch"], metrics, config.monitor), always=True)
+    history: list[dict[str, float]] = state["history"]
+    return history
 
 
 def _step(
@@ -343,6 +341,7 @@ def _note_best(state: dict[str, Any], metrics: dict[str, float], monitor: str) -
     state["history"].append(metrics)
     if state["best"] is None or sign * metrics[monitor] > sign * state["best"]:
         state["best"], state["validations_since_best"] = metrics[monitor], 0
+        state["improvements"] += 1
     else:
         state["validations_since_best"] += 1
 
@@ -366,6 +365,8 @@ def _report(
 ) -> None:
     """Report the metrics, and from rank 0 a checkpoint: a model directory and the state to resume from."""
     name = checkpoint_name(metrics, monitor)
+    # What Ray keeps the best checkpoint by: of equal epochs the first is best, as early stopping has it.
+    metrics = {**metrics, "improvement": 0 if state["validations_since_best"] else state["improvements"]}
     if ray.train.get_context().get_world_rank() > 0:
         ray.train.report(metrics, checkpoint_dir_name=name)
         return

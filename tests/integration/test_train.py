@@ -1,0 +1,150 @@
+import json
+import os
+import signal
+import threading
+import time
+from pathlib import Path
+
+import pytest
+
+from bert4rec.config import load_config
+from bert4rec.dataset import PreparedDataset
+from bert4rec.model import BERT4Rec
+from bert4rec.storage import InputError
+from bert4rec.train import learning_rate, train
+from tests.datasets import random_histories, write_dataset
+
+pytestmark = [pytest.mark.integration, pytest.mark.usefixtures("ray_session")]
+
+SMALL = [
+    "model.hidden_units=8",
+    "model.num_heads=2",
+    "model.max_len=8",
+    "data.batch_size=16",
+    "training.num_epochs=4",
+    "training.cpus_per_worker=1",
+]
+
+
+@pytest.fixture(scope="module")
+def dataset_path(tmp_path_factory):
+    return write_dataset(tmp_path_factory.mktemp("data") / "d", random_histories(75, 20), 20)
+
+
+def config_for(storage_path, *overrides):
+    return load_config(None, [*SMALL, f"run.storage_path={storage_path}", *overrides])
+
+
+def without_times(history):
+    return [{k: v for k, v in epoch.items() if k not in ("seconds", "tokens_per_second")} for epoch in history]
+
+
+def kill_a_worker_after(checkpoint_of_epoch: int, run_path: Path) -> threading.Thread:
+    """SIGKILL one training worker as soon as that epoch's checkpoint is there."""
+
+    def wait_and_kill():
+        while not list(run_path.glob(f"bert4rec-{checkpoint_of_epoch:02d}-*")):
+            time.sleep(0.05)
+        for process in Path("/proc").iterdir():
+            try:
+                if process.name.isdigit() and b"RayTrainWorker" in (process / "cmdline").read_bytes():
+                    os.kill(int(process.name), signal.SIGKILL)
+                    return
+            except OSError:
+                continue
+
+    thread = threading.Thread(target=wait_and_kill)
+    thread.start()
+    return thread
+
+
+def test_killed_worker_changes_nothing_and_a_rerun_finds_it_done(tmp_path, dataset_path, capsys):
+    settings = ["training.num_workers=2", "training.num_epochs=30", "training.early_stopping=false"]
+    undisturbed = train(config_for(tmp_path / "a", *settings), dataset_path)
+
+    config = config_for(tmp_path / "b", *settings)
+    name = Path(undisturbed.run_path).name  # the name follows from data and settings
+    killer = kill_a_worker_after(2, tmp_path / "b" / name)
+    disturbed = train(config, dataset_path)
+    killer.join()
+    assert without_times(disturbed.history) == without_times(undisturbed.history)
+    assert [int(epoch["epoch"]) for epoch in disturbed.history] == list(range(1, 31))
+    best = max(undisturbed.history, key=lambda metrics: metrics["val_ndcg@10"])
+    assert undisturbed.best_metrics["val_ndcg@10"] == best["val_ndcg@10"]
+    expected = f"bert4rec-{int(undisturbed.best_metrics['epoch']):02d}-{best['val_ndcg@10']:.4f}"
+    assert Path(undisturbed.best_checkpoint).name == expected
+    kept = sorted(path.name for path in Path(undisturbed.run_path).glob("bert4rec-*"))
+    assert kept == sorted({expected, Path(undisturbed.last_checkpoint).name})
+    assert BERT4Rec.from_pretrained(undisturbed.best_checkpoint).catalogue == "test"
+
+    capsys.readouterr()
+    again = train(config, dataset_path)
+    assert again.history == disturbed.history
+    assert "already trained" in capsys.readouterr().out
+    with pytest.raises(InputError, match=r"model\.max_len was 8, is 9.*run\.name"):
+        train(config_for(tmp_path / "b", *settings, "model.max_len=9", f"run.name={name}"), dataset_path)
+
+
+def test_one_worker_and_two_learn_the_same(tmp_path, dataset_path):
+    """Without dropout only the order of additions differs."""
+    histories = [
+        train(config_for(tmp_path, "model.dropout_rate=0", f"training.num_workers={count}"), dataset_path).history
+        for count in (1, 2)
+    ]
+    for one, two in zip(*histories, strict=True):
+        assert one["train_loss"] == pytest.approx(two["train_loss"], rel=1e-4)
+        assert one["val_mrr"] == pytest.approx(two["val_mrr"], abs=2e-2)  # near ties may change places
+    assert histories[0][-1]["train_loss"] < histories[0][0]["train_loss"]
+
+
+def test_full_data_is_judged_by_train_loss(tmp_path, dataset_path):
+    result = train(config_for(tmp_path, "data.use_full_data=true"), dataset_path)
+    assert all("val_ndcg@10" not in metrics for metrics in result.history)
+    assert result.best_metrics["train_loss"] == min(metrics["train_loss"] for metrics in result.history)
+    assert len(result.history) == 4
+
+
+def test_early_stopping_and_validation_interval(tmp_path, dataset_path):
+    result = train(
+        config_for(
+            tmp_path,
+            "training.lr=1e-12",
+            "training.num_epochs=50",
+            "training.early_stopping_patience=2",
+            "training.val_check_interval=3",
+        ),
+        dataset_path,
+    )
+    assert [int(metrics["epoch"]) for metrics in result.history] == [3, 6, 9]
+    assert int(result.best_metrics["epoch"]) == 3
+    assert json.loads((Path(result.run_path) / "run.json").read_text())["best_checkpoint"] == result.best_checkpoint
+
+
+def test_what_cannot_be_trained_is_one_message(tmp_path, dataset_path):
+    with pytest.raises(InputError, match=r"none of 75 users has data\.min_interactions=99"):
+        train(config_for(tmp_path, "data.min_interactions=99"), dataset_path)
+    with pytest.raises(InputError, match=r"diverged: the loss of epoch 1 is nan at learning rate 1e\+30.*smaller"):
+        train(config_for(tmp_path, "training.lr=1e30"), dataset_path)
+    (tmp_path / "file").write_text("")
+    with pytest.raises(InputError, match="cannot be written"):
+        train(config_for(tmp_path / "file"), dataset_path)
+
+
+@pytest.mark.parametrize(
+    ("scheduler", "expected"),
+    [("constant", [0.5, 1, 1, 1]), ("linear", [0.5, 1, 0.5, 0]), ("cosine", [0.5, 1, 0.5, 0])],
+)
+def test_learning_rate_by_hand(scheduler, expected):
+    training = load_config(
+        None, ["training.lr=1", "training.num_epochs=10", "training.warmup_epochs=2", f"training.scheduler={scheduler}"]
+    ).training
+    assert [learning_rate(training, epochs) for epochs in (1, 2, 6, 10)] == pytest.approx(expected)
+
+
+def test_dataset_fingerprint_is_part_of_the_name(tmp_path, dataset_path):
+    from bert4rec.train import run_name
+
+    other = write_dataset(tmp_path / "other", random_histories(75, 20, seed=1), 20)
+    config = config_for(tmp_path)
+    names = {run_name(config, PreparedDataset(path).manifest) for path in (dataset_path, other)}
+    assert len(names) == 2
