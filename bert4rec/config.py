@@ -142,6 +142,32 @@ class InferenceConfig(_Group):
     """Directory of the results; default: `recommendations` beside the run's checkpoints."""
 
 
+class EmbeddingConfig(_Group):
+    """Title embeddings (`jobs.embed`)."""
+
+    method: Literal["sentence-transformers", "bert-mean", "tfidf-svd"] = "sentence-transformers"
+    """A sentence-transformers model; the mean over a transformers encoder's tokens; or TF-IDF and SVD, which needs no
+    download."""
+    model_name: str = "mixedbread-ai/mxbai-embed-large-v1"
+    """Name on the hub, or a local folder, of the encoder; tfidf-svd has none."""
+    with_genres: bool = True
+    """Embed "{title}. Genres: {genre}, {genre}"; else the title alone."""
+    width: int = Field(128, ge=1)
+    """Components of tfidf-svd, at most; the encoders have their own width."""
+    batch_size: int = Field(64, ge=1)
+    """Texts encoded at once."""
+    device: Literal["auto", "cpu", "gpu"] = "auto"
+    """Where encoders run."""
+    output_path: str | None = None
+    """Parquet file of the embeddings, read by training; default: title_embeddings.parquet in data.data_dir."""
+    write_tsv: bool = False
+    """Also write a .tsv of the established format (item, blank-separated floats) beside it."""
+    overwrite: bool = False
+    """Embed every item again, instead of only those whose text or model is new."""
+    backup_original: bool = False
+    """Keep the previous file as .bak."""
+
+
 class RunConfig(_Group):
     """Where runs live."""
 
@@ -159,6 +185,7 @@ class Config(_Group):
     model: ModelConfig = ModelConfig()
     training: TrainingConfig = TrainingConfig()
     evaluation: EvaluationConfig = EvaluationConfig()
+    embedding: EmbeddingConfig = EmbeddingConfig()
     inference: InferenceConfig = InferenceConfig()
     run: RunConfig = RunConfig()
 
@@ -181,6 +208,13 @@ class Config(_Group):
     def data_name(self) -> str:
         """The data's short name, for directories."""
         return os.path.basename(self.data.data_dir.rstrip("/")) or "data"
+
+    @property
+    def embeddings_path(self) -> str:
+        """File of the title embeddings."""
+        return storage.absolute(
+            self.embedding.output_path or storage.join(self.data.data_dir, "title_embeddings.parquet")
+        )
 
     @property
     def prepared_path(self) -> str:

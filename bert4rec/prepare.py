@@ -1,6 +1,6 @@
 """Ratings and item metadata -> the prepared dataset of `dataset.py`; the only builder of vocabularies.
 
-The way of a rating: its file is cut into chunks (`inputs.py`), which are checked first, all of them. Then each chunk is
+The way of a rating: its file is cut into chunks (`interactions.py`), which are checked first, all of them. Then each chunk is
 read again and split by ranges of user ids; what the chunks hold of one range meets in one task, which sorts it by user
 and time. Once all items are counted, each range is written as a file of sequences in final tokens. The files are thus
 in order of users, and their content depends neither on the chunks nor on the cluster. Only the driver's summaries (item
@@ -21,10 +21,11 @@ import pyarrow.parquet as pq
 import ray
 from ray.exceptions import RayTaskError
 
-from bert4rec import inputs, storage
+from bert4rec import inputs, interactions, storage
 from bert4rec.config import DataConfig
 from bert4rec.dataset import InputFile, Manifest, PreparedDataset
-from bert4rec.inputs import Chunk, ChunkSummary
+from bert4rec.interactions import Chunk, ChunkSummary
+from bert4rec.metadata import ascending, item_table, read_metadata
 from bert4rec.storage import InputError
 
 CHUNK_BYTES = 32 << 20
@@ -78,7 +79,7 @@ def prepare(data: DataConfig, path: str, report: Callable[[str], None] = lambda 
 
     megabytes = sum(identity.size for identity in identities) / 1e6
     report(f"reading {len(identities)} files, {megabytes:,.1f} MB")
-    metadata = {key: inputs.read_metadata(data_dir, name, inputs.METADATA[key]) for key, name in metadata_names.items()}
+    metadata = {key: read_metadata(data_dir, name, inputs.METADATA[key]) for key, name in metadata_names.items()}
     chunks = [chunk for _, chunks in scans for chunk in chunks]
     has_time = _has_time(chunks)
     summary = _check(storage.join(data_dir, data.data_file), chunks)
@@ -88,7 +89,7 @@ def prepare(data: DataConfig, path: str, report: Callable[[str], None] = lambda 
     order = np.argsort(-counts, kind="stable")  # falling count, then ascending id
     token_of_code = np.empty(len(order), np.int32)
     token_of_code[order] = np.arange(1, len(order) + 1)
-    items, vocabularies, notes = _item_table(summary.item_ids.take(pa.array(order)), counts[order], metadata)
+    items, vocabularies, notes = item_table(summary.item_ids.take(pa.array(order)), counts[order], metadata)
     if not has_time:
         notes.append("no column time: the order of rows is the order of interactions, and no interaction has a year")
     num_interactions = int(counts.sum())
@@ -135,7 +136,7 @@ def _share(total: float, smallest: int, shard: int) -> int:
 def _scan(data_dir: str, names: list[str]) -> list[tuple[InputFile, list[Chunk]]]:
     sizes = [inputs.size_of(data_dir, name) for name in names]
     chunk_bytes = _share(sum(sizes), CHUNK_BYTES, _SHARD_ROWS * _ROW_BYTES)
-    return list(_collect(inputs.scan_interactions, [(data_dir, name, chunk_bytes) for name in names]))
+    return list(_collect(interactions.scan_interactions, [(data_dir, name, chunk_bytes) for name in names]))
 
 
 def _up_to_date(path: str, identities: list[InputFile]) -> Manifest | None:
@@ -165,7 +166,7 @@ def _check(path: str, chunks: list[Chunk]) -> _Summary:
     num_rows, int_users, int_items, bad = 0, True, True, Counter[str]()
     items, users = pa.array([], pa.string()), []
     first: tuple[Chunk, ChunkSummary] | None = None
-    for chunk, summary in zip(chunks, _collect(inputs.check_chunk, [(chunk,) for chunk in chunks]), strict=True):
+    for chunk, summary in zip(chunks, _collect(interactions.check_chunk, [(chunk,) for chunk in chunks]), strict=True):
         if first is None and (summary.error or summary.bad):
             first = chunk, summary
         bad += summary.bad
@@ -174,12 +175,12 @@ def _check(path: str, chunks: list[Chunk]) -> _Summary:
         items = pa.concat_arrays([items, summary.items]).unique()
         users.append(summary.user_sample)
     if first is not None:
-        raise next(_collect(inputs.explain, [(*first, bad)]))
+        raise next(_collect(interactions.explain, [(*first, bad)]))
     if not num_rows:
         raise InputError(f"{path}: no data rows; expected interactions below the header")
     item_ids = items.cast(pa.int64()) if int_items else items
     sample = pa.concat_arrays(users).cast(pa.int64() if int_users else pa.string())
-    return _Summary(num_rows, _sorted(item_ids), int_users, _boundaries(_sorted(sample), num_rows))
+    return _Summary(num_rows, ascending(item_ids), int_users, _boundaries(ascending(sample), num_rows))
 
 
 def _boundaries(sample: pa.Array, num_rows: int) -> pa.Array:
@@ -216,7 +217,7 @@ def _shuffle(chunks: list[Chunk], summary: _Summary) -> tuple[list[ray.ObjectRef
 def _split(chunk: Chunk, summary: _Summary) -> Iterator[pa.Table]:
     """For each piece of a chunk, the rows of each range in turn: user, code and, where there is one, time."""
     num_ranges = len(summary.boundaries) + 1
-    for table in inputs.read_chunk(chunk, summary.int_users, pa.types.is_integer(summary.item_ids.type)):
+    for table in interactions.read_chunk(chunk, summary.int_users, pa.types.is_integer(summary.item_ids.type)):
         users, items = (_encode(table[name]) for name in ("user", "item"))
         code = pc.index_in(items.dictionary, summary.item_ids).take(items.indices)
         columns = {"user": users.dictionary_decode(), "code": code}
@@ -280,7 +281,8 @@ def _is_duplicate(user: np.ndarray, time: np.ndarray, code: np.ndarray) -> np.nd
 
 def _year(seconds: np.ndarray) -> np.ndarray:
     """[N] int16, UTC calendar year of Unix seconds."""
-    return (np.floor(seconds).astype("datetime64[s]").astype("datetime64[Y]").astype(np.int64) + 1970).astype(np.int16)
+    year: np.ndarray = np.floor(seconds).astype("datetime64[s]").astype("datetime64[Y]").astype(np.int64) + 1970
+    return year.astype(np.int16)
 
 
 def _write_range(path: str, number: int, sequences: pa.Table, token_of_code: np.ndarray) -> tuple[str, int]:
@@ -296,57 +298,6 @@ def _write_parquet(path: str, table: pa.Table) -> int:
     filesystem.create_dir(inner.rpartition("/")[0], recursive=True)
     pq.write_table(table, inner, filesystem=filesystem, row_group_size=_ROW_GROUP_USERS)
     return int(filesystem.get_file_info(inner).size)
-
-
-def _item_table(
-    ids: pa.Array, counts: np.ndarray, metadata: dict[str, pa.Table]
-) -> tuple[pa.Table, dict[str, list[str]], list[str]]:
-    """items.parquet, the vocabularies, and notes of what was ignored; `ids` in token order."""
-    columns = {"index": pa.array(np.arange(1, len(ids) + 1), pa.int32()), "item": ids, "count": pa.array(counts)}
-    vocabularies: dict[str, list[str]] = {}
-    notes: list[str] = []
-    spelled = ids.cast(pa.string())
-    for key, column in inputs.METADATA.items():
-        values = pa.array([], pa.int16() if key == "years" else pa.string())
-        row = np.zeros(0, np.int64)
-        if key in metadata:
-            found = pc.index_in(metadata[key]["item"], spelled)
-            values = metadata[key][column].filter(found.is_valid()).combine_chunks()
-            row = found.drop_null().to_numpy().astype(np.int64)
-            if found.null_count:
-                notes.append(f"{key}.tsv: {found.null_count:,} rows of items without interactions ignored")
-        else:
-            notes.append(f"no {key}.tsv: items have no {key}")
-        if key in ("genres", "writers"):
-            vocabulary = _sorted(values.unique())
-            columns[key] = _lists(row, pc.index_in(values, vocabulary).to_numpy(), len(ids))
-            vocabularies[key] = vocabulary.to_pylist()
-            continue
-        rows, first = np.unique(row, return_index=True)
-        if len(rows) < len(row):
-            notes.append(f"{key}.tsv: {len(row) - len(rows):,} further rows of an item ignored, the first counts")
-        position = np.full(len(ids), -1)
-        position[rows] = first
-        columns[column] = values.take(pa.array(position, mask=position < 0))
-        if key == "directors":
-            vocabulary = _sorted(columns[column].unique().drop_null())
-            columns[column] = pc.index_in(columns[column], vocabulary, skip_nulls=True)
-            vocabularies[key] = vocabulary.to_pylist()
-    return pa.table(columns), vocabularies, notes
-
-
-def _lists(row: np.ndarray, value: np.ndarray, num_rows: int) -> pa.Array:
-    """[num_rows] lists of each row's values, in order and without repetitions."""
-    _, first = np.unique(np.stack([row, value]), axis=1, return_index=True)
-    first.sort()
-    row, value = row[first], value[first]
-    ends = np.cumsum(np.bincount(row, minlength=num_rows))
-    ordered = value[np.argsort(row, kind="stable")].astype(np.int32)
-    return pa.ListArray.from_arrays(pa.array(np.append(0, ends), pa.int32()), pa.array(ordered))
-
-
-def _sorted(values: pa.Array) -> pa.Array:
-    return values.take(pc.sort_indices(values))
 
 
 def _encode(column: pa.ChunkedArray) -> pa.DictionaryArray:

@@ -22,7 +22,7 @@ from ray.train.torch import TorchConfig, TorchTrainer, prepare_model
 from torch import Tensor, nn
 
 from bert4rec import storage, workers
-from bert4rec.batches import Windows, held_out, iter_steps, training_windows
+from bert4rec.batches import Step, Windows, held_out, iter_steps, training_windows
 from bert4rec.config import Config, TrainingConfig, load_config
 from bert4rec.dataset import Manifest, PreparedDataset
 from bert4rec.metrics import RankCounts
@@ -186,7 +186,8 @@ def _train_worker(loop: dict[str, Any]) -> list[dict[str, float]] | str:
 
 
 def _run_epochs(config: Config, dataset: PreparedDataset, reporter: Reporter) -> list[dict[str, float]]:
-    training, rank = config.training, ray.train.get_context().get_world_rank()
+    training, context = config.training, ray.train.get_context()
+    rank, world_size = context.get_world_rank(), context.get_world_size()
     device = ray.train.torch.get_device()
     torch.manual_seed(config.data.seed)
     model = BERT4Rec(config.model, dataset.num_items, dataset.manifest.catalogue)
@@ -210,7 +211,7 @@ def _run_epochs(config: Config, dataset: PreparedDataset, reporter: Reporter) ->
         if rank == 0:
             reporter.skip(state["epoch"])
     wrapped = prepare_model(model)
-    optimizer = _optimizer(model, training)
+    optimizer = make_optimizer(model, training)
     scaler = torch.amp.GradScaler(device.type, enabled=training.precision == "16-mixed")  # type: ignore[attr-defined]
     if optimizer_state is not None:
         optimizer.load_state_dict(optimizer_state)
@@ -231,14 +232,14 @@ def _run_epochs(config: Config, dataset: PreparedDataset, reporter: Reporter) ->
             dataset.num_items,
             epoch,
             rank,
-            ray.train.get_context().get_world_size(),
+            world_size,
             PASS_TOKENS[device.type],
             device,
         )
         for step_index, step in enumerate(steps):
             for group in optimizer.param_groups:
                 group["lr"] = learning_rate(training, epoch + (step_index + 1) / steps_an_epoch)
-            sums += _step(wrapped, step.batches, step.num_targets, optimizer, scaler, training)
+            sums += train_step(wrapped, step, optimizer, scaler, training, world_size)
             num_tokens += step.num_tokens
             if rank == 0:
                 reporter.advance(1 / steps_an_epoch, f"epoch {epoch + 1} of at most {training.num_epochs}")
@@ -269,31 +270,30 @@ def _run_epochs(config: Config, dataset: PreparedDataset, reporter: Reporter) ->
     return history
 
 
-def _step(
+def train_step(
     model: nn.Module,
-    batches: list[Any],
-    num_targets: int,
+    step: Step,
     optimizer: torch.optim.Optimizer,
     scaler: Any,  # noqa: ANN401 - torch.amp.GradScaler, which torch does not export
     training: TrainingConfig,
+    world_size: int = 1,
 ) -> Tensor:
     """One optimiser step; [2] this worker's sum of the loss, and its number of targets.
 
     The gradient is the mean over the targets of the whole step: each worker's loss is its sum over their number, times
     the number of workers, over which DDP takes the mean.
     """
-    world_size = ray.train.get_context().get_world_size()
     is_distributed = isinstance(model, nn.parallel.DistributedDataParallel)
     device = next(model.parameters()).device
     dtype = {"32-true": None, "16-mixed": torch.float16, "bf16-mixed": torch.bfloat16}[training.precision]
     sums = torch.zeros(2, dtype=torch.float64, device=device)
     optimizer.zero_grad(set_to_none=True)
-    for index, batch in enumerate(batches):
-        is_last = index == len(batches) - 1
+    for index, batch in enumerate(step.batches):
+        is_last = index == len(step.batches) - 1
         with model.no_sync() if is_distributed and not is_last else nullcontext():  # type: ignore[operator]
             with torch.autocast(device.type, dtype=dtype) if dtype else nullcontext():
                 loss = model(batch.tokens, batch.query, batch.labels)
-            scaler.scale(loss * (world_size / max(num_targets, 1))).backward()
+            scaler.scale(loss * (world_size / max(step.num_targets, 1))).backward()
         sums += torch.stack([loss.detach(), (batch.labels > 0).sum()])
     if training.gradient_clip_val is not None:
         scaler.unscale_(optimizer)
@@ -303,7 +303,8 @@ def _step(
     return sums.cpu()
 
 
-def _optimizer(model: nn.Module, training: TrainingConfig) -> torch.optim.Optimizer:
+def make_optimizer(model: nn.Module, training: TrainingConfig) -> torch.optim.Optimizer:
+    """The configured optimiser over all parameters of `model`."""
     matrices = [p for p in model.parameters() if p.ndim > 1]
     vectors = [p for p in model.parameters() if p.ndim == 1]  # biases and norms are not decayed
     kind = torch.optim.AdamW if training.optimizer == "adamw" else torch.optim.Adam
