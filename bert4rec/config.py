@@ -65,6 +65,21 @@ class ModelConfig(_Group):
     """Probability that, besides, the last item of a sequence is masked."""
     share_embeddings: bool = True
     """Output weights tied to the item embedding (equation 7), or a matrix of their own."""
+    use_genre_emb: bool = False
+    """Add each item's genres (mean of their embeddings) to its input; needs genres.tsv."""
+    use_director_emb: bool = False
+    """The same for the director; needs directors.tsv."""
+    use_writer_emb: bool = False
+    """The same for the writers (mean); needs writers.tsv."""
+    use_title_emb: bool | None = None
+    """The same for the title embedding of `jobs.embed`, kept frozen; default: where embeddings exist."""
+    metadata_fusion: Literal["concat", "add", "gate"] = "gate"
+    """How item and metadata become one vector: a linear layer over all, their sum, or a sum weighted by gates."""
+    metadata_dropout: float = Field(0.1, ge=0, lt=1)
+    """Dropout of the metadata vectors."""
+    output_features: Literal["ids", "fused"] = "ids"
+    """Output weights: item embeddings alone (as the paper), or the same fused vectors as the input; with those, items
+    without interactions (data.include_new_items) can be ranked. Needs share_embeddings."""
 
     @model_validator(mode="after")
     def _heads_divide_width(self) -> Self:

@@ -102,6 +102,24 @@ class Sequences:
         return np.diff(self.offsets)
 
 
+class Ragged(NamedTuple):
+    """Lists of indices: row i has values[offsets[i]:offsets[i+1]]."""
+
+    values: np.ndarray
+    """[S] int64."""
+    offsets: np.ndarray
+    """[N+1] int64."""
+
+    @classmethod
+    def from_column(cls, column: pa.Array) -> "Ragged":
+        """From a column of lists, or of single indices, of which null means none."""
+        if pa.types.is_list(column.type):
+            offsets = column.offsets.to_numpy().astype(np.int64)
+            return cls(column.values.to_numpy()[offsets[0] : offsets[-1]].astype(np.int64), offsets - offsets[0])
+        lengths = column.is_valid().to_numpy(zero_copy_only=False)
+        return cls(column.drop_null().to_numpy().astype(np.int64), np.append(0, np.cumsum(lengths)))
+
+
 @dataclass(frozen=True)
 class ItemTable:
     """The catalogue; row i is token i+1."""
@@ -116,6 +134,8 @@ class ItemTable:
     """[num_items] bool."""
     title: pa.Array
     """[num_items] strings, null where unknown."""
+    listed: dict[str, tuple[int, Ragged]]
+    """genre, director, writer: size of the vocabulary, and each item's indices into it."""
 
 
 class Part(NamedTuple):
@@ -196,6 +216,11 @@ class PreparedDataset:
             year=year.fill_null(0).to_numpy(),
             has_year=year.is_valid().to_numpy(zero_copy_only=False),
             title=_one_chunk(table["title"]),
+            listed={
+                "genre": (len(self.manifest.genres), Ragged.from_column(_one_chunk(table["genres"]))),
+                "director": (len(self.manifest.directors), Ragged.from_column(_one_chunk(table["director"]))),
+                "writer": (len(self.manifest.writers), Ragged.from_column(_one_chunk(table["writers"]))),
+            },
         )
 
     def _check_files(self) -> None:

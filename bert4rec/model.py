@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from bert4rec import storage
 from bert4rec.config import ModelConfig
 from bert4rec.dataset import PADDING
+from bert4rec.items import ItemVectors, Metadata
 from bert4rec.storage import InputError
 
 WEIGHTS = "model.safetensors"
@@ -76,13 +77,23 @@ class BERT4Rec(nn.Module):
     Positions count from the end of the sequence (0 is the last), so that padding on the left changes nothing.
     """
 
-    def __init__(self, config: ModelConfig, num_items: int, catalogue: str = "") -> None:
+    def __init__(
+        self,
+        config: ModelConfig,
+        num_items: int,
+        catalogue: str = "",
+        metadata: Metadata | dict[str, list[int]] | None = None,
+    ) -> None:
+        """`metadata` is the tables, or their shape alone where they are loaded afterwards; none by default."""
         super().__init__()
         self.config = config
         self.num_items = num_items
         self.catalogue = catalogue
+        self.metadata_shape = metadata.shape if isinstance(metadata, Metadata) else metadata or {}
         width = config.hidden_units
-        self.item_embedding = nn.Embedding(num_items + 2, width, padding_idx=PADDING)
+        self.items = ItemVectors(config, num_items, self.metadata_shape)
+        if isinstance(metadata, Metadata):
+            self.items.set_tables(metadata)
         self.position_embedding = nn.Embedding(config.max_len, width)
         self.dropout = nn.Dropout(config.dropout_rate)
         self.embedding_norm = nn.LayerNorm(width)
@@ -114,7 +125,7 @@ class BERT4Rec(nn.Module):
         """
         length = tokens.shape[1]
         position = torch.arange(length - 1, -1, -1, device=tokens.device)
-        x = self.item_embedding(tokens) + self.position_embedding(position)  # (B, L, D)
+        x = self.items(tokens) + self.position_embedding(position)  # (B, L, D)
         x = self.embedding_norm(self.dropout(x))
         keep = (tokens != PADDING)[:, None, None, :]
         for block in self.blocks[:-1]:
@@ -128,7 +139,9 @@ class BERT4Rec(nn.Module):
 
     def output_weights(self) -> tuple[Tensor, Tensor]:
         """Weights [V, D] and bias [V] of the output layer; special tokens have none and are never predicted."""
-        weights = self.item_embedding.weight[1:-1] if self.config.share_embeddings else self.output_embedding
+        if self.config.output_features == "fused":
+            return self.items(torch.arange(1, self.num_items + 1, device=self.output_bias.device)), self.output_bias
+        weights = self.items.embedding.weight[1:-1] if self.config.share_embeddings else self.output_embedding
         return weights, self.output_bias
 
     def forward(self, tokens: Tensor, query: Tensor, labels: Tensor) -> Tensor:
@@ -147,6 +160,7 @@ class BERT4Rec(nn.Module):
             "num_items": self.num_items,
             "catalogue": self.catalogue,
             "model": self.config.model_dump(),
+            "metadata": self.metadata_shape,
         }
         storage.write_json(storage.join(directory, CONFIG), content)
 
@@ -161,7 +175,12 @@ class BERT4Rec(nn.Module):
         """
         content = storage.read_json(storage.join(directory, CONFIG))
         try:
-            model = cls(ModelConfig.model_validate(content["model"]), content["num_items"], content["catalogue"])
+            model = cls(
+                ModelConfig.model_validate(content["model"]),
+                content["num_items"],
+                content["catalogue"],
+                content["metadata"],
+            )
             model.load_state_dict(safetensors.torch.load(storage.read_bytes(storage.join(directory, WEIGHTS))))
         except FileNotFoundError:
             raise InputError(f"{directory}: {WEIGHTS} is missing; this is no whole model directory") from None

@@ -1,7 +1,12 @@
 """Slow, obvious twins of everything clever."""
 
+import csv
 import math
+import os
+from datetime import UTC, datetime
+from typing import NamedTuple
 
+import pandas as pd
 import torch
 import torch.nn.functional as F
 
@@ -20,7 +25,7 @@ def hidden_states(model: BERT4Rec, sequence: list[int]) -> torch.Tensor:
     width, heads = model.config.hidden_units, model.config.num_heads
     x = torch.stack(
         [
-            model.item_embedding.weight[token] + model.position_embedding.weight[len(sequence) - 1 - place]
+            model.items(torch.tensor(token)) + model.position_embedding.weight[len(sequence) - 1 - place]
             for place, token in enumerate(sequence)
         ]
     )
@@ -48,7 +53,7 @@ def hidden_states(model: BERT4Rec, sequence: list[int]) -> torch.Tensor:
 def logits(model: BERT4Rec, sequence: list[int]) -> torch.Tensor:
     """[L, V]: equation 7 at every position."""
     transformed = F.gelu(hidden_states(model, sequence) @ model.output_transform.weight.T + model.output_transform.bias)
-    weights = model.item_embedding.weight[1:-1] if model.config.share_embeddings else model.output_embedding
+    weights = model.output_weights()[0]
     return transformed @ weights.T + model.output_bias
 
 
@@ -93,3 +98,66 @@ def rank(scores: list[float], target: int, excluded: set[int]) -> int:
         return len(scores)
     others = [score for item, score in enumerate(scores) if item != target and item not in excluded]
     return 1 + sum(score >= scores[target] for score in others)
+
+
+class PreparedTwin(NamedTuple):
+    users: list[tuple]
+    """(user, its items' original ids in time order, last_year or None), sorted by user."""
+    items: list[tuple]
+    """(item, count, year, title, genres, director, writers) in token order; None or [] where unknown."""
+    num_duplicates: int
+
+
+def prepared_with_pandas(data_dir, data_file="train_ratings.csv"):
+    """The prepared dataset of one CSV file and its metadata, in the original ids and names."""
+    ratings = pd.read_csv(os.path.join(data_dir, data_file), dtype={"user": str, "item": str}, keep_default_na=False)
+    for column in ("user", "item"):
+        ratings[column] = ids_as_they_are_kept(list(ratings[column]))
+    has_time, num_rows = "time" in ratings, len(ratings)
+    if has_time:
+        ratings = ratings.drop_duplicates(["user", "item", "time"]).sort_values("time", kind="stable")
+    users = []
+    for user, rows in ratings.groupby("user"):
+        year = datetime.fromtimestamp(rows["time"].iloc[-1], UTC).year if has_time else None
+        users.append((user, list(rows["item"]), year))
+    counts = ratings["item"].value_counts()
+    order = sorted(counts.index, key=lambda item: (-counts[item], item))
+    metadata = {name: metadata_rows(data_dir, name) for name in ("years", "titles", "genres", "directors", "writers")}
+
+    def first(name, item):
+        return next((value for of, value in metadata[name] if of == str(item)), None)
+
+    def distinct(name, item):
+        return list(dict.fromkeys(value for of, value in metadata[name] if of == str(item)))
+
+    items = [
+        (
+            item,
+            counts[item],
+            int(year) if (year := first("years", item)) else None,
+            first("titles", item),
+            distinct("genres", item),
+            first("directors", item),
+            distinct("writers", item),
+        )
+        for item in order
+    ]
+    return PreparedTwin(sorted(users), items, num_rows - len(ratings))
+
+
+def ids_as_they_are_kept(ids):
+    """Integers if each is the usual spelling of an int64, else the strings that they are."""
+    try:
+        numbers = [int(identifier) for identifier in ids]
+    except ValueError:
+        return ids
+    usual = all(str(number) == identifier for number, identifier in zip(numbers, ids, strict=True))
+    return numbers if usual and all(-(2**63) <= number < 2**63 for number in numbers) else ids
+
+
+def metadata_rows(data_dir, name):
+    path = os.path.join(data_dir, f"{name}.tsv")
+    if not os.path.exists(path):
+        return []
+    with open(path, newline="", encoding="utf-8") as file:
+        return [tuple(row) for row in csv.reader(file, delimiter="\t", quoting=csv.QUOTE_NONE)][1:]

@@ -83,7 +83,7 @@ def test_a_step_has_the_loss_and_gradients_of_the_slow_way(share_embeddings):
     torch.testing.assert_close(total, slow, rtol=1e-5, atol=1e-6)
     for name, parameter in model.named_parameters():
         expected = parameter.grad
-        if name == "item_embedding.weight":
+        if name == "items.embedding.weight":
             expected[0] = 0
         torch.testing.assert_close(fast[name], expected, rtol=1e-3, atol=1e-5, msg=name)
 
@@ -99,8 +99,8 @@ def test_no_target_adds_no_loss_and_breaks_nothing():
 
 def test_initial_weights():
     model = BERT4Rec(ModelConfig(hidden_units=64, num_heads=2), 5000)
-    assert not model.item_embedding.weight[0].any()
-    assert abs(model.item_embedding.weight[1:].std().item() - 0.02) < 0.0005
+    assert not model.items.embedding.weight[0].any()
+    assert abs(model.items.embedding.weight[1:].std().item() - 0.02) < 0.0005
     assert model.output_weights()[0].shape == (5000, 64)
     assert not model.output_bias.any()
 

@@ -26,6 +26,7 @@ def items_table():
         year=np.array([year or 0 for year in YEARS], np.int16),
         has_year=known,
         title=pa.nulls(NUM_ITEMS, pa.string()),
+        listed={},
     )
 
 
