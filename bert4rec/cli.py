@@ -120,6 +120,8 @@ def _load(path: str | None, overrides: list[str]) -> Config:
 def _start_ray(verbose: bool) -> None:
     """Join the cluster of RAY_ADDRESS (as in a submitted job), else start Ray on this machine."""
     level = logging.INFO if verbose else logging.ERROR
+    if not verbose:  # Ray's core warns of every actor pool of Ray Data, on the terminal
+        os.environ.setdefault("RAY_BACKEND_LOG_LEVEL", "fatal")
     address = os.environ.get("RAY_ADDRESS") or "local"
     try:
         ray.init(address=address, log_to_driver=verbose, logging_level=level)

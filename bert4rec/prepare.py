@@ -1,10 +1,10 @@
 """Ratings and item metadata -> the prepared dataset of `dataset.py`; the only builder of vocabularies.
 
-The way of a rating: its file is cut into chunks (`interactions.py`), which are checked first, all of them. Then each chunk is
-read again and split by ranges of user ids; what the chunks hold of one range meets in one task, which sorts it by user
-and time. Once all items are counted, each range is written as a file of sequences in final tokens. The files are thus
-in order of users, and their content depends neither on the chunks nor on the cluster. Only the driver's summaries (item
-counts, sampled users) and references to the ranges are in one process.
+The way of a rating: its file is cut into chunks (`interactions.py`), which are checked first, all of them. Then each
+chunk is read again and split by ranges of user ids; what the chunks hold of one range meets in one task, which sorts it
+by user and time. Once all items are counted, each range is written as a file of sequences in final tokens. The files
+are thus in order of users, and their content depends neither on the chunks nor on the cluster. Only the driver's
+summaries (item counts, sampled users) and references to the ranges are in one process.
 
 Plain Ray tasks, since Ray Data's own shuffle takes 2.5 times as long on 20M ratings and 8 times on 1M.
 """
@@ -78,7 +78,7 @@ def prepare(data: DataConfig, path: str, report: Callable[[str], None] = lambda 
     storage.check_writable(path)
 
     megabytes = sum(identity.size for identity in identities) / 1e6
-    report(f"reading {len(identities)} files, {megabytes:,.1f} MB")
+    report(f"reading {len(identities)} file{'s' * (len(identities) > 1)}, {megabytes:,.1f} MB")
     metadata = {key: read_metadata(data_dir, name, inputs.METADATA[key]) for key, name in metadata_names.items()}
     chunks = [chunk for _, chunks in scans for chunk in chunks]
     has_time = _has_time(chunks)
@@ -94,7 +94,7 @@ def prepare(data: DataConfig, path: str, report: Callable[[str], None] = lambda 
         notes.append("no column time: the order of rows is the order of interactions, and no interaction has a year")
     num_interactions = int(counts.sum())
     if num_duplicates := summary.num_rows - num_interactions:
-        notes.append(f"{num_duplicates:,} exact duplicates of an interaction dropped")
+        notes.append(f"exact duplicates of an interaction dropped: {num_duplicates:,}")
 
     report(f"writing {num_users:,} users")
     storage.begin(path)

@@ -3,6 +3,7 @@
 import sys
 import threading
 import time
+from collections.abc import Callable
 from types import TracebackType
 
 from ray.util.queue import Empty, Queue
@@ -23,6 +24,10 @@ class Reporter:
             self._queue.put_nowait(("advance", self._pending, text))
             self._pending, self._last = 0.0, time.monotonic()
 
+    def record(self, metrics: dict[str, float]) -> None:
+        """Hand metrics to the driver."""
+        self._queue.put_nowait(("record", 0.0, metrics))
+
     def skip(self, amount: float) -> None:
         """`amount` was done before this run began (a resumed run), so it says nothing about the rate."""
         self._queue.put_nowait(("skip", amount, ""))
@@ -34,7 +39,16 @@ class Progress:
     Use as a context manager; it yields the `Reporter`.
     """
 
-    def __init__(self, stage: str, total: float, unit: str, seconds_between_lines: float = 5.0) -> None:
+    def __init__(
+        self,
+        stage: str,
+        total: float,
+        unit: str,
+        on_record: Callable[[dict[str, float]], None] | None = None,
+        seconds_between_lines: float = 5.0,
+    ) -> None:
+        """`on_record` is called, in another thread, with what `Reporter.record` is given."""
+        self._on_record = on_record
         self.stage, self.total, self.unit = stage, total, unit
         self._seconds_between_lines = seconds_between_lines
         self._queue = Queue(actor_options={"num_cpus": 0})
@@ -59,13 +73,19 @@ class Progress:
             print()
 
     def _print_reports(self) -> None:
-        while not self._stop.is_set():
+        while True:
             try:
                 kind, amount, text = self._queue.get(timeout=0.5)
             except Empty:
+                if self._stop.is_set():  # only when all has been read
+                    return
                 continue
             except Exception:  # Ray goes down before us: there is nothing left to report
                 return
+            if kind == "record":
+                if self._on_record is not None:
+                    self._on_record(text)
+                continue
             if kind == "skip":
                 self._skipped += amount
                 continue

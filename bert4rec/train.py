@@ -4,6 +4,8 @@ The run's directory is Ray Train's own (`<storage_path>/<run name>`): the best a
 directory, `config.yaml` (the settings, as `--config` takes them), and `run.json`, written last.
 """
 
+import hashlib
+import json
 import math
 import os
 import tempfile
@@ -12,6 +14,9 @@ from contextlib import nullcontext
 from dataclasses import asdict, dataclass
 from typing import Any
 
+import numpy as np
+import pyarrow as pa
+import pyarrow.compute as pc
 import ray
 import ray.train
 import torch
@@ -23,17 +28,19 @@ from torch import Tensor, nn
 
 from bert4rec import storage, workers
 from bert4rec.batches import Step, Windows, held_out, iter_steps, training_windows
-from bert4rec.config import Config, TrainingConfig, load_config
+from bert4rec.config import Config, TrainingConfig
 from bert4rec.dataset import Manifest, PreparedDataset
+from bert4rec.items import Metadata
 from bert4rec.metrics import RankCounts
 from bert4rec.model import BERT4Rec
 from bert4rec.progress import Progress, Reporter
 from bert4rec.scoring import Exclusions, rank_of_target, score_next
 from bert4rec.storage import InputError
+from bert4rec.tensorboard import TensorBoardLog
 
 RUN = "run.json"
 RUN_CONFIG = "config.yaml"
-RUN_DATASET = "dataset.json"
+RUN_IDENTITY = "identity.json"
 STATE = "training_state.pt"
 VALIDATION_USERS = 512
 """Users ranked at once in validation."""
@@ -75,7 +82,9 @@ def train(config: Config, dataset_path: str) -> TrainResult:
     ray.train.TrainingFailedError
         If workers fail more than training.max_failures times.
     """
-    manifest = PreparedDataset(dataset_path).manifest
+    dataset = PreparedDataset(dataset_path)
+    manifest = dataset.manifest
+    config = with_features(config, manifest)
     name = run_name(config, manifest)
     run_path = storage.join(storage.absolute(config.run.storage_path), name)
     finished = _open_run(config, manifest, run_path)
@@ -87,7 +96,8 @@ def train(config: Config, dataset_path: str) -> TrainResult:
     # The controller polls at this interval, and every report waits for it: the default of 2 s would cost 2 s an epoch.
     os.environ.setdefault("RAY_TRAIN_HEALTH_CHECK_INTERVAL_S", "0.2")
     began = time.monotonic()
-    with Progress("training", config.training.num_epochs, "epochs") as reporter:
+    log = TensorBoardLog(run_path)
+    with Progress("training", config.training.num_epochs, "epochs", log.record) as reporter:
         trainer = TorchTrainer(
             _train_worker,
             train_loop_config={"config": config, "dataset_path": dataset_path, "reporter": reporter},
@@ -121,8 +131,28 @@ def train(config: Config, dataset_path: str) -> TrainResult:
         history=history,
         seconds=time.monotonic() - began,
     )
+    log.close(config, manifest, trained.best_metrics)
     storage.write_json(storage.join(run_path, RUN), asdict(trained))
     return trained
+
+
+def with_features(config: Config, manifest: Manifest) -> Config:
+    """The config with the metadata features that can be used; what has no file is switched off, which is said."""
+    features: dict[str, bool] = {}
+    for name, plural, vocabulary in (
+        ("genre", "genres", manifest.genres),
+        ("director", "directors", manifest.directors),
+        ("writer", "writers", manifest.writers),
+    ):
+        wanted = getattr(config.model, f"use_{name}_emb")
+        features[f"use_{name}_emb"] = wanted and bool(vocabulary)
+        if wanted and not vocabulary:
+            print(f"note: model.use_{name}_emb is switched off: the data has no {plural}.tsv")
+    has_titles = storage.exists(config.embeddings_path)
+    features["use_title_emb"] = has_titles and config.model.use_title_emb is not False
+    if config.model.use_title_emb and not has_titles:
+        print(f"note: model.use_title_emb is switched off: there is no {config.embeddings_path} (python -m jobs.embed)")
+    return config.model_copy(update={"model": config.model.model_copy(update=features)})
 
 
 def checkpoint_name(metrics: dict[str, float], monitor: str) -> str:
@@ -151,21 +181,28 @@ def _what_shapes_the_result(config: Config) -> dict[str, Any]:
             "evaluation": {"split"},
         },
     )
-    return {f"{group}.{key}": value for group, fields in keys.items() for key, value in fields.items()}
+    settings = {f"{group}.{key}": value for group, fields in keys.items() for key, value in fields.items()}
+    if config.model.use_title_emb:
+        settings["title embeddings"] = hashlib.sha256(storage.read_bytes(config.embeddings_path)).hexdigest()[:16]
+    return settings
 
 
 def _open_run(config: Config, manifest: Manifest, run_path: str) -> TrainResult | None:
     """The result of a run that is finished; refuses one of other settings or data, marks a new one."""
-    config_path, dataset_path = storage.join(run_path, RUN_CONFIG), storage.join(run_path, RUN_DATASET)
-    if not storage.exists(config_path):
+    identity_path = storage.join(run_path, RUN_IDENTITY)
+    wanted = json.loads(json.dumps({"dataset": manifest.fingerprint, **_what_shapes_the_result(config)}))
+    if not storage.exists(identity_path):
         storage.check_writable(run_path)
-        storage.write_json(dataset_path, {"fingerprint": manifest.fingerprint})
-        storage.write_bytes(config_path, yaml.safe_dump(config.model_dump(mode="json"), sort_keys=False).encode())
+        settings = yaml.safe_dump(config.model_dump(mode="json"), sort_keys=False)
+        storage.write_bytes(storage.join(run_path, RUN_CONFIG), settings.encode())
+        storage.write_json(identity_path, wanted)
         return None
-    found = {"dataset": storage.read_json(dataset_path)["fingerprint"]}
-    found |= _what_shapes_the_result(load_config(config_path))
-    wanted = {"dataset": manifest.fingerprint, **_what_shapes_the_result(config)}
-    differing = [f"{key} was {found[key]}, is {value}" for key, value in wanted.items() if found[key] != value]
+    found = storage.read_json(identity_path)
+    differing = [
+        f"{key} was {found.get(key)}, is {wanted.get(key)}"
+        for key in sorted(found | wanted)
+        if found.get(key) != wanted.get(key)
+    ]
     if differing:
         raise InputError(
             f"{run_path}: this run was begun with other settings ({'; '.join(differing)}); "
@@ -190,7 +227,7 @@ def _run_epochs(config: Config, dataset: PreparedDataset, reporter: Reporter) ->
     rank, world_size = context.get_world_rank(), context.get_world_size()
     device = ray.train.torch.get_device()
     torch.manual_seed(config.data.seed)
-    model = BERT4Rec(config.model, dataset.num_items, dataset.manifest.catalogue)
+    model = BERT4Rec(config.model, dataset.num_items, dataset.manifest.catalogue, _metadata(config, dataset))
     sequences = Windows.from_sequences(dataset.sequences())
     windows = training_windows(sequences, config.data)
     if len(windows) == 0:
@@ -265,9 +302,22 @@ def _run_epochs(config: Config, dataset: PreparedDataset, reporter: Reporter) ->
         _note_best(state, metrics, config.monitor)
         _report(model, state, optimizer, scaler, metrics, config.monitor)
         if rank == 0:
+            reporter.record(metrics)
             reporter.advance(0, _summary(state["epoch"], metrics, config.monitor), always=True)
     history: list[dict[str, float]] = state["history"]
     return history
+
+
+def _metadata(config: Config, dataset: PreparedDataset) -> Metadata:
+    items = dataset.items()
+    titles = None
+    if config.model.use_title_emb:
+        from bert4rec.vectors import read_vectors
+
+        ids, vectors = read_vectors(config.embeddings_path)
+        row = pc.index_in(items.ids.cast(pa.string()), ids.cast(pa.string())).fill_null(-1).to_numpy()
+        titles = np.where(row[:, None] >= 0, vectors[row], np.float32(0))
+    return Metadata.of(config.model, items, titles)
 
 
 def train_step(
@@ -318,13 +368,29 @@ def _validate(model: BERT4Rec, sequences: Windows, config: Config, device: torch
     histories, targets = held_out(sequences, config.data, "validation")
     mine = torch.arange(context.get_world_rank(), len(histories), context.get_world_size())
     ranks = RankCounts.empty(model.num_items)
+    token_counts = torch.zeros(model.num_items + 1, dtype=torch.int64)
     model.eval()
     for users in torch.split(mine, VALIDATION_USERS):
         batch = histories.users(users).to(device)
         exclusions = Exclusions.of(batch if config.evaluation.exclude_seen else None, device=device)
         ranks.add(rank_of_target(score_next(model, batch), exclusions, targets[users].to(device), model.num_items))
+        if model.metadata_shape:
+            read = Windows(batch.items, torch.maximum(batch.start, batch.end - model.config.max_len + 1), batch.end)
+            token_counts += torch.bincount(read.flat()[1].cpu(), minlength=len(token_counts))
     _all_reduce(ranks.counts)
-    return ranks.metrics("val_")
+    _all_reduce(token_counts)
+    return ranks.metrics("val_") | _mean_gates(model, token_counts)
+
+
+@torch.inference_mode()
+def _mean_gates(model: BERT4Rec, token_counts: Tensor) -> dict[str, float]:
+    """val_gate/FEATURE: mean gate over the items that validation read, each as often as it was read."""
+    if not model.metadata_shape or model.config.metadata_fusion != "gate":
+        return {}
+    tokens = torch.nonzero(token_counts).flatten()
+    weights = token_counts[tokens].double() / token_counts.sum()
+    gates = model.items.gates(tokens.to(model.output_bias.device)).cpu().double()
+    return {f"val_gate/{name}": float(mean) for name, mean in zip(model.items.features, weights @ gates, strict=True)}
 
 
 def _all_reduce(sums: Tensor) -> None:

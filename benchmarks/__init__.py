@@ -1,0 +1,1 @@
+"""Speed measurements: ours and the peers, in the same call and on the same data."""

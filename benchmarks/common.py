@@ -1,0 +1,271 @@
+"""What the measurements share: data, the work that counts, subprocesses, environments of peers, and tables.
+
+Only numpy and the standard library at the top: this file is also imported in the environments of the peers.
+"""
+
+import argparse
+import importlib.metadata
+import json
+import os
+import platform
+import shlex
+import subprocess
+import sys
+import time
+import venv
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass
+from datetime import date
+from pathlib import Path
+from typing import Any, Self
+
+import numpy as np
+
+SYNTHETIC_SHORT = "synthetic-short"
+_ROOT = Path(__file__).parent.parent
+
+
+@dataclass(frozen=True)
+class Workload:
+    """One measurement of one implementation, as it is handed to its process."""
+
+    data: str
+    """File of `Histories.save`."""
+    task: str = "training"
+    hidden: int = 64
+    max_len: int = 200
+    num_layers: int = 2
+    dropout: float = 0.2
+    mask_prob: float = 0.2
+    batch_size: int = 64
+    """Users an optimiser step, or scored at once."""
+    loader_workers: int = 0
+    """Processes of a peer's DataLoader."""
+    seconds: float = 10.0
+    """Shortest time that is measured, after the warm-up."""
+    threads: int = 1
+    seed: int = 42
+    topk: int = 10
+
+    @property
+    def num_heads(self) -> int:
+        return 2 if self.hidden < 256 else 4
+
+    @classmethod
+    def from_command_line(cls) -> Self:
+        """Of a process that `run` started."""
+        return cls(**json.loads(sys.argv[1]))
+
+
+@dataclass(frozen=True)
+class Histories:
+    """What every implementation reads: user n has items[offsets[n]:offsets[n+1]], from 1, in order of time."""
+
+    items: np.ndarray
+    """[T] int32, the most frequent item is 1."""
+    offsets: np.ndarray
+    """[N+1] int64."""
+    user_ids: np.ndarray
+    """[N] original ids."""
+    item_ids: np.ndarray
+    """[V] original ids; item i has item_ids[i-1]."""
+
+    def save(self, path: str) -> None:
+        """Write one .npz file."""
+        np.savez(path, **{name: np.asarray(array) for name, array in vars(self).items()})
+
+    @classmethod
+    def load(cls, path: str) -> Self:
+        """Read what `save` wrote."""
+        with np.load(path) as arrays:
+            return cls(**arrays)
+
+    @property
+    def lengths(self) -> np.ndarray:
+        """[N] items a user."""
+        return np.diff(self.offsets)
+
+    def __str__(self) -> str:
+        return f"{len(self.lengths):,} users, {len(self.item_ids):,} items, {len(self.items):,} interactions"
+
+
+def read_histories(data: str, seed: int) -> Histories:
+    """A directory with train_ratings.csv (`user,item[,time]`; file order without a time), or "synthetic-short"."""
+    if data == SYNTHETIC_SHORT:
+        return synthetic_histories(40_000, 54_000, 9, seed)
+    import pandas as pd
+
+    ratings = pd.read_csv(os.path.join(data, "train_ratings.csv"))
+    by_time = ["time"] if "time" in ratings else []
+    ratings = ratings.sort_values(["user", *by_time], kind="stable")
+    items, item_ids = pd.factorize(ratings["item"])
+    return _histories(ratings["user"].to_numpy(), items, np.asarray(item_ids))
+
+
+def synthetic_histories(num_users: int, num_items: int, mean_length: int, seed: int) -> Histories:
+    """Items of falling (Zipf) frequency; lengths from 2, exponential above it."""
+    random = np.random.default_rng(seed)
+    lengths = 2 + random.exponential(mean_length - 1.5, num_users).astype(np.int64)
+    weight = 1 / np.arange(1, num_items + 1)
+    cumulative = np.cumsum(weight / weight.sum())
+    items = np.searchsorted(cumulative, random.random(lengths.sum())).clip(max=num_items - 1)
+    return _histories(np.repeat(np.arange(1, num_users + 1), lengths), items, np.arange(1, num_items + 1))
+
+
+def _histories(users: np.ndarray, items: np.ndarray, item_ids: np.ndarray) -> Histories:
+    """From rows sorted by user, and items as indices into `item_ids`."""
+    counts = np.bincount(items, minlength=len(item_ids))
+    order = np.argsort(-counts, kind="stable")
+    token = np.empty(len(order), np.int32)
+    token[order] = np.arange(1, len(order) + 1)
+    starts = np.flatnonzero(np.append(True, users[1:] != users[:-1]))
+    return Histories(token[items], np.append(starts, len(users)), users[starts], item_ids[order])
+
+
+def training_flops(workload: Workload, tokens: float, squares: float, num_items: int) -> float:
+    """Floating-point operations that the loss and its gradients need, for any implementation of the model.
+
+    A multiply-add counts as 2 operations, the backward pass as twice the forward pass. With D hidden units, V items,
+    n tokens of a user and m = mask_prob * n targets, the multiply-adds of the forward pass are
+        each block but the last: 12 D^2 n (linear layers) + 2 D n^2 (attention)
+        the last block:           2 D^2 n (keys and values) + 10 D^2 m + 2 D n m
+        output layer:             D^2 m + D V m.
+    Padding, states and logits that no target needs, embeddings, norms and activations count nothing.
+
+    Parameters
+    ----------
+    tokens, squares
+        Sum of n, and of n^2, over the users.
+    """
+    width, share = workload.hidden, workload.mask_prob
+    inner = 12 * width**2 * tokens + 2 * width * squares
+    last = (2 + 10 * share) * width**2 * tokens + 2 * share * width * squares
+    output = share * (width**2 + width * num_items) * tokens
+    return 6 * ((workload.num_layers - 1) * inner + last + output)
+
+
+def scoring_flops(workload: Workload, lengths: np.ndarray, num_items: int) -> float:
+    """Floating-point operations of scoring all items once for each user; see `training_flops`."""
+    read = np.minimum(lengths + 1, workload.max_len).astype(float)  # with [MASK] behind the items
+    width = workload.hidden
+    inner = 12 * width**2 * read + 2 * width * read**2
+    last = 2 * width**2 * read + 10 * width**2 + 2 * width * read
+    return float(2 * ((workload.num_layers - 1) * inner + last + width**2 + width * num_items).sum())
+
+
+class Meter:
+    """Counts what a training does from the end of its warm-up until its time is up."""
+
+    def __init__(self, seconds: float, warmup_steps: int = 3) -> None:
+        self.seconds = seconds
+        self.warmup_steps = warmup_steps
+        self.began = time.perf_counter()
+        self.counts = {"steps": 0, "users": 0, "tokens": 0, "squares": 0}
+
+    def add(self, lengths: Any) -> bool:  # noqa: ANN401 - a tensor or an array
+        """Count an optimiser step over users with so many real tokens each; whether the time is up."""
+        self.warmup_steps -= 1
+        if self.warmup_steps >= 0:
+            self.began = time.perf_counter()
+            return False
+        step = {"steps": 1, "users": len(lengths), "tokens": int(lengths.sum()), "squares": int((lengths**2).sum())}
+        self.counts = {name: count + step[name] for name, count in self.counts.items()}
+        return time.perf_counter() - self.began >= self.seconds
+
+    def result(self) -> dict[str, float]:
+        """Counts, and seconds that they took until now."""
+        return {**self.counts, "seconds": time.perf_counter() - self.began}
+
+
+def peak_memory() -> int:
+    """Bytes that this process held at most (VmHWM: ru_maxrss would begin with the parent's)."""
+    for line in Path("/proc/self/status").read_text().splitlines():
+        if line.startswith("VmHWM:"):
+            return int(line.split()[1]) * 1024
+    raise RuntimeError("no VmHWM in /proc/self/status; peak memory needs Linux")
+
+
+def report(**result: float) -> None:
+    """Hand the result, and this process's peak memory, to `run`."""
+    print(json.dumps({**result, "memory": peak_memory()}), flush=True)
+
+
+def run(module: str, workload: Workload, python: str = sys.executable) -> dict[str, float]:
+    """The result of `module` in a process of its own, with the workload's number of threads."""
+    threads = {name: str(workload.threads) for name in ("OMP_NUM_THREADS", "MKL_NUM_THREADS")}
+    done = subprocess.run(
+        [python, "-W", "ignore", "-m", module, json.dumps(asdict(workload))],
+        cwd=_ROOT,
+        env={**os.environ, **threads},
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+    )
+    if done.returncode:
+        sys.exit(f"{module} failed:\n{done.stderr[-4000:]}")
+    result: dict[str, float] = json.loads(done.stdout.splitlines()[-1])
+    return result
+
+
+def environment(name: str, requirements: Sequence[str]) -> str:
+    """Python of a virtual environment with `requirements`, made on the first call and kept in the user's cache."""
+    cache = Path(os.environ.get("XDG_CACHE_HOME", Path.home() / ".cache"))
+    home = cache / "bert4rec-benchmarks" / name
+    python, complete = home / "bin" / "python", home / "requirements.txt"
+    wanted = "\n".join(requirements)
+    if not complete.exists() or complete.read_text() != wanted:
+        print(f"making the environment {home}", file=sys.stderr)
+        venv.create(home, clear=True, with_pip=True)
+        subprocess.run([python, "-m", "pip", "install", "--quiet", *requirements], check=True, stdout=sys.stderr)
+        complete.write_text(wanted)
+    return str(python)
+
+
+def torch_requirement() -> str:
+    """The torch that runs here, for a fair comparison."""
+    return f"torch=={importlib.metadata.version('torch').partition('+')[0]}"
+
+
+def machine() -> str:
+    """CPU, cores and versions, in a line."""
+    names = [line.partition(":")[2].strip() for line in Path("/proc/cpuinfo").read_text().splitlines() if "model name" in line]
+    versions = ", ".join(f"{name} {importlib.metadata.version(name)}" for name in ("torch", "ray", "numpy"))
+    cpu = names[0] if names else platform.machine()
+    memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / 2**30
+    return f"{cpu}, {available_cores()} cores, {memory:.0f} GiB; Python {platform.python_version()}, {versions}"
+
+
+def available_cores() -> int:
+    """Cores that this process may use."""
+    return len(os.sched_getaffinity(0))
+
+
+def median(results: Sequence[Mapping[str, float]], name: str) -> float:
+    """Median of one figure over the repeats."""
+    return float(np.median([result[name] for result in results]))
+
+
+def markdown(rows: Sequence[Mapping[str, str]]) -> str:
+    """A table of rows with the same columns."""
+    lines = [list(rows[0]), ["---"] * len(rows[0]), *(list(row.values()) for row in rows)]
+    return "\n".join(f"| {' | '.join(line)} |" for line in lines)
+
+
+def options(description: str) -> argparse.ArgumentParser:
+    """A parser with the options of all measurements."""
+    parser = argparse.ArgumentParser(description=description, formatter_class=argparse.ArgumentDefaultsHelpFormatter)
+    parser.add_argument("--threads", type=int, default=available_cores(), help="of every implementation")
+    parser.add_argument("--seed", type=int, default=42)
+    parser.add_argument("--output", help="Markdown file that the result is appended to, such as docs/results/training.md")
+    return parser
+
+
+def publish(module: str, notes: Sequence[str], rows: Sequence[Mapping[str, str]], output: str | None) -> None:
+    """Print the result and, with `output`, append it there with what it takes to repeat it."""
+    command = f"python -m {module} {shlex.join(sys.argv[1:])}".rstrip()
+    text = "\n".join([f"## {date.today()}: `{command}`", "", machine(), "", *notes, "", markdown(rows), ""])
+    print(text)
+    if output:
+        Path(output).parent.mkdir(parents=True, exist_ok=True)
+        with open(output, "a") as file:
+            file.write(text + "\n")

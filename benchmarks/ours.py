@@ -1,0 +1,104 @@
+"""Our side of a measurement, without Ray: `python -m benchmarks.ours WORKLOAD`."""
+
+import time
+
+import numpy as np
+import torch
+
+from benchmarks.common import Histories, Meter, Workload, peak_memory, report
+from bert4rec.batches import Windows, iter_steps, training_windows
+from bert4rec.config import DataConfig, ModelConfig, TrainingConfig
+from bert4rec.model import BERT4Rec
+from bert4rec.scoring import Exclusions, score_next, top_k
+from bert4rec.train import PASS_TOKENS, make_optimizer, train_step
+
+
+def windows_of(histories: Histories) -> Windows:
+    offsets = torch.from_numpy(histories.offsets)
+    return Windows(torch.from_numpy(histories.items), offsets[:-1], offsets[1:])
+
+
+def model_config(workload: Workload) -> ModelConfig:
+    return ModelConfig(
+        hidden_units=workload.hidden,
+        num_heads=workload.num_heads,
+        num_layers=workload.num_layers,
+        max_len=workload.max_len,
+        dropout_rate=workload.dropout,
+        random_mask_prob=workload.mask_prob,
+        last_item_mask_ratio=0.0,
+    )
+
+
+def train(workload: Workload, histories: Histories) -> dict[str, float]:
+    """The loop of a training worker, over as many epochs as the time takes."""
+    data = DataConfig(batch_size=workload.batch_size, use_full_data=True, min_interactions=2, seed=workload.seed)
+    training = TrainingConfig()
+    num_items = len(histories.item_ids)
+    windows = training_windows(windows_of(histories), data)
+    model = BERT4Rec(model_config(workload), num_items).train()
+    optimizer = make_optimizer(model, training)
+    scaler = torch.amp.GradScaler("cpu", enabled=False)  # type: ignore[attr-defined]
+    cpu = torch.device("cpu")
+    meter, epoch, waited, is_over = Meter(workload.seconds), 0, 0.0, False
+    while not is_over:
+        steps = iter_steps(windows, data, model.config, num_items, epoch, 0, 1, PASS_TOKENS["cpu"], cpu)
+        epoch += 1
+        while not is_over:
+            began = time.perf_counter()
+            step = next(steps, None)
+            waited += time.perf_counter() - began
+            if step is None:
+                break
+            train_step(model, step, optimizer, scaler, training)
+            if meter.warmup_steps > 0:
+                waited = 0.0
+            is_over = meter.add(torch.cat([(batch.tokens > 0).sum(1) for batch in step.batches]))
+    return {**meter.result(), "input_seconds": waited}
+
+
+def recommend(workload: Workload, histories: Histories) -> dict[str, float]:
+    """From histories to arrays of original ids, for all users."""
+    loaded = peak_memory()
+    model = BERT4Rec(model_config(workload), len(histories.item_ids)).eval()
+    began = time.perf_counter()
+    windows = windows_of(histories)
+    columns: list[tuple[np.ndarray, np.ndarray, np.ndarray]] = []
+    for users in torch.split(torch.arange(len(windows)), workload.batch_size):
+        seen = windows.users(users)
+        scores = score_next(model, seen)
+        values, items = top_k(scores, Exclusions.of(seen), len(users), model.num_items, workload.topk)
+        found = torch.isfinite(values)
+        row = torch.nonzero(found)[:, 0]
+        columns.append(
+            (histories.user_ids[users[row].numpy()], histories.item_ids[items[found].numpy()], values[found].numpy())
+        )
+    rows = [np.concatenate(column) for column in zip(*columns, strict=True)]
+    seconds = time.perf_counter() - began
+    return {"seconds": seconds, "users": len(windows), "rows": len(rows[0]), "memory_before": loaded}
+
+
+def matrix_peak(seconds: float) -> dict[str, float]:
+    """FLOP/s of the best of square float32 products, 1024 to 4096 wide."""
+    best = 0.0
+    for width in (1024, 2048, 4096):
+        a, b, out = torch.randn(width, width), torch.randn(width, width), torch.empty(width, width)
+        end = time.perf_counter() + seconds / 3
+        while (began := time.perf_counter()) < end:
+            torch.mm(a, b, out=out)
+            best = max(best, 2 * width**3 / (time.perf_counter() - began))
+    return {"flops": best}
+
+
+def main() -> None:
+    workload = Workload.from_command_line()
+    torch.set_num_threads(workload.threads)
+    torch.manual_seed(workload.seed)
+    if workload.task == "peak":
+        report(**matrix_peak(workload.seconds))
+    else:
+        report(**{"training": train, "recommend": recommend}[workload.task](workload, Histories.load(workload.data)))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,114 @@
+"""Training speed, ours and the peers', in turn on the same data: `python -m benchmarks.training`."""
+
+import os
+import tempfile
+from dataclasses import replace
+
+from benchmarks.common import (
+    SYNTHETIC_SHORT,
+    Workload,
+    environment,
+    median,
+    options,
+    publish,
+    read_histories,
+    run,
+    torch_requirement,
+    training_flops,
+)
+
+PEERS = ("rectools", "plain", "recbole")
+
+
+def main() -> None:
+    parser = options("Training speed of ours and of the peers.")
+    parser.add_argument("--data", default="data/ml-100k", help=f"directory with train_ratings.csv, or {SYNTHETIC_SHORT}")
+    parser.add_argument("--hidden", type=int, nargs="+", default=[64, 256])
+    parser.add_argument("--batch-size", type=int, nargs="+", default=[64], help="users an optimiser step, of all")
+    parser.add_argument("--max-len", type=int, help=f"default: 200, and 50 for {SYNTHETIC_SHORT}")
+    parser.add_argument("--repeats", type=int, default=3, help="rounds in which each implementation has its turn")
+    parser.add_argument("--seconds", type=float, default=10, help="measured in each turn, after the warm-up")
+    parser.add_argument("--peers", default="rectools,plain", help=f"of {','.join(PEERS)}")
+    args = parser.parse_args()
+    peers = [name for name in args.peers.split(",") if name]
+    if unknown := set(peers) - set(PEERS):
+        parser.error(f"unknown peers {', '.join(sorted(unknown))}; expected some of {', '.join(PEERS)}")
+
+    histories = read_histories(args.data, args.seed)
+    max_len = args.max_len or (50 if args.data == SYNTHETIC_SHORT else 200)
+    real = histories.lengths.clip(max=max_len)
+    contenders = _contenders(peers)
+    rows = []
+    with tempfile.TemporaryDirectory() as directory:
+        path = os.path.join(directory, "histories.npz")
+        histories.save(path)
+        for hidden in args.hidden:
+            for batch_size in args.batch_size:
+                workload = Workload(
+                    data=path,
+                    hidden=hidden,
+                    max_len=max_len,
+                    batch_size=batch_size,
+                    seconds=args.seconds,
+                    threads=args.threads,
+                    seed=args.seed,
+                )
+                rows += _measure(workload, contenders, args.repeats, len(histories.item_ids))
+    notes = [
+        f"Data: {args.data}, {histories}; {1 - real.mean() / max_len:.0%} padding at max_len {max_len}. "
+        f"2 layers, mask 0.2, dropout 0.2, float32, {args.threads} threads; seed {args.seed}; medians of "
+        f"{args.repeats} turns of at least {args.seconds:g} s, in turn. Tokens are real ones; useful FLOP: "
+        "`training_flops` in benchmarks/common.py; peak: best square float32 product in the same call; memory: of the "
+        "whole process, its libraries included; input: share of the time in which training waits for its next step.",
+    ]
+    publish("benchmarks.training", notes, rows, args.output)
+
+
+def _contenders(peers: list[str]) -> list[tuple[str, str, str | None, int]]:
+    """Name, module, Python, and loader processes of each."""
+    found: list[tuple[str, str, str | None, int]] = [("ours", "benchmarks.ours", None, 0)]
+    if "plain" in peers:
+        found += [(f"plain, {n} loader processes", "benchmarks.plain", None, n) for n in (0, 2)]
+    if "rectools" in peers:
+        python = environment("rectools-0.19", ["rectools[torch]==0.19.*", torch_requirement()])
+        found += [("RecTools 0.19", "benchmarks.rectools_peer", python, 0)]
+    if "recbole" in peers:
+        python = environment(
+            "recbole-1.2.1", ["recbole==1.2.1", torch_requirement(), "numpy<2", "pandas<2.3", "scipy<1.14", "setuptools<81"]
+        )
+        found += [("RecBole 1.2.1", "benchmarks.recbole_peer", python, 0)]
+    return found
+
+
+def _measure(
+    workload: Workload, contenders: list[tuple[str, str, str | None, int]], repeats: int, num_items: int
+) -> list[dict[str, str]]:
+    results: dict[str, list[dict[str, float]]] = {name: [] for name, *_ in contenders}
+    peak = 0.0
+    for _ in range(repeats):
+        peak = max(peak, run("benchmarks.ours", replace(workload, task="peak", seconds=3))["flops"])
+        for name, module, python, loader_workers in contenders:
+            ran = run(module, replace(workload, loader_workers=loader_workers), *([python] if python else []))
+            flops = training_flops(workload, ran["tokens"], ran["squares"], num_items)
+            ran |= {f"{key}_rate": ran[key] / ran["seconds"] for key in ("tokens", "users")}
+            results[name].append({**ran, "flops_rate": flops / ran["seconds"]})
+    own = median(results["ours"], "tokens_rate")
+    return [
+        {
+            "hidden": str(workload.hidden),
+            "users a step": str(workload.batch_size),
+            "implementation": name,
+            "tokens/s": f"{median(ran, 'tokens_rate'):,.0f}",
+            "users/s": f"{median(ran, 'users_rate'):,.0f}",
+            "useful GFLOP/s": f"{median(ran, 'flops_rate') / 1e9:.1f}",
+            f"of peak": f"{median(ran, 'flops_rate') / peak:.1%} of {peak / 1e9:.0f}",
+            "memory, MiB": f"{median(ran, 'memory') / 2**20:,.0f}",
+            "input": f"{median(ran, 'input_seconds') / median(ran, 'seconds'):.1%}" if "input_seconds" in ran[0] else "",
+            "ours is": "" if name == "ours" else f"{own / median(ran, 'tokens_rate'):.1f}×",
+        }
+        for name, ran in results.items()
+    ]
+
+
+if __name__ == "__main__":
+    main()
