@@ -142,7 +142,9 @@ def weighted_items(windows: Windows, max_len: int, generator: torch.Generator) -
     return tokens
 
 
-def mask_items(tokens: Tensor, model: ModelConfig, num_items: int, generator: torch.Generator) -> tuple[Tensor, Tensor]:
+def mask_items(
+    tokens: Tensor, model: ModelConfig, num_items: int, generator: torch.Generator, num_new_items: int = 0
+) -> tuple[Tensor, Tensor]:
     """The masked-item task (Section 3.6; replacement as in BERT).
 
     Each item becomes a target with `random_mask_prob`: 80% are replaced by [MASK], 10% by a random item, 10% stay.
@@ -152,6 +154,8 @@ def mask_items(tokens: Tensor, model: ModelConfig, num_items: int, generator: to
     ----------
     tokens : Tensor
         [B, L] int64, padded on the left, at least one item a row.
+    num_new_items : int
+        Items, the last ones, that no random replacement may bring in, as they are not trained.
 
     Returns
     -------
@@ -163,7 +167,7 @@ def mask_items(tokens: Tensor, model: ModelConfig, num_items: int, generator: to
     mask_token = num_items + 1
     target = (torch.rand(tokens.shape, generator=generator) < model.random_mask_prob) & (tokens != PADDING)
     how = torch.rand(tokens.shape, generator=generator)
-    random_items = torch.randint(1, num_items + 1, tokens.shape, generator=generator)
+    random_items = torch.randint(1, num_items - num_new_items + 1, tokens.shape, generator=generator)
     masked = torch.where(target & (how < 0.8), mask_token, tokens)
     masked = torch.where(target & (how >= 0.9), random_items, masked)
     last = torch.rand(len(tokens), generator=generator) < model.last_item_mask_ratio
@@ -202,6 +206,7 @@ def iter_steps(
     world_size: int,
     max_tokens: int,
     device: torch.device,
+    num_new_items: int = 0,
 ) -> Iterator[Step]:
     """This worker's part of every step of an epoch.
 
@@ -222,7 +227,7 @@ def iter_steps(
             tokens = weighted_items(chosen, model.max_len, generator)
         else:
             tokens = last_items(chosen, model.max_len)
-        masked, labels = mask_items(tokens, model, num_items, generator)
+        masked, labels = mask_items(tokens, model, num_items, generator, num_new_items)
         lengths = (tokens != PADDING).sum(1)
         rows = torch.argsort(lengths, descending=True, stable=True)[rank::world_size]
         batches = [

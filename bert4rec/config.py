@@ -31,6 +31,9 @@ class DataConfig(_Group):
     sampling_strategy: Literal["recent", "weighted"] = "recent"
     """Of a history longer than max_len: the last max_len items, or max_len drawn anew each epoch without replacement,
     probability rising linearly with recency, order kept."""
+    include_new_items: bool = False
+    """Give items that have metadata but no interactions a place in the catalogue, so that they can be recommended;
+    needs model.output_features=fused."""
     holdout: Literal[1, 2] = 1
     """Last items of each user kept from training: 1 gives train / validation, 2 train / validation / test."""
     seed: int = Field(42, ge=0)
@@ -82,9 +85,11 @@ class ModelConfig(_Group):
     without interactions (data.include_new_items) can be ranked. Needs share_embeddings."""
 
     @model_validator(mode="after")
-    def _heads_divide_width(self) -> Self:
+    def _parts_fit_together(self) -> Self:
         if self.hidden_units % self.num_heads:
             raise ValueError(f"model.num_heads={self.num_heads} does not divide model.hidden_units={self.hidden_units}")
+        if self.output_features == "fused" and not self.share_embeddings:
+            raise ValueError("model.output_features=fused needs model.share_embeddings=true")
         return self
 
 
@@ -214,6 +219,15 @@ class Config(_Group):
             )
         return self
 
+    @model_validator(mode="after")
+    def _new_items_can_be_scored(self) -> Self:
+        if self.data.include_new_items and self.model.output_features != "fused":
+            raise ValueError(
+                "data.include_new_items=true needs model.output_features=fused: "
+                "an item without interactions has nothing but its metadata to be scored by"
+            )
+        return self
+
     @property
     def monitor(self) -> str:
         """The metric that chooses the best checkpoint; on the full data there is no validation, only train_loss."""
@@ -235,6 +249,8 @@ class Config(_Group):
     def prepared_path(self) -> str:
         """Directory of the prepared dataset: one for each input, shared by all runs on it."""
         source = {"data_dir": storage.absolute(self.data.data_dir), "data_file": self.data.data_file}
+        if self.data.include_new_items:
+            source["new_items"] = "included"
         name = f"{self.data_name}-{storage.fingerprint(source)[:8]}"
         return storage.join(storage.absolute(self.run.storage_path), "prepared", name)
 

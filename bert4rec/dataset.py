@@ -42,6 +42,9 @@ class Manifest(BaseModel):
     format_version: Literal[1] = 1
     num_users: int
     num_items: int
+    num_new_items: int = 0
+    """Items without interactions, the last tokens (data.include_new_items)."""
+    include_new_items: bool = False
     num_interactions: int
     """After the exact duplicates were dropped."""
     num_duplicates: int
@@ -59,8 +62,8 @@ class Manifest(BaseModel):
 
     @property
     def fingerprint(self) -> str:
-        """Of the input files, hence of the whole dataset."""
-        return storage.fingerprint([self.format_version, *(f.model_dump() for f in self.inputs)])
+        """Of the input files and the catalogue made of them, hence of the whole dataset."""
+        return storage.fingerprint([self.format_version, self.catalogue, *(f.model_dump() for f in self.inputs)])
 
 
 @dataclass(frozen=True)

@@ -87,6 +87,16 @@ def item_table(
     return pa.table(columns), vocabularies, notes
 
 
+def new_items(ids: pa.Array, metadata: dict[str, pa.Table]) -> pa.Array:
+    """Ascending ids that have metadata but are not among `ids`, as far as they are of the same type."""
+    named = pa.concat_arrays([pa.array([], pa.string()), *(t["item"].combine_chunks() for t in metadata.values())])
+    unknown = named.unique()
+    unknown = unknown.filter(pc.is_null(pc.index_in(unknown, ids.cast(pa.string()))))
+    if pa.types.is_integer(ids.type):
+        unknown = unknown.filter(pc.match_substring_regex(unknown, r"^(0|-?[1-9]\d{0,17})$")).cast(pa.int64())
+    return ascending(unknown)
+
+
 def _lists(row: np.ndarray, value: np.ndarray, num_rows: int) -> pa.Array:
     """[num_rows] lists of each row's values, in order and without repetitions."""
     _, first = np.unique(np.stack([row, value]), axis=1, return_index=True)

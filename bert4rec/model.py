@@ -83,11 +83,21 @@ class BERT4Rec(nn.Module):
         num_items: int,
         catalogue: str = "",
         metadata: Metadata | dict[str, list[int]] | None = None,
+        num_new_items: int = 0,
     ) -> None:
-        """`metadata` is the tables, or their shape alone where they are loaded afterwards; none by default."""
+        """The network for a catalogue.
+
+        Parameters
+        ----------
+        metadata : Metadata or dict
+            The tables, or their shape alone where they are loaded afterwards.
+        num_new_items : int
+            Items, the last of the catalogue, without interactions: their id embedding is zero and stays so.
+        """
         super().__init__()
         self.config = config
         self.num_items = num_items
+        self.num_new_items = num_new_items
         self.catalogue = catalogue
         self.metadata_shape = metadata.shape if isinstance(metadata, Metadata) else metadata or {}
         width = config.hidden_units
@@ -99,12 +109,15 @@ class BERT4Rec(nn.Module):
         self.embedding_norm = nn.LayerNorm(width)
         self.blocks = nn.ModuleList(Block(config) for _ in range(config.num_layers))
         self.output_transform = nn.Linear(width, width)
+        self._fused: Tensor | None = None  # kept between calls while the weights do not change
         self.output_bias = nn.Parameter(torch.zeros(num_items))
         if not config.share_embeddings:
             self.output_embedding = nn.Parameter(torch.empty(num_items, width))
         self.apply(_initialise)
         if not config.share_embeddings:
             nn.init.normal_(self.output_embedding, std=0.02)
+        with torch.no_grad():
+            self.items.embedding.weight[num_items + 1 - num_new_items : num_items + 1] = 0
 
     def encode(self, tokens: Tensor, query: Tensor, wanted: Tensor) -> Tensor:
         """Final hidden states at the queried positions.
@@ -137,17 +150,26 @@ class BERT4Rec(nn.Module):
         """[N, D] -> [N, D]: the dense layer with GELU of equation 7; its product with `output_weights` gives logits."""
         return F.gelu(self.output_transform(hidden))
 
+    def train(self, mode: bool = True) -> Self:
+        """As in torch; the output vectors are computed anew afterwards."""
+        self._fused = None
+        return super().train(mode)
+
     def output_weights(self) -> tuple[Tensor, Tensor]:
         """Weights [V, D] and bias [V] of the output layer; special tokens have none and are never predicted."""
         if self.config.output_features == "fused":
-            return self.items(torch.arange(1, self.num_items + 1, device=self.output_bias.device)), self.output_bias
+            if self._fused is None or self.training:
+                self._fused = self.items(torch.arange(1, self.num_items + 1, device=self.output_bias.device))
+            return self._fused, self.output_bias
         weights = self.items.embedding.weight[1:-1] if self.config.share_embeddings else self.output_embedding
         return weights, self.output_bias
 
     def forward(self, tokens: Tensor, query: Tensor, labels: Tensor) -> Tensor:
         """Sum of the cross-entropy over all targets (labels [B, M], 0 for none); see `encode` for the others."""
         wanted = labels != PADDING
-        logits = F.linear(self.project(self.encode(tokens, query, wanted)), *self.output_weights())  # (N, V)
+        weights, bias = self.output_weights()
+        known = self.num_items - self.num_new_items  # an item that is never a target would only learn to be avoided
+        logits = F.linear(self.project(self.encode(tokens, query, wanted)), weights[:known], bias[:known])  # (N, V)
         return F.cross_entropy(logits.float(), labels[wanted] - 1, reduction="sum")
 
     def save_pretrained(self, directory: str) -> None:
@@ -158,6 +180,7 @@ class BERT4Rec(nn.Module):
         content: dict[str, Any] = {
             "architecture": "BERT4Rec",
             "num_items": self.num_items,
+            "num_new_items": self.num_new_items,
             "catalogue": self.catalogue,
             "model": self.config.model_dump(),
             "metadata": self.metadata_shape,

@@ -25,7 +25,7 @@ from bert4rec import inputs, interactions, storage
 from bert4rec.config import DataConfig
 from bert4rec.dataset import InputFile, Manifest, PreparedDataset
 from bert4rec.interactions import Chunk, ChunkSummary
-from bert4rec.metadata import ascending, item_table, read_metadata
+from bert4rec.metadata import ascending, item_table, new_items, read_metadata
 from bert4rec.storage import InputError
 
 CHUNK_BYTES = 32 << 20
@@ -72,7 +72,7 @@ def prepare(data: DataConfig, path: str, report: Callable[[str], None] = lambda 
     scans = _scan(data_dir, names)
     identities = [identity for identity, _ in scans]
     identities += [inputs.hash_file(data_dir, name) for name in metadata_names.values()]
-    if (present := _up_to_date(path, identities)) is not None:
+    if (present := _up_to_date(path, identities, data)) is not None:
         report("up to date: the input files have not changed")
         return present
     storage.check_writable(path)
@@ -89,7 +89,11 @@ def prepare(data: DataConfig, path: str, report: Callable[[str], None] = lambda 
     order = np.argsort(-counts, kind="stable")  # falling count, then ascending id
     token_of_code = np.empty(len(order), np.int32)
     token_of_code[order] = np.arange(1, len(order) + 1)
-    items, vocabularies, notes = item_table(summary.item_ids.take(pa.array(order)), counts[order], metadata)
+    ids, item_counts = summary.item_ids.take(pa.array(order)), counts[order]
+    if data.include_new_items:
+        new = new_items(ids, metadata)
+        ids, item_counts = pa.concat_arrays([ids, new]), np.append(item_counts, np.zeros(len(new), np.int64))
+    items, vocabularies, notes = item_table(ids, item_counts, metadata)
     if not has_time:
         notes.append("no column time: the order of rows is the order of interactions, and no interaction has a year")
     num_interactions = int(counts.sum())
@@ -103,6 +107,8 @@ def prepare(data: DataConfig, path: str, report: Callable[[str], None] = lambda 
     manifest = Manifest(
         num_users=num_users,
         num_items=len(items),
+        num_new_items=len(items) - len(summary.item_ids),
+        include_new_items=data.include_new_items,
         num_interactions=num_interactions,
         num_duplicates=num_duplicates,
         has_time=has_time,
@@ -139,12 +145,13 @@ def _scan(data_dir: str, names: list[str]) -> list[tuple[InputFile, list[Chunk]]
     return list(_collect(interactions.scan_interactions, [(data_dir, name, chunk_bytes) for name in names]))
 
 
-def _up_to_date(path: str, identities: list[InputFile]) -> Manifest | None:
+def _up_to_date(path: str, identities: list[InputFile], data: DataConfig) -> Manifest | None:
     try:
         manifest = PreparedDataset(path).manifest
     except InputError:
         return None
-    return manifest if manifest.inputs == identities else None
+    same = manifest.inputs == identities and manifest.include_new_items == data.include_new_items
+    return manifest if same else None
 
 
 def _has_time(chunks: list[Chunk]) -> bool:

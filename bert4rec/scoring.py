@@ -111,7 +111,7 @@ def next_item_states(model: BERT4Rec, histories: Windows) -> Tensor:
 def score_next(model: BERT4Rec, histories: Windows) -> Scorer:
     """Scores of all items as the next one of each history."""
     states = next_item_states(model, histories)
-    weights, bias = model.output_weights()
+    weights, bias = (tensor.detach() for tensor in model.output_weights())
     return lambda low, high: F.linear(states, weights[low:high], bias[low:high])
 
 

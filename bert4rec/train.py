@@ -227,12 +227,14 @@ def _run_epochs(config: Config, dataset: PreparedDataset, reporter: Reporter) ->
     rank, world_size = context.get_world_rank(), context.get_world_size()
     device = ray.train.torch.get_device()
     torch.manual_seed(config.data.seed)
-    model = BERT4Rec(config.model, dataset.num_items, dataset.manifest.catalogue, _metadata(config, dataset))
+    manifest = dataset.manifest
+    metadata = _metadata(config, dataset)
+    model = BERT4Rec(config.model, manifest.num_items, manifest.catalogue, metadata, manifest.num_new_items)
     sequences = Windows.from_sequences(dataset.sequences())
     windows = training_windows(sequences, config.data)
     if len(windows) == 0:
         raise InputError(
-            f"{dataset.path}: none of {dataset.manifest.num_users} users has data.min_interactions="
+            f"{dataset.path}: none of {manifest.num_users} users has data.min_interactions="
             f"{config.data.min_interactions} interactions; nothing to train on"
         )
 
@@ -272,6 +274,7 @@ def _run_epochs(config: Config, dataset: PreparedDataset, reporter: Reporter) ->
             world_size,
             PASS_TOKENS[device.type],
             device,
+            manifest.num_new_items,
         )
         for step_index, step in enumerate(steps):
             for group in optimizer.param_groups:

@@ -12,8 +12,12 @@ def train_model(config: Config) -> TrainResult:
     best = result.best_metrics
     print(
         f"trained {int(result.history[-1]['epoch'])} epochs in {duration(result.seconds)}; best epoch "
-        f"{int(best['epoch'])}: {config.monitor} {best[config.monitor]:.4f}\nbest model: {result.best_checkpoint}"
+        f"{int(best['epoch'])}: {config.monitor} {best[config.monitor]:.4f}"
     )
+    gates = {name.removeprefix("val_gate/"): value for name, value in best.items() if name.startswith("val_gate/")}
+    if gates:
+        print("mean gates: " + ", ".join(f"{name} {value:.2f}" for name, value in gates.items()))
+    print(f"best model: {result.best_checkpoint}\ncurves: tensorboard --logdir {result.run_path}")
     return result
 
 

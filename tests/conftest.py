@@ -8,6 +8,9 @@ os.environ.setdefault("RAY_TRAIN_HEALTH_CHECK_INTERVAL_S", "0.2")
 
 import pytest
 import ray
+import torch
+
+torch.set_num_threads(1)  # the tensors are tiny
 
 
 @pytest.fixture(scope="session")

@@ -1,0 +1,30 @@
+"""Titles and genres -> embeddings by item: `python -m jobs.embed [--config FILE] [group.key=value ...]`."""
+
+from bert4rec.cli import run_job
+from bert4rec.config import Config, DataConfig
+from bert4rec.embed import EmbedResult, embed_titles, find_model, read_texts
+from bert4rec.movielens import ensure_ml_100k
+from bert4rec.progress import duration
+
+SHOWN_TEXTS = 5
+
+
+def embed_items(config: Config) -> EmbedResult:
+    """Embed the config's titles and say what came of it."""
+    model = find_model(config.embedding)  # a model that cannot be had is told before anything is fetched or read
+    if config.data.data_dir == DataConfig.model_fields["data_dir"].default:
+        ensure_ml_100k(config.data.data_dir)
+    texts = read_texts(config.data.data_dir, config.embedding.with_genres)
+    print("texts, such as:\n" + "\n".join(f"    {text}" for text in texts["text"][:SHOWN_TEXTS].to_pylist()))
+    result = embed_titles(config, texts)
+    without_genres = texts["genres"].null_count
+    print(
+        f"{config.embedding.method}{f' {model}' if model else ''}: {result.num_items:,} items, width {result.width}; "
+        f"{result.num_items - without_genres:,} with genres, {without_genres:,} without; "
+        f"{result.num_new:,} newly embedded in {duration(result.seconds)}\nembeddings: {result.path}"
+    )
+    return result
+
+
+if __name__ == "__main__":
+    run_job("Embed the titles of all items.", embed_items)
