@@ -72,7 +72,7 @@ class Histories:
 
     def save(self, path: str) -> None:
         """Write one .npz file."""
-        np.savez(path, **{name: np.asarray(array) for name, array in vars(self).items()})
+        np.savez(path, items=self.items, offsets=self.offsets, user_ids=self.user_ids, item_ids=self.item_ids)
 
     @classmethod
     def load(cls, path: str) -> Self:
@@ -190,15 +190,14 @@ def report(**result: float) -> None:
     print(json.dumps({**result, "memory": peak_memory()}), flush=True)
 
 
-def run(module: str, workload: Workload, python: str = sys.executable) -> dict[str, float]:
-    """The result of `module` in a process of its own, with the workload's number of threads."""
+def run(module: str, workload: Workload, python: str = "") -> dict[str, float]:
+    """The result of `module` in a process of its own, of another `python` if named, with the workload's threads."""
     threads = {name: str(workload.threads) for name in ("OMP_NUM_THREADS", "MKL_NUM_THREADS")}
     done = subprocess.run(
-        [python, "-W", "ignore", "-m", module, json.dumps(asdict(workload))],
+        [python or sys.executable, "-W", "ignore", "-m", module, json.dumps(asdict(workload))],
         cwd=_ROOT,
         env={**os.environ, **threads},
-        stdout=subprocess.PIPE,
-        stderr=subprocess.PIPE,
+        capture_output=True,
         text=True,
     )
     if done.returncode:
@@ -221,14 +220,26 @@ def environment(name: str, requirements: Sequence[str]) -> str:
     return str(python)
 
 
-def torch_requirement() -> str:
-    """The torch that runs here, for a fair comparison."""
+def rectools_environment() -> str:
+    """Python with RecTools 0.19, which wants an older numpy and pandas."""
+    return environment("rectools-0.19", ["rectools[torch]==0.19.*", _same_torch()])
+
+
+def recbole_environment() -> str:
+    """Python with RecBole 1.2.1, which imports pkg_resources and calls what numpy 2 and pandas 2.3 no longer have."""
+    return environment(
+        "recbole-1.2.1", ["recbole==1.2.1", _same_torch(), "numpy<2", "pandas<2.3", "scipy<1.14", "setuptools<81"]
+    )
+
+
+def _same_torch() -> str:
     return f"torch=={importlib.metadata.version('torch').partition('+')[0]}"
 
 
 def machine() -> str:
     """CPU, cores and versions, in a line."""
-    names = [line.partition(":")[2].strip() for line in Path("/proc/cpuinfo").read_text().splitlines() if "model name" in line]
+    lines = Path("/proc/cpuinfo").read_text().splitlines()
+    names = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
     versions = ", ".join(f"{name} {importlib.metadata.version(name)}" for name in ("torch", "ray", "numpy"))
     cpu = names[0] if names else platform.machine()
     memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / 2**30
@@ -256,7 +267,7 @@ def options(description: str) -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(description=description, formatter_class=argparse.ArgumentDefaultsHelpFormatter)
     parser.add_argument("--threads", type=int, default=available_cores(), help="of every implementation")
     parser.add_argument("--seed", type=int, default=42)
-    parser.add_argument("--output", help="Markdown file that the result is appended to, such as docs/results/training.md")
+    parser.add_argument("--output", help="Markdown file that the result is appended to")
     return parser
 
 

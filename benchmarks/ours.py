@@ -5,7 +5,7 @@ import time
 import numpy as np
 import torch
 
-from benchmarks.common import Histories, Meter, Workload, peak_memory, report
+from benchmarks.common import Histories, Meter, Workload, report
 from bert4rec.batches import Windows, iter_steps, training_windows
 from bert4rec.config import DataConfig, ModelConfig, TrainingConfig
 from bert4rec.model import BERT4Rec
@@ -54,12 +54,12 @@ def train(workload: Workload, histories: Histories) -> dict[str, float]:
             if meter.warmup_steps > 0:
                 waited = 0.0
             is_over = meter.add(torch.cat([(batch.tokens > 0).sum(1) for batch in step.batches]))
-    return {**meter.result(), "input_seconds": waited}
+    result = meter.result()
+    return {**result, "input_share": waited / result["seconds"]}
 
 
 def recommend(workload: Workload, histories: Histories) -> dict[str, float]:
     """From histories to arrays of original ids, for all users."""
-    loaded = peak_memory()
     model = BERT4Rec(model_config(workload), len(histories.item_ids)).eval()
     began = time.perf_counter()
     windows = windows_of(histories)
@@ -75,7 +75,7 @@ def recommend(workload: Workload, histories: Histories) -> dict[str, float]:
         )
     rows = [np.concatenate(column) for column in zip(*columns, strict=True)]
     seconds = time.perf_counter() - began
-    return {"seconds": seconds, "users": len(windows), "rows": len(rows[0]), "memory_before": loaded}
+    return {"seconds": seconds, "users": len(windows), "rows": len(rows[0])}
 
 
 def matrix_peak(seconds: float) -> dict[str, float]:

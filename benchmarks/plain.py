@@ -95,7 +95,7 @@ def train(workload: Workload, histories: Histories) -> dict[str, float]:
     while not is_over:
         for tokens, labels in loader:
             optimizer.zero_grad()
-            plain_loss(model(tokens), labels).backward()
+            plain_loss(model(tokens), labels).backward()  # type: ignore[no-untyped-call]
             optimizer.step()
             if is_over := meter.add((tokens > 0).sum(1)):
                 break

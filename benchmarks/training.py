@@ -7,13 +7,13 @@ from dataclasses import replace
 from benchmarks.common import (
     SYNTHETIC_SHORT,
     Workload,
-    environment,
     median,
     options,
     publish,
     read_histories,
+    recbole_environment,
+    rectools_environment,
     run,
-    torch_requirement,
     training_flops,
 )
 
@@ -22,7 +22,9 @@ PEERS = ("rectools", "plain", "recbole")
 
 def main() -> None:
     parser = options("Training speed of ours and of the peers.")
-    parser.add_argument("--data", default="data/ml-100k", help=f"directory with train_ratings.csv, or {SYNTHETIC_SHORT}")
+    parser.add_argument(
+        "--data", default="data/ml-100k", help=f"directory with train_ratings.csv, or {SYNTHETIC_SHORT}"
+    )
     parser.add_argument("--hidden", type=int, nargs="+", default=[64, 256])
     parser.add_argument("--batch-size", type=int, nargs="+", default=[64], help="users an optimiser step, of all")
     parser.add_argument("--max-len", type=int, help=f"default: 200, and 50 for {SYNTHETIC_SHORT}")
@@ -64,31 +66,27 @@ def main() -> None:
     publish("benchmarks.training", notes, rows, args.output)
 
 
-def _contenders(peers: list[str]) -> list[tuple[str, str, str | None, int]]:
-    """Name, module, Python, and loader processes of each."""
-    found: list[tuple[str, str, str | None, int]] = [("ours", "benchmarks.ours", None, 0)]
+def _contenders(peers: list[str]) -> dict[str, tuple[str, str, int]]:
+    """Module, Python and loader processes of each implementation."""
+    found = {"ours": ("benchmarks.ours", "", 0)}
     if "plain" in peers:
-        found += [(f"plain, {n} loader processes", "benchmarks.plain", None, n) for n in (0, 2)]
+        found |= {f"plain, {n} loader processes": ("benchmarks.plain", "", n) for n in (0, 2)}
     if "rectools" in peers:
-        python = environment("rectools-0.19", ["rectools[torch]==0.19.*", torch_requirement()])
-        found += [("RecTools 0.19", "benchmarks.rectools_peer", python, 0)]
+        found["RecTools 0.19"] = ("benchmarks.rectools_peer", rectools_environment(), 0)
     if "recbole" in peers:
-        python = environment(
-            "recbole-1.2.1", ["recbole==1.2.1", torch_requirement(), "numpy<2", "pandas<2.3", "scipy<1.14", "setuptools<81"]
-        )
-        found += [("RecBole 1.2.1", "benchmarks.recbole_peer", python, 0)]
+        found["RecBole 1.2.1"] = ("benchmarks.recbole_peer", recbole_environment(), 0)
     return found
 
 
 def _measure(
-    workload: Workload, contenders: list[tuple[str, str, str | None, int]], repeats: int, num_items: int
+    workload: Workload, contenders: dict[str, tuple[str, str, int]], repeats: int, num_items: int
 ) -> list[dict[str, str]]:
-    results: dict[str, list[dict[str, float]]] = {name: [] for name, *_ in contenders}
+    results: dict[str, list[dict[str, float]]] = {name: [] for name in contenders}
     peak = 0.0
     for _ in range(repeats):
         peak = max(peak, run("benchmarks.ours", replace(workload, task="peak", seconds=3))["flops"])
-        for name, module, python, loader_workers in contenders:
-            ran = run(module, replace(workload, loader_workers=loader_workers), *([python] if python else []))
+        for name, (module, python, loader_workers) in contenders.items():
+            ran = run(module, replace(workload, loader_workers=loader_workers), python)
             flops = training_flops(workload, ran["tokens"], ran["squares"], num_items)
             ran |= {f"{key}_rate": ran[key] / ran["seconds"] for key in ("tokens", "users")}
             results[name].append({**ran, "flops_rate": flops / ran["seconds"]})
@@ -101,9 +99,11 @@ def _measure(
             "tokens/s": f"{median(ran, 'tokens_rate'):,.0f}",
             "users/s": f"{median(ran, 'users_rate'):,.0f}",
             "useful GFLOP/s": f"{median(ran, 'flops_rate') / 1e9:.1f}",
-            f"of peak": f"{median(ran, 'flops_rate') / peak:.1%} of {peak / 1e9:.0f}",
+            "share of peak": f"{median(ran, 'flops_rate') / peak:.1%} of {peak / 1e9:.0f}",
             "memory, MiB": f"{median(ran, 'memory') / 2**20:,.0f}",
-            "input": f"{median(ran, 'input_seconds') / median(ran, 'seconds'):.1%}" if "input_seconds" in ran[0] else "",
+            "input": f"{median(ran, 'input_seconds') / median(ran, 'seconds'):.1%}"
+            if "input_seconds" in ran[0]
+            else "",
             "ours is": "" if name == "ours" else f"{own / median(ran, 'tokens_rate'):.1f}×",
         }
         for name, ran in results.items()

@@ -4,6 +4,7 @@ import argparse
 import logging
 import os
 import sys
+import tempfile
 from collections.abc import Callable
 from pathlib import Path
 
@@ -120,8 +121,8 @@ def _load(path: str | None, overrides: list[str]) -> Config:
 def _start_ray(verbose: bool) -> None:
     """Join the cluster of RAY_ADDRESS (as in a submitted job), else start Ray on this machine."""
     level = logging.INFO if verbose else logging.ERROR
-    if not verbose:  # Ray's core warns of every actor pool of Ray Data, on the terminal
-        os.environ.setdefault("RAY_BACKEND_LOG_LEVEL", "fatal")
+    if not verbose:
+        _keep_native_messages_off_the_terminal()
     address = os.environ.get("RAY_ADDRESS") or "local"
     try:
         ray.init(address=address, log_to_driver=verbose, logging_level=level)
@@ -129,6 +130,13 @@ def _start_ray(verbose: bool) -> None:
         raise InputError(f"RAY_ADDRESS={address}: no Ray cluster answers there ({error})") from None
     logging.getLogger("ray.data").setLevel(level)
     logging.getLogger("ray.train").setLevel(level)
+
+
+def _keep_native_messages_off_the_terminal() -> None:
+    """Send what is written past Python (Ray's core warns of every actor pool of Ray Data) to a file instead."""
+    sys.stderr = os.fdopen(os.dup(2), "w", buffering=1)
+    with tempfile.NamedTemporaryFile(prefix="bert4rec-native-", suffix=".log", delete=False) as log:
+        os.dup2(log.fileno(), 2)
 
 
 def _root_message(error: BaseException) -> str:

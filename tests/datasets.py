@@ -17,6 +17,7 @@ def write_dataset(
     years: list[int | None] | None = None,
     last_years: list[int | None] | None = None,
     catalogue: str = "test",
+    genres: list[list[int]] | None = None,
 ) -> str:
     """Histories of tokens by user id; items have ids 100+token and titles "film TOKEN"."""
     (path / "sequences").mkdir(parents=True)
@@ -39,7 +40,7 @@ def write_dataset(
             "count": pa.array(counts, pa.int64()),
             "year": pa.array(years or [None] * num_items, pa.int16()),
             "title": pa.array([f"film {token}" for token in tokens]),
-            "genres": pa.array(none, pa.list_(pa.int32())),
+            "genres": pa.array(genres or none, pa.list_(pa.int32())),
             "director": pa.array([None] * num_items, pa.int32()),
             "writers": pa.array(none, pa.list_(pa.int32())),
         }
@@ -53,7 +54,7 @@ def write_dataset(
         num_duplicates=0,
         has_time=last_years is not None,
         catalogue=catalogue,
-        genres=[],
+        genres=[f"genre {value}" for value in sorted({value for values in genres or none for value in values})],
         directors=[],
         writers=[],
         notes=[],

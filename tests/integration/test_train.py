@@ -6,6 +6,7 @@ import time
 from pathlib import Path
 
 import pytest
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from bert4rec.config import load_config
 from bert4rec.dataset import PreparedDataset
@@ -128,6 +129,30 @@ def test_what_cannot_be_trained_is_one_message(tmp_path, dataset_path):
     (tmp_path / "file").write_text("")
     with pytest.raises(InputError, match="cannot be written"):
         train(config_for(tmp_path / "file"), dataset_path)
+
+
+def test_gates_and_settings_are_in_tensorboard(tmp_path, capsys):
+    """Read back with TensorBoard's own reader."""
+    path = write_dataset(
+        tmp_path / "d", random_histories(75, 20), 20, genres=[[token % 4, 4][: token % 3] for token in range(20)]
+    )
+    result = train(config_for(tmp_path, "model.use_genre_emb=true", "model.use_writer_emb=true"), path)
+    assert "use_writer_emb is switched off: the data has no writers.tsv" in capsys.readouterr().out
+    events = EventAccumulator(f"{result.run_path}/tensorboard")
+    events.Reload()
+    curves = events.Tags()["scalars"]
+    assert {"train_loss", "lr", "tokens_per_second", "val_ndcg@10", "val_gate/item", "val_gate/genre"} <= set(curves)
+    assert "val_gate/writer" not in curves
+    for name in ("train_loss", "val_ndcg@10", "val_gate/genre"):
+        read = [(event.step, pytest.approx(event.value, rel=1e-6)) for event in events.Scalars(name)]
+        assert [(int(metrics["epoch"]), metrics[name]) for metrics in result.history] == read
+    for metrics in result.history:
+        assert metrics["val_gate/item"] + metrics["val_gate/genre"] == pytest.approx(1)
+        assert 0 < metrics["val_gate/genre"] < 0.9
+    (summary,) = [e for e in events.summary_metadata.values() if e.plugin_data.plugin_name == "hparams"][:1]
+    assert summary
+    model = BERT4Rec.from_pretrained(result.best_checkpoint)
+    assert model.items.features == ["item", "genre"]
 
 
 @pytest.mark.parametrize(

@@ -1,0 +1,125 @@
+"""Time and memory of preparing synthetic ratings, ours and in memory: `python -m benchmarks.prepare`."""
+
+import os
+import tempfile
+import threading
+import time
+from pathlib import Path
+
+import numpy as np
+
+from benchmarks.common import Workload, environment, median, options, publish, run
+
+NUM_USERS = 138_493
+NUM_ITEMS = 26_744
+
+
+def write_ratings(path: str, num_rows: int, seed: int) -> None:
+    """A CSV `user,item,time` of users with uneven histories, items of falling (Zipf) frequency, and times at random."""
+    import pyarrow as pa
+    import pyarrow.csv
+
+    random = np.random.default_rng(seed)
+    activity = np.cumsum(random.exponential(size=NUM_USERS))
+    popularity = np.cumsum(1 / np.arange(1, NUM_ITEMS + 1))
+    with pa.OSFile(path, "wb") as file:
+        file.write(b"user,item,time\n")
+        for begin in range(0, num_rows, 1_000_000):
+            count = min(1_000_000, num_rows - begin)
+            table = pa.table(
+                {
+                    "user": 1 + np.searchsorted(activity, random.random(count) * activity[-1]),
+                    "item": 1 + np.searchsorted(popularity, random.random(count) * popularity[-1]),
+                    "time": random.integers(789_652_004, 1_427_784_002, count),
+                }
+            )
+            pa.csv.write_csv(table, file, pa.csv.WriteOptions(include_header=False))
+
+
+class TreeMemory(threading.Thread):
+    """Samples the memory of this process and all its descendants; shared pages are counted once (PSS)."""
+
+    def __init__(self, interval: float = 0.2) -> None:
+        super().__init__(daemon=True)
+        self.interval = interval
+        self.peak = 0
+
+    def run(self) -> None:
+        while True:
+            self.peak = max(self.peak, sum(_pss(pid) for pid in descendants(os.getpid())))
+            time.sleep(self.interval)
+
+
+def descendants(pid: int) -> list[int]:
+    """`pid`, its children, theirs, and so on."""
+    parents: dict[int, list[int]] = {}
+    for stat in Path("/proc").glob("[0-9]*/stat"):
+        try:
+            fields = stat.read_text().rpartition(")")[2].split()
+        except OSError:  # it has ended
+            continue
+        parents.setdefault(int(fields[1]), []).append(int(stat.parent.name))
+    found = [pid]
+    for each in found:
+        found += parents.get(each, [])
+    return found
+
+
+def _pss(pid: int) -> int:
+    try:
+        lines = Path(f"/proc/{pid}/smaps_rollup").read_text().splitlines()
+    except OSError:
+        return 0
+    return sum(int(line.split()[1]) * 1024 for line in lines if line.startswith("Pss:"))
+
+
+def main() -> None:
+    parser = options("Time and memory of preparing synthetic ratings.")
+    parser.add_argument("--rows", type=int, default=20_000_000, help="also measured: a tenth of them")
+    parser.add_argument("--repeats", type=int, default=3, help="rounds in which each implementation has its turn")
+    parser.add_argument("--peers", default="pandas", help="of pandas,polars")
+    args = parser.parse_args()
+    contenders = {"ours": ("benchmarks.prepare_ours", "")}
+    for peer in filter(None, args.peers.split(",")):
+        if peer not in ("pandas", "polars"):
+            parser.error(f"unknown peer {peer}; expected pandas or polars")
+        python = environment("polars", ["polars==1.*", "numpy"]) if peer == "polars" else ""
+        contenders[f"{peer}, in memory"] = (f"benchmarks.prepare_{peer}", python)
+
+    results: dict[tuple[int, str], list[dict[str, float]]] = {}
+    with tempfile.TemporaryDirectory() as directory:
+        for num_rows in (args.rows // 10, args.rows):
+            data_dir = os.path.join(directory, str(num_rows))
+            os.mkdir(data_dir)
+            write_ratings(os.path.join(data_dir, "train_ratings.csv"), num_rows, args.seed)
+        for _ in range(args.repeats):
+            for num_rows in (args.rows // 10, args.rows):
+                workload = Workload(data=os.path.join(directory, str(num_rows)), threads=args.threads, seed=args.seed)
+                for name, (module, python) in contenders.items():
+                    results.setdefault((num_rows, name), []).append(run(module, workload, python))
+    rows = []
+    for (num_rows, name), ran in results.items():
+        seconds = median(ran, "seconds")
+        tenth = median(results[args.rows // 10, name], "seconds")
+        rows.append(
+            {
+                "rows": f"{num_rows:,}",
+                "implementation": name,
+                "start-up, s": f"{median(ran, 'startup_seconds'):.1f}",
+                "seconds past it": f"{seconds:.1f}",
+                "rows/s": f"{num_rows / seconds:,.0f}",
+                "times its tenth": f"{seconds / tenth:.1f}×" if num_rows == args.rows else "",
+                "memory, MiB": f"{median(ran, 'tree_memory') / 2**20:,.0f}",
+                "of ours": "" if name == "ours" else f"{seconds / median(results[num_rows, 'ours'], 'seconds'):.2f}×",
+            }
+        )
+    notes = [
+        f"{NUM_USERS:,} users, {NUM_ITEMS:,} items, with time; seed {args.seed}; {args.threads} threads; medians of "
+        f"{args.repeats} turns. From the CSV file to Parquet files of sequences. Start-up: imports and, for ours, Ray. "
+        "Memory: of all processes together, shared pages counted once.",
+    ]
+    publish("benchmarks.prepare", notes, rows, args.output)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,88 @@
+"""The jobs as a user runs them: separate processes, a Ray of their own, exit codes and what is printed."""
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pandas as pd
+import pytest
+
+pytestmark = pytest.mark.integration
+
+ROOT = Path(__file__).parents[2]
+SMALL = ["model.hidden_units=8", "model.num_heads=2", "model.max_len=8", "training.num_epochs=2", "data.batch_size=16"]
+
+
+def run_job(name, *arguments):
+    environment = {key: value for key, value in os.environ.items() if not key.startswith("RAY_")}
+    return subprocess.run(
+        [sys.executable, "-m", f"jobs.{name}", *arguments], cwd=ROOT, env=environment, capture_output=True, text=True
+    )
+
+
+@pytest.fixture(scope="module")
+def data_dir(tmp_path_factory):
+    path = tmp_path_factory.mktemp("films")
+    rng = np.random.default_rng(0)
+    rows = [(user, 100 + item, 9e8 + n) for user in range(40) for n, item in enumerate(rng.permutation(20)[:8])]
+    pd.DataFrame(rows, columns=["user", "item", "time"]).to_csv(path / "train_ratings.csv", index=False)
+    titles = "".join(f"{100 + item}\tFilm {item} (1990)\n" for item in range(20))
+    (path / "titles.tsv").write_text("item\ttitle\n" + titles)
+    (path / "genres.tsv").write_text("item\tgenre\n" + "".join(f"{100 + i}\tG{i % 3}\n" for i in range(20)))
+    return path
+
+
+def test_pipeline_from_ratings_to_titles(data_dir, tmp_path):
+    arguments = [*SMALL, f"data.data_dir={data_dir}", f"run.storage_path={tmp_path}", "model.use_genre_emb=true"]
+    done = run_job("pipeline", *arguments)
+    assert done.returncode == 0, done.stderr
+    assert done.stderr == ""
+    lines = done.stdout.splitlines()
+    assert "prepared 320 interactions of 40 users with 20 items" in done.stdout
+    assert any(line.startswith("ndcg@10") and len(line.split()) == 3 for line in lines)
+    assert "mean gates: item 0." in done.stdout
+    assert "400 recommendations for 40 users" in done.stdout
+    assert sum(line.startswith("user ") for line in lines) == 5
+    assert "    Film " in done.stdout
+    csv_path = next(Path(line.removeprefix("csv: ")) for line in lines if line.startswith("csv: "))
+    recommended = pd.read_csv(csv_path)
+    history = pd.read_csv(data_dir / "train_ratings.csv")
+    assert recommended.groupby("user").size().eq(10).all()
+    assert recommended.merge(history, on=["user", "item"]).empty
+
+    again = run_job("pipeline", *arguments)
+    assert again.returncode == 0, again.stderr
+    assert "is already trained" in again.stdout
+    assert "is up to date" in again.stdout
+
+    more = run_job("recommend", *arguments[-3:-1], "inference.topk=3", f"inference.output_path={tmp_path / 'other'}")
+    assert more.returncode == 0, more.stderr
+    first = recommended.groupby("user").head(3).reset_index(drop=True)
+    assert pd.read_csv(tmp_path / "other" / "recommendations.csv").equals(first)
+
+
+@pytest.mark.parametrize(
+    ("job", "arguments", "message"),
+    [
+        ("train", ["model.hiden_units=8"], "config key model.hiden_units does not exist (did you mean"),
+        ("prepare", ["data.data_dir={tmp}"], "train_ratings.csv: no such file; the directory holds nothing"),
+        ("train", ["data.data_dir={tmp}", "run.storage_path={tmp}"], "no prepared dataset"),
+        ("recommend", ["data.data_dir={tmp}", "run.storage_path={tmp}"], "no trained run"),
+        ("train", ["--config", "{tmp}/none.yaml"], "none.yaml: no such config file"),
+    ],
+)
+def test_a_users_mistake_is_one_line_and_exit_code_2(tmp_path, job, arguments, message):
+    done = run_job(job, *[argument.format(tmp=tmp_path) for argument in arguments])
+    assert done.returncode == 2
+    assert done.stderr.count("\n") == 1
+    assert done.stderr.startswith("error: ")
+    assert message in done.stderr
+
+
+def test_help_lists_every_key():
+    done = run_job("train", "--help")
+    assert done.returncode == 0
+    for key in ("model.hidden_units=256", "training.monitor_metric=val_ndcg@10", "inference.formats=[parquet, csv]"):
+        assert key in done.stdout
