@@ -51,7 +51,8 @@ class Windows:
     def from_sequences(cls, sequences: Sequences, device: torch.device | str = "cpu") -> Self:
         """Whole histories."""
         offsets = torch.from_numpy(sequences.offsets)
-        items = torch.tensor(sequences.items)  # a copy: Arrow's memory is read-only
+        own = sequences.items if sequences.items.flags.writeable else sequences.items.copy()  # Arrow's is read-only
+        items = torch.from_numpy(own)
         return cls(items.to(device), offsets[:-1].to(device), offsets[1:].to(device))
 
     def __len__(self) -> int:

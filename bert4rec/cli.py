@@ -31,7 +31,7 @@ def run_job(description: str, work: Callable[[Config], object]) -> None:
     arguments = _parser(description).parse_args()
     try:
         config = _load(arguments.config, arguments.overrides)
-        _start_ray(arguments.verbose)
+        start_ray(arguments.verbose)
         work(config)
     except InputError as error:
         sys.exit(_fail(str(error), 2))
@@ -118,7 +118,7 @@ def _load(path: str | None, overrides: list[str]) -> Config:
     return load_config(path, overrides)
 
 
-def _start_ray(verbose: bool) -> None:
+def start_ray(verbose: bool = False) -> None:
     """Join the cluster of RAY_ADDRESS (as in a submitted job), else start Ray on this machine."""
     level = logging.INFO if verbose else logging.ERROR
     if not verbose:

@@ -34,6 +34,8 @@ class DataConfig(_Group):
     include_new_items: bool = False
     """Give items that have metadata but no interactions a place in the catalogue, so that they can be recommended;
     needs model.output_features=fused."""
+    memory_mb: int = Field(4096, ge=1)
+    """MiB of a training worker for the interactions; more are read from its local disk, with the same result."""
     holdout: Literal[1, 2] = 1
     """Last items of each user kept from training: 1 gives train / validation, 2 train / validation / test."""
     seed: int = Field(42, ge=0)

@@ -11,7 +11,8 @@ Tokens: 0 is padding, 1..num_items are items, num_items+1 is [MASK]. Genre, dire
 into the manifest's vocabularies. Ids are int64 or strings, as they came.
 """
 
-from dataclasses import dataclass
+import tempfile
+from dataclasses import dataclass, replace
 from typing import Literal, NamedTuple, Self
 
 import numpy as np
@@ -183,9 +184,32 @@ class PreparedDataset:
         """Paths of sequences/*.parquet, in order of user ids."""
         return [storage.join(self.path, name) for name in sorted(self.manifest.files) if name.startswith("sequences/")]
 
-    def sequences(self) -> Sequences:
-        """Every user, sorted by id."""
-        return Sequences.from_table(pa.concat_tables([_read_parquet(file) for file in self.sequence_files]))
+    def sequences(self, memory_mb: int | None = None) -> Sequences:
+        """Every user, sorted by id.
+
+        Where the items take more than `memory_mb` MiB, they lie in a temporary file on the local disk, mapped into
+        memory: the system keeps the pages in use, and whoever reads them sees no difference.
+        """
+        count = self.manifest.num_interactions
+        if memory_mb is None or 4 * count <= memory_mb * 2**20:
+            items = np.empty(count, np.int32)
+        else:
+            with tempfile.TemporaryFile() as file:  # the mapping keeps it alive
+                items = np.memmap(file, np.int32, "w+", shape=(count,))
+        parts, filled = [], 0
+        for part in self.parts():
+            read = self.read_part(part)
+            items[filled : filled + len(read.items)] = read.items
+            filled += len(read.items)
+            parts.append(replace(read, items=items[:0]))
+        lengths = np.concatenate([part.lengths for part in parts])
+        return Sequences(
+            users=pa.concat_arrays([part.users for part in parts]),
+            items=items,
+            offsets=np.append(0, np.cumsum(lengths)),
+            last_year=np.concatenate([part.last_year for part in parts]),
+            has_last_year=np.concatenate([part.has_last_year for part in parts]),
+        )
 
     def parts(self) -> list["Part"]:
         """The users in consecutive parts, the same for every call: the units of parallel scoring and of its resume."""

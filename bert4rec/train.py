@@ -176,7 +176,7 @@ def _what_shapes_the_result(config: Config) -> dict[str, Any]:
     keys = config.model_dump(
         include={"data", "model", "training", "evaluation"},
         exclude={
-            "data": {"data_dir", "data_file"},
+            "data": {"data_dir", "data_file", "memory_mb"},
             "training": {"accelerator", "cpus_per_worker", "max_failures"},
             "evaluation": {"split"},
         },
@@ -230,7 +230,7 @@ def _run_epochs(config: Config, dataset: PreparedDataset, reporter: Reporter) ->
     manifest = dataset.manifest
     metadata = _metadata(config, dataset)
     model = BERT4Rec(config.model, manifest.num_items, manifest.catalogue, metadata, manifest.num_new_items)
-    sequences = Windows.from_sequences(dataset.sequences())
+    sequences = Windows.from_sequences(dataset.sequences(config.data.memory_mb))
     windows = training_windows(sequences, config.data)
     if len(windows) == 0:
         raise InputError(

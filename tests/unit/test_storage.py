@@ -1,8 +1,11 @@
 import os
 
+import numpy as np
 import pytest
+import torch
 
 from bert4rec import storage
+from bert4rec.batches import Windows, last_items
 from bert4rec.dataset import PreparedDataset, Sequences
 from bert4rec.storage import InputError
 from tests.datasets import random_histories, write_dataset
@@ -56,6 +59,18 @@ def test_dataset_round_trip_and_parts(tmp_path):
     assert [item for part in read for item in part.items.tolist()] == whole.items.tolist()
     assert isinstance(read[0], Sequences)
     assert read[1].lengths.tolist() == whole.lengths[512:1024].tolist()
+
+
+def test_sequences_beyond_the_memory_are_mapped_from_disk(tmp_path):
+    histories = {user: [user % 7 + 1] * 300 for user in range(1000)}  # 1.2 MB
+    dataset = PreparedDataset(write_dataset(tmp_path / "d", histories, 7))
+    inside, outside = dataset.sequences(), dataset.sequences(memory_mb=1)
+    assert isinstance(outside.items, np.memmap)
+    assert not isinstance(inside.items, np.memmap)
+    assert np.array_equal(inside.items, outside.items)
+    windows = Windows.from_sequences(outside).without_last(1)
+    assert windows.items.data_ptr() == outside.items.ctypes.data  # no copy
+    assert last_items(windows.users(torch.tensor([3, 999])), 2).tolist() == [[4, 4], [6, 6]]
 
 
 def test_a_damaged_dataset_is_refused(tmp_path):

@@ -1,0 +1,157 @@
+"""What metadata buy on MovieLens-100K: NDCG with and without them, and how items without interactions are ranked.
+
+`python -m benchmarks.metadata [--seeds 1 2 3] [--epochs 120] [--output docs/results/metadata.md]`
+"""
+
+import argparse
+import shutil
+import statistics
+import tempfile
+import time
+from datetime import date
+from pathlib import Path
+
+import numpy as np
+import pandas as pd
+import torch
+
+from benchmarks.common import machine
+from bert4rec.batches import Windows
+from bert4rec.cli import start_ray
+from bert4rec.config import Config, load_config
+from bert4rec.dataset import PreparedDataset
+from bert4rec.embed import embed_titles, read_texts
+from bert4rec.evaluate import evaluate
+from bert4rec.model import BERT4Rec
+from bert4rec.movielens import ensure_ml_100k
+from bert4rec.prepare import prepare
+from bert4rec.scoring import score_next
+from bert4rec.train import train
+
+DATA = "data/ml-100k"
+PRESET = "configs/ml-100k.yaml"
+METADATA = ["model.use_genre_emb=true", "model.use_title_emb=true"]
+VARIANTS = {
+    "item ids alone": ["model.use_title_emb=false"],
+    "genres and titles, gate": [*METADATA, "model.metadata_fusion=gate"],
+    "genres and titles, add": [*METADATA, "model.metadata_fusion=add"],
+    "genres and titles, concat": [*METADATA, "model.metadata_fusion=concat"],
+    "genres and titles, gate, fused output": [*METADATA, "model.metadata_fusion=gate", "model.output_features=fused"],
+}
+
+
+def main() -> None:
+    """Measure, print, and append to a file if asked."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--seeds", type=int, nargs="+", default=[1, 2, 3])
+    parser.add_argument("--epochs", type=int, default=120)
+    parser.add_argument("--variants", nargs="+", default=list(VARIANTS), help="rows of the table, by name")
+    parser.add_argument("--output", help="Markdown file to append the results to")
+    arguments = parser.parse_args()
+    ensure_ml_100k(DATA)
+    start_ray(verbose=False)
+    with tempfile.TemporaryDirectory() as scratch:
+        common = [f"run.storage_path={scratch}/runs", f"training.num_epochs={arguments.epochs}"]
+        common += ["embedding.method=tfidf-svd", f"embedding.output_path={scratch}/titles.parquet"]
+        embed_titles(config := load_config(PRESET, common), read_texts(DATA, config.embedding.with_genres))
+        text = _with_and_without(arguments.variants, arguments.seeds, common) + _new_items(
+            arguments.seeds, common, scratch
+        )
+    command = f"python -m benchmarks.metadata --seeds {' '.join(map(str, arguments.seeds))} --epochs {arguments.epochs}"
+    text = f"## {date.today()}, {machine()}\n\n`{command}`\n\n{text}"
+    print(text)
+    if arguments.output:
+        with Path(arguments.output).open("a") as file:
+            file.write(f"\n{text}")
+
+
+def _with_and_without(variants: list[str], seeds: list[int], common: list[str]) -> str:
+    lines = [
+        "MovieLens-100K, holdout 2, all items ranked without the seen ones, test split; tfidf-svd titles.",
+        "",
+        "| | NDCG@10, mean | each seed | HR@10, mean | mean gates, last seed | seconds a training |",
+        "| --- | --- | --- | --- | --- | --- |",
+    ]
+    for variant in variants:
+        ndcg, hit, seconds, gates = [], [], [], ""
+        for seed in seeds:
+            config = load_config(PRESET, [*common, "data.holdout=2", f"data.seed={seed}", *VARIANTS[variant]])
+            prepare(config.data, config.prepared_path)
+            result = train(config, config.prepared_path)
+            metrics = evaluate(config, config.prepared_path, result.best_checkpoint)["BERT4Rec"]
+            ndcg.append(metrics["ndcg@10"])
+            hit.append(metrics["hr@10"])
+            seconds.append(result.seconds)
+            best = result.best_metrics.items()
+            gates = ", ".join(f"{name[9:]} {value:.2f}" for name, value in best if name.startswith("val_gate/"))
+        lines.append(
+            f"| {variant} | {statistics.mean(ndcg):.4f} | {', '.join(f'{value:.4f}' for value in ndcg)} | "
+            f"{statistics.mean(hit):.4f} | {gates} | {statistics.median(seconds):.0f} |"
+        )
+    return "\n".join(lines) + "\n"
+
+
+def _new_items(seeds: list[int], common: list[str], scratch: str) -> str:
+    """A tenth of the items is hidden from training: how do they rank among themselves for those who watched them?"""
+    lines = [
+        "",
+        "A tenth of the items loses all its ratings; the model knows their titles and genres alone "
+        "(`data.include_new_items=true`, fused output). For each user who had watched some of them, AUC: the chance "
+        "that one that was watched is scored above one that was not (0.5 is chance).",
+        "",
+        "| seed | hidden items | users | AUC, mean over users | standard error |",
+        "| --- | --- | --- | --- | --- |",
+    ]
+    for seed in seeds:
+        data_dir = f"{scratch}/hidden-{seed}"
+        hidden = _hide_a_tenth(data_dir, seed)
+        overrides = [*common, f"data.data_dir={data_dir}", "data.include_new_items=true", f"data.seed={seed}"]
+        config = load_config(PRESET, [*overrides, *METADATA, "model.output_features=fused"])
+        prepare(config.data, config.prepared_path)
+        result = train(config, config.prepared_path)
+        values = _auc(config, result.best_checkpoint, hidden)
+        error = statistics.stdev(values) / len(values) ** 0.5
+        count = hidden["item"].nunique()
+        lines.append(f"| {seed} | {count} | {len(values)} | {statistics.mean(values):.4f} | {error:.4f} |")
+    return "\n".join(lines) + "\n"
+
+
+def _hide_a_tenth(data_dir: str, seed: int) -> pd.DataFrame:
+    """Copy the data without the ratings of a random tenth of the items; those ratings."""
+    shutil.copytree(DATA, data_dir)
+    ratings = pd.read_csv(f"{DATA}/train_ratings.csv")
+    items = np.sort(ratings["item"].unique())
+    chosen = np.random.default_rng(seed).choice(items, len(items) // 10, replace=False)
+    is_hidden = ratings["item"].isin(chosen)
+    ratings[~is_hidden].to_csv(f"{data_dir}/train_ratings.csv", index=False)
+    return ratings[is_hidden]
+
+
+def _auc(config: Config, checkpoint: str, hidden: pd.DataFrame) -> list[float]:
+    """Of each user who watched some, not all, of the hidden items."""
+    dataset = PreparedDataset(config.prepared_path)
+    model = BERT4Rec.from_pretrained(checkpoint)
+    first = dataset.num_items - dataset.manifest.num_new_items
+    new_ids = dataset.items().ids.to_pylist()[first:]
+    column = {item: place for place, item in enumerate(new_ids)}
+    sequences = dataset.sequences()
+    with torch.inference_mode():
+        scores = score_next(model, Windows.from_sequences(sequences))(first, dataset.num_items).numpy()
+    watched = np.zeros(scores.shape, bool)
+    row = {user: place for place, user in enumerate(sequences.users.to_pylist())}
+    for user, item in zip(hidden["user"], hidden["item"], strict=True):
+        if user in row and item in column:
+            watched[row[user], column[item]] = True
+    values = []
+    for user_scores, user_watched in zip(scores, watched, strict=True):
+        yes, no = user_scores[user_watched], user_scores[~user_watched]
+        if len(yes) and len(no):
+            higher = (yes[:, None] > no).mean() + 0.5 * (yes[:, None] == no).mean()
+            values.append(float(higher))
+    return values
+
+
+if __name__ == "__main__":
+    began = time.monotonic()
+    main()
+    print(f"\n{time.monotonic() - began:.0f} s in all")
