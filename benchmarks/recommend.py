@@ -61,8 +61,8 @@ def main() -> None:
             rows += _measure(workload, contenders, args.repeats, flops)
     notes = [
         f"Data: {name}, {histories}. 2 layers, max_len {workload.max_len}, untrained, float32, {args.threads} threads; "
-        f"top {workload.topk} of all items but seen ones, from the histories to arrays of original ids; the model's load "
-        f"is left out; medians of {args.repeats} turns. Useful FLOP: `scoring_flops` in benchmarks/common.py; "
+        f"top {workload.topk} of all items but the user's own, from histories to arrays of original ids, without the "
+        f"load of the model; medians of {args.repeats} turns. Useful FLOP: `scoring_flops` in benchmarks/common.py; "
         "peak: best square float32 product in the same call; memory: of the whole process, its libraries included.",
     ]
     publish("benchmarks.recommend", notes, rows, args.output)

@@ -45,7 +45,7 @@ class Progress:
         total: float,
         unit: str,
         on_record: Callable[[dict[str, float]], None] | None = None,
-        seconds_between_lines: float = 5.0,
+        seconds_between_lines: float = 10.0,
     ) -> None:
         """`on_record` is called, in another thread, with what `Reporter.record` is given."""
         self._on_record = on_record

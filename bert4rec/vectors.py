@@ -79,6 +79,12 @@ def as_ids(spelled: pa.Array) -> pa.Array:
     return integers if integers.cast(pa.string()).equals(spelled) else spelled
 
 
+def to_lists(vectors: np.ndarray) -> pa.ListArray:
+    """Vectors [n, width] as a column `embedding`."""
+    offsets = np.arange(len(vectors) + 1, dtype=np.int32) * vectors.shape[1]
+    return pa.ListArray.from_arrays(pa.array(offsets, pa.int32()), pa.array(vectors.astype(np.float32).ravel()))
+
+
 def _to_numbers(values: pa.Array) -> np.ndarray:
     """float32, NaN for what is no number."""
     try:

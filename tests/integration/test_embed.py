@@ -8,7 +8,8 @@ import torch
 
 from bert4rec import embed
 from bert4rec.config import load_config
-from bert4rec.embed import embed_titles, find_model, read_texts
+from bert4rec.embed import embed_titles, read_texts
+from bert4rec.encoders import find_model, identify
 from bert4rec.storage import InputError
 from bert4rec.vectors import read_vectors
 from jobs.embed import embed_items
@@ -129,9 +130,35 @@ def test_bert_mean_is_the_mean_over_real_tokens(tmp_path, encoder, monkeypatch):
 
     data = write_data(tmp_path / "data")
     settings = {"method": "bert-mean", "model_name": encoder, "batch_size": 1}
-    assert run(data, **settings).num_new == len(TITLES)
-    file = data / "title_embeddings.parquet"
-    whole, vectors = file.read_bytes(), read_vectors(str(file))[1]
+    file, parts = data / "title_embeddings.parquet", data / "title_embeddings.parquet.unfinished"
+
+    def die(*_):
+        raise KeyboardInterrupt
+
+    # Killed when all parts are there, and one of them lost; the rerun has one actor instead of two.
+    with monkeypatch.context() as patch:
+        patch.setattr(embed, "write_table", die)
+        with pytest.raises(KeyboardInterrupt):
+            run(data, **settings)
+    assert not file.exists()
+    before = {path.name: (path.read_bytes(), path.stat().st_mtime_ns) for path in parts.glob("*.parquet")}
+    assert sorted(before) == ["part-00000.parquet", "part-00001.parquet"]
+    (parts / "part-00000.parquet").unlink()
+    after, write_table = {}, embed.write_table
+
+    def look_and_write(*arguments):
+        after.update({path.name: (path.read_bytes(), path.stat().st_mtime_ns) for path in parts.glob("*.parquet")})
+        write_table(*arguments)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(embed, "_resources", lambda *_: (False, 1))
+        patch.setattr(embed, "write_table", look_and_write)
+        assert run(data, **settings).num_new == len(TITLES)
+    assert after["part-00001.parquet"] == before["part-00001.parquet"]
+    assert after["part-00000.parquet"][0] == before["part-00000.parquet"][0]
+    assert not parts.exists()
+
+    vectors = read_vectors(str(file))[1]
     tokenizer = transformers.AutoTokenizer.from_pretrained(encoder)
     model = transformers.AutoModel.from_pretrained(encoder).eval()
     texts = read_texts(str(data), with_genres=True)["text"].to_pylist()
@@ -139,38 +166,6 @@ def test_bert_mean_is_the_mean_over_real_tokens(tmp_path, encoder, monkeypatch):
         expected = [model(**tokenizer(text, return_tensors="pt")).last_hidden_state[0].mean(0) for text in texts]
     np.testing.assert_allclose(vectors, torch.stack(expected).numpy(), atol=1e-5)
     assert run(data, **settings).num_new == 0
-
-    def die(*_):
-        raise KeyboardInterrupt
-
-    # Killed when all parts but one are there; then the rest, with one actor instead of two.
-    file.unlink()
-    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
-        patch.setattr(embed, "write_table", die)
-        run(data, **settings)
-    assert not file.exists()
-    parts = data / "title_embeddings.parquet.unfinished"
-    assert sorted(path.name for path in parts.iterdir()) == [
-        "identity.json",
-        *(f"part-0000{i}.parquet" for i in (0, 1)),
-    ]
-    (parts / "part-00000.parquet").unlink()
-    kept = (parts / "part-00001.parquet").stat().st_mtime_ns
-    seen, write_table = [], embed.write_table
-    with monkeypatch.context() as patch:
-        patch.setattr(embed, "_resources", lambda *_: (False, 1))
-        patch.setattr(
-            embed,
-            "write_table",
-            lambda *arguments: (
-                seen.append((parts / "part-00001.parquet").stat().st_mtime_ns),
-                write_table(*arguments),
-            ),
-        )
-        run(data, **settings)
-    assert seen == [kept]
-    assert file.read_bytes() == whole
-    assert not parts.exists()
 
     # A changed title, in a batch padded for a longer one, and an item that is new but whose text is not.
     write_data(data, {**TITLES, 3: "M", 1: "A story much longer than that one", 9: "Qx"})
@@ -188,7 +183,7 @@ def test_bert_mean_is_the_mean_over_real_tokens(tmp_path, encoder, monkeypatch):
 
 def test_sentence_transformers_is_encode(tmp_path, encoder):
     sentence_transformers = pytest.importorskip("sentence_transformers")
-    modules = sentence_transformers.models
+    modules = pytest.importorskip("sentence_transformers.sentence_transformer.modules")
     transformer = modules.Transformer(encoder)
     model = sentence_transformers.SentenceTransformer(
         modules=[transformer, modules.Pooling(16, pooling_mode="cls"), modules.Dense(16, 6)], device="cpu"
@@ -209,12 +204,12 @@ def test_another_model_in_the_same_folder_is_another_model(tmp_path, encoder):
     folder = tmp_path / "model"
     shutil.copytree(encoder, folder)
     embedding = config_of(tmp_path, method="bert-mean", model_name=folder).embedding
-    identity = embed._identity(embedding, str(folder), None)
-    assert identity == embed._identity(embedding, encoder, None)
+    identity = identify(embedding, str(folder), [])
+    assert identity == identify(embedding, encoder, [])
     weights = bytearray((folder / "model.safetensors").read_bytes())
     weights[-1] ^= 1
     (folder / "model.safetensors").write_bytes(weights)
-    assert identity != embed._identity(embedding, str(folder), None)
+    assert identity != identify(embedding, str(folder), [])
 
 
 def test_what_cannot_be_embedded_is_one_message(tmp_path, encoder, monkeypatch):

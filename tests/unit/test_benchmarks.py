@@ -1,0 +1,193 @@
+import os
+import subprocess
+import sys
+
+import numpy as np
+import pytest
+import torch
+from torch.utils.flop_counter import FlopCounterMode
+
+from benchmarks.common import (
+    SYNTHETIC_SHORT,
+    Histories,
+    Meter,
+    Workload,
+    markdown,
+    peak_memory,
+    read_histories,
+    run,
+    scoring_flops,
+    synthetic_histories,
+    training_flops,
+)
+from benchmarks.ours import model_config, windows_of
+from benchmarks.plain import PlainBERT4Rec, plain_loss
+from benchmarks.prepare import descendants, write_ratings
+from bert4rec.batches import Batch, last_items, mask_items, trim
+from bert4rec.model import BERT4Rec
+
+pytestmark = pytest.mark.unit
+
+
+def small_workload(path, **changes):
+    return Workload(**{"data": str(path), "hidden": 8, "max_len": 6, "batch_size": 4, "seconds": 0.05, **changes})
+
+
+@pytest.fixture
+def small_file(tmp_path):
+    synthetic_histories(20, 30, 5, seed=0).save(str(tmp_path / "histories.npz"))
+    return tmp_path / "histories.npz"
+
+
+def test_histories_are_in_time_order_with_tokens_by_frequency(tmp_path):
+    (tmp_path / "train_ratings.csv").write_text("user,item,time\n7,x,3\n5,y,2\n7,y,1\n5,z,1\n")
+    histories = read_histories(str(tmp_path), seed=0)
+    assert histories.user_ids.tolist() == [5, 7]
+    names = histories.item_ids[histories.items - 1]
+    assert [names[a:b].tolist() for a, b in zip(histories.offsets[:-1], histories.offsets[1:], strict=True)] == [
+        ["z", "y"],
+        ["y", "x"],
+    ]
+    assert histories.item_ids[0] == "y"
+
+
+def test_without_a_time_the_order_of_the_file_is_kept(tmp_path):
+    (tmp_path / "train_ratings.csv").write_text("user,item\n2,9\n1,8\n2,7\n2,8\n")
+    histories = read_histories(str(tmp_path), seed=0)
+    assert histories.item_ids[histories.items - 1].tolist() == [8, 9, 7, 8]
+    assert histories.offsets.tolist() == [0, 1, 4]
+
+
+def test_histories_come_back_from_their_file(small_file):
+    loaded, made = Histories.load(str(small_file)), synthetic_histories(20, 30, 5, seed=0)
+    for name in vars(made):
+        np.testing.assert_array_equal(getattr(loaded, name), getattr(made, name))
+
+
+def test_short_histories_are_short_and_the_same_each_time():
+    histories = read_histories(SYNTHETIC_SHORT, seed=1)
+    assert len(histories.lengths) == 40_000
+    assert histories.lengths.min() >= 2
+    assert histories.lengths.mean() == pytest.approx(9, abs=0.2)
+    assert len(histories.item_ids) == 54_000
+    assert histories.items.min() >= 1
+    assert histories.items.max() <= 54_000
+    np.testing.assert_array_equal(histories.items, read_histories(SYNTHETIC_SHORT, seed=1).items)
+
+
+def count_flops(function):
+    with FlopCounterMode(display=False) as counter:
+        function()
+    return counter.get_total_flops()
+
+
+def test_training_flops_are_those_torch_counts_where_nothing_is_padding():
+    workload = small_workload("", hidden=16, mask_prob=1.0, dropout=0.0)
+    num_users, length, num_items = 3, 6, 11
+    model = BERT4Rec(model_config(workload), num_items)
+    tokens = torch.randint(1, num_items + 1, (num_users, length))
+    query = torch.arange(length).expand(num_users, length)
+    with torch.nn.attention.sdpa_kernel(torch.nn.attention.SDPBackend.MATH):
+        counted = count_flops(lambda: model(tokens, query, tokens).backward())
+    needed = training_flops(workload, num_users * length, num_users * length**2, num_items)
+    assert counted == needed
+
+
+def test_scoring_flops_are_those_torch_counts_where_nothing_is_padding():
+    workload = small_workload("", hidden=16)
+    num_users, num_items = 3, 11
+    model = BERT4Rec(model_config(workload), num_items).eval()
+    tokens = torch.randint(1, num_items + 1, (num_users, 6))
+    last = torch.full((num_users, 1), 5)
+    wanted = torch.ones_like(last, dtype=torch.bool)
+
+    def score():
+        states = model.project(model.encode(tokens, last, wanted))
+        torch.nn.functional.linear(states, *model.output_weights())
+
+    with torch.inference_mode(), torch.nn.attention.sdpa_kernel(torch.nn.attention.SDPBackend.MATH):
+        counted = count_flops(score)
+    assert counted == scoring_flops(workload, np.array([5, 9, 30]), num_items)  # all read 6 positions
+
+
+def test_plain_implementation_has_our_arithmetic():
+    workload = small_workload("", dropout=0.0)
+    histories = synthetic_histories(12, 30, 5, seed=3)
+    num_items = len(histories.item_ids)
+    torch.manual_seed(0)
+    ours, plain = BERT4Rec(model_config(workload), num_items), PlainBERT4Rec(workload, num_items)
+    with torch.no_grad():
+        plain.item_embedding.weight.copy_(ours.items.embedding.weight)
+        plain.position_embedding.weight.copy_(ours.position_embedding.weight.flip(0))
+        for block, layer in zip(ours.blocks, plain.encoder.layers, strict=True):
+            layer.self_attn.in_proj_weight.copy_(torch.cat([block.query.weight, block.key_value.weight]))
+            layer.self_attn.out_proj.load_state_dict(block.attention_output.state_dict())
+            layer.norm1.load_state_dict(block.attention_norm.state_dict())
+            layer.linear1.load_state_dict(block.feed_forward[0].state_dict())
+            layer.linear2.load_state_dict(block.feed_forward[-1].state_dict())
+            layer.norm2.load_state_dict(block.output_norm.state_dict())
+        plain.output_transform.load_state_dict(ours.output_transform.state_dict())
+    items = last_items(windows_of(histories), workload.max_len)
+    tokens, labels = mask_items(items, ours.config, num_items, torch.Generator().manual_seed(0))
+    padded = torch.zeros(len(tokens), workload.max_len, dtype=torch.int64)
+    padded[:, -tokens.shape[1] :] = tokens
+    padded_labels = torch.zeros_like(padded)
+    padded_labels[:, -labels.shape[1] :] = labels
+    batch: Batch = trim(tokens, labels, torch.device("cpu"))
+    expected = ours(*batch) / (labels > 0).sum()
+    torch.testing.assert_close(plain_loss(plain(padded), padded_labels), expected)
+
+
+def test_meter_counts_from_the_end_of_the_warm_up():
+    meter = Meter(seconds=0, warmup_steps=2)
+    steps = [torch.tensor([3, 4]), torch.tensor([1, 1]), torch.tensor([2, 5])]
+    assert [meter.add(lengths) for lengths in steps] == [False, False, True]
+    counted = meter.result()
+    assert (counted["steps"], counted["users"], counted["tokens"], counted["squares"]) == (1, 2, 7, 29)
+    assert counted["seconds"] >= 0
+
+
+@pytest.mark.parametrize("module", ["benchmarks.ours", "benchmarks.plain"])
+def test_training_runs_in_a_process_of_its_own(small_file, module):
+    result = run(module, small_workload(small_file))
+    assert result["tokens"] > result["users"] > 0
+    assert result["seconds"] >= 0.05
+    assert result["memory"] > 50 * 2**20
+
+
+def test_recommend_ranks_for_every_user(small_file):
+    result = run("benchmarks.ours", small_workload(small_file, task="recommend", topk=3))
+    assert result["users"] == 20
+    assert result["rows"] == 60
+
+
+def test_peak_memory_holds_what_was_freed():
+    before = peak_memory()
+    block = np.ones(64 * 2**20, np.uint8)
+    del block
+    assert peak_memory() >= before
+    assert peak_memory() > 64 * 2**20
+
+
+def test_a_child_and_its_child_are_descendants():
+    script = "import subprocess, sys; subprocess.run([sys.executable, '-c', 'print(1, flush=True); input()'])"
+    with subprocess.Popen([sys.executable, "-c", script], stdin=subprocess.PIPE, stdout=subprocess.PIPE) as child:
+        child.stdout.readline()
+        found = descendants(os.getpid())
+        child.stdin.write(b"\n")
+    assert child.pid in found
+    assert len(found) >= 3
+
+
+def test_synthetic_ratings_are_complete_and_reproducible(tmp_path):
+    for name in ("a.csv", "b.csv"):
+        write_ratings(str(tmp_path / name), 5000, seed=4)
+    lines = (tmp_path / "a.csv").read_text().splitlines()
+    assert lines[0] == "user,item,time"
+    assert len(lines) == 5001
+    assert all(len(line.split(",")) == 3 for line in lines)
+    assert (tmp_path / "a.csv").read_bytes() == (tmp_path / "b.csv").read_bytes()
+
+
+def test_table():
+    assert markdown([{"a": "1", "b": "2"}]) == "| a | b |\n| --- | --- |\n| 1 | 2 |"
