@@ -94,7 +94,7 @@ def main() -> None:
     args = parser.parse_args()
     print("python -m benchmarks.embed", *sys.argv[1:])
     texts = make_texts(args.data_dirs, args.num_texts)
-    embedding = EmbeddingConfig(model_name=args.model, batch_size=args.batch_size)
+    embedding = EmbeddingConfig(model_name=os.path.abspath(args.model), batch_size=args.batch_size)
     torch.set_num_threads(args.cores)
     began = time.time()
     model = SentenceTransformer(args.model, device="cpu", local_files_only=True)

@@ -101,9 +101,7 @@ def _measure(
             "useful GFLOP/s": f"{median(ran, 'flops_rate') / 1e9:.1f}",
             "share of peak": f"{median(ran, 'flops_rate') / peak:.1%} of {peak / 1e9:.0f}",
             "memory, MiB": f"{median(ran, 'memory') / 2**20:,.0f}",
-            "input": f"{median(ran, 'input_seconds') / median(ran, 'seconds'):.1%}"
-            if "input_seconds" in ran[0]
-            else "",
+            "input": f"{median(ran, 'input_share'):.1%}" if name == "ours" else "",
             "ours is": "" if name == "ours" else f"{own / median(ran, 'tokens_rate'):.1f}×",
         }
         for name, ran in results.items()

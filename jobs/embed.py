@@ -2,7 +2,8 @@
 
 from bert4rec.cli import run_job
 from bert4rec.config import Config, DataConfig
-from bert4rec.embed import EmbedResult, embed_titles, find_model, read_texts
+from bert4rec.embed import EmbedResult, embed_titles, read_texts
+from bert4rec.encoders import find_model
 from bert4rec.movielens import ensure_ml_100k
 from bert4rec.progress import duration
 
