@@ -14,6 +14,7 @@ from torch import Tensor, nn
 
 from bert4rec.config import ModelConfig
 from bert4rec.dataset import PADDING, ItemTable, Ragged
+from bert4rec.functions import Dropout
 
 LISTED = ("genre", "director", "writer")
 """Features that are the mean of embeddings of an item's values."""
@@ -59,7 +60,7 @@ class ItemVectors(nn.Module):
         self.features = ["item", *shape]
         self.fusion = config.metadata_fusion
         self.embedding = nn.Embedding(num_items + 2, width, padding_idx=PADDING)
-        self.dropout = nn.Dropout(config.metadata_dropout)
+        self.dropout = Dropout(config.metadata_dropout)
         self.listed = nn.ModuleDict()
         for feature in LISTED:
             if feature in shape:

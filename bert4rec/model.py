@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from bert4rec import storage
 from bert4rec.config import ModelConfig
 from bert4rec.dataset import PADDING
+from bert4rec.functions import Dropout, linear_cross_entropy
 from bert4rec.items import ItemVectors, Metadata
 from bert4rec.storage import InputError
 
@@ -35,7 +36,7 @@ class Block(nn.Module):
         self.attention_norm = nn.LayerNorm(width)
         self.feed_forward = nn.Sequential(nn.Linear(width, 4 * width), nn.GELU(), nn.Linear(4 * width, width))
         self.output_norm = nn.LayerNorm(width)
-        self.dropout = nn.Dropout(config.dropout_rate)
+        self.dropout = Dropout(config.dropout_rate)
 
     def forward(self, x: Tensor, keep: Tensor, query: Tensor | None = None, wanted: Tensor | None = None) -> Tensor:
         """Hidden states of all positions, or of some only.
@@ -105,7 +106,7 @@ class BERT4Rec(nn.Module):
         if isinstance(metadata, Metadata):
             self.items.set_tables(metadata)
         self.position_embedding = nn.Embedding(config.max_len, width)
-        self.dropout = nn.Dropout(config.dropout_rate)
+        self.dropout = Dropout(config.dropout_rate)
         self.embedding_norm = nn.LayerNorm(width)
         self.blocks = nn.ModuleList(Block(config) for _ in range(config.num_layers))
         self.output_transform = nn.Linear(width, width)
@@ -169,8 +170,8 @@ class BERT4Rec(nn.Module):
         wanted = labels != PADDING
         weights, bias = self.output_weights()
         known = self.num_items - self.num_new_items  # an item that is never a target would only learn to be avoided
-        logits = F.linear(self.project(self.encode(tokens, query, wanted)), weights[:known], bias[:known])  # (N, V)
-        return F.cross_entropy(logits.float(), labels[wanted] - 1, reduction="sum")
+        states = self.project(self.encode(tokens, query, wanted))  # (N, D)
+        return linear_cross_entropy(states, weights[:known], bias[:known], labels[wanted] - 1)
 
     def save_pretrained(self, directory: str) -> None:
         """Write a model directory: weights and architecture, nothing that needs Ray or pickle to be read."""
