@@ -8,9 +8,9 @@ import torch
 from benchmarks.common import Histories, Meter, Workload, report
 from bert4rec.batches import Windows, iter_steps, training_windows
 from bert4rec.config import DataConfig, ModelConfig, TrainingConfig
+from bert4rec.loop import PASS_TOKENS, make_optimizer, train_step
 from bert4rec.model import BERT4Rec
 from bert4rec.scoring import Exclusions, score_next, top_k
-from bert4rec.train import PASS_TOKENS, make_optimizer, train_step
 
 
 def windows_of(histories: Histories) -> Windows:

@@ -1,4 +1,4 @@
-"""Training on Ray Train: the driver, the worker's loop, an epoch, validation.
+"""Training on Ray Train: the driver, and the worker's loop around `loop.py`.
 
 The run's directory is Ray Train's own (`<storage_path>/<run name>`): the best and the last checkpoint, each a model
 directory, `config.yaml` (the settings, as `--config` takes them), and `run.json`, written last.
@@ -6,11 +6,9 @@ directory, `config.yaml` (the settings, as `--config` takes them), and `run.json
 
 import hashlib
 import json
-import math
 import os
 import tempfile
 import time
-from contextlib import nullcontext
 from dataclasses import asdict, dataclass
 from typing import Any
 
@@ -24,28 +22,23 @@ import torch.distributed
 import yaml
 from ray.train import Checkpoint, CheckpointConfig, FailureConfig, ScalingConfig
 from ray.train.torch import TorchConfig, TorchTrainer, prepare_model
-from torch import Tensor, nn
 
 from bert4rec import storage, workers
-from bert4rec.batches import Step, Windows, held_out, iter_steps, training_windows
-from bert4rec.config import Config, TrainingConfig
+from bert4rec.batches import Windows, training_windows
+from bert4rec.config import Config
 from bert4rec.dataset import Manifest, PreparedDataset
 from bert4rec.items import Metadata
-from bert4rec.metrics import RankCounts
+from bert4rec.loop import make_optimizer, train_epoch, validate
 from bert4rec.model import BERT4Rec
 from bert4rec.progress import Progress, Reporter
-from bert4rec.scoring import Exclusions, rank_of_target, score_next
 from bert4rec.storage import InputError
 from bert4rec.tensorboard import TensorBoardLog
+from bert4rec.vectors import read_vectors
 
 RUN = "run.json"
 RUN_CONFIG = "config.yaml"
 RUN_IDENTITY = "identity.json"
 STATE = "training_state.pt"
-VALIDATION_USERS = 512
-"""Users ranked at once in validation."""
-PASS_TOKENS = {"cpu": 8_192, "cuda": 131_072}
-"""Padded tokens in one forward and backward pass: small enough for the caches of a CPU, large enough to fill a GPU."""
 
 
 @dataclass(frozen=True)
@@ -162,17 +155,6 @@ def checkpoint_name(metrics: dict[str, float], monitor: str) -> str:
     return f"bert4rec-{int(metrics['epoch']):02d}-{metrics[monitor]:.4f}"
 
 
-def learning_rate(training: TrainingConfig, epochs_done: float) -> float:
-    """The learning rate after `epochs_done` epochs, fractions included."""
-    if epochs_done < training.warmup_epochs:
-        return training.lr * epochs_done / training.warmup_epochs
-    if training.scheduler == "constant":
-        return training.lr
-    share = (epochs_done - training.warmup_epochs) / max(training.num_epochs - training.warmup_epochs, 1e-9)
-    share = min(share, 1.0)
-    return training.lr * (1 - share if training.scheduler == "linear" else (1 + math.cos(math.pi * share)) / 2)
-
-
 def _what_shapes_the_result(config: Config) -> dict[str, Any]:
     """The settings that change the trained model, by key; where the data lie and the hardware do not."""
     keys = config.model_dump(
@@ -226,8 +208,7 @@ def _train_worker(loop: dict[str, Any]) -> list[dict[str, float]] | str:
 
 def _run_epochs(config: Config, dataset: PreparedDataset, reporter: Reporter) -> list[dict[str, float]]:
     training, context = config.training, ray.train.get_context()
-    rank, world_size = context.get_world_rank(), context.get_world_size()
-    device = ray.train.torch.get_device()
+    rank, device = context.get_world_rank(), ray.train.torch.get_device()
     torch.manual_seed(config.data.seed)
     manifest = dataset.manifest
     metadata = _metadata(config, dataset)
@@ -258,54 +239,20 @@ def _run_epochs(config: Config, dataset: PreparedDataset, reporter: Reporter) ->
         optimizer.load_state_dict(optimizer_state)
         scaler.load_state_dict(scaler_state or {})
 
+    def on_step(share: float) -> None:
+        if rank == 0:
+            reporter.advance(share, f"epoch {state['epoch'] + 1} of at most {training.num_epochs}{last_validation}")
+
     last_validation = ""
-    steps_an_epoch = math.ceil(len(windows) / config.data.batch_size)
     while state["epoch"] < training.num_epochs and not _should_stop(config, state):
-        epoch = state["epoch"]
-        torch.manual_seed(config.data.seed + 1_000_003 * (epoch + 1) + rank)  # dropout, the same in a resumed run
-        began = time.monotonic()
-        sums = torch.zeros(2, dtype=torch.float64)  # loss, targets
-        num_tokens = 0
-        wrapped.train()
-        steps = iter_steps(
-            windows,
-            config.data,
-            config.model,
-            dataset.num_items,
-            epoch,
-            rank,
-            world_size,
-            PASS_TOKENS[device.type],
-            device,
-            manifest.num_new_items,
+        metrics = train_epoch(
+            wrapped, windows, config, model.num_items, model.num_new_items, state["epoch"], optimizer, scaler, on_step
         )
-        for step_index, step in enumerate(steps):
-            for group in optimizer.param_groups:
-                group["lr"] = learning_rate(training, epoch + (step_index + 1) / steps_an_epoch)
-            sums += train_step(wrapped, step, optimizer, scaler, training, world_size)
-            num_tokens += step.num_tokens
-            if rank == 0:
-                text = f"epoch {epoch + 1} of at most {training.num_epochs}{last_validation}"
-                reporter.advance(1 / steps_an_epoch, text)
-        _all_reduce(sums)
-        seconds = time.monotonic() - began
-        metrics = {
-            "epoch": epoch + 1,
-            "train_loss": float(sums[0] / sums[1].clamp(min=1)),
-            "lr": optimizer.param_groups[0]["lr"],
-            "tokens_per_second": num_tokens / seconds,
-            "seconds": seconds,
-        }
-        if not math.isfinite(metrics["train_loss"]):
-            raise InputError(
-                f"training diverged: the loss of epoch {epoch + 1} is {metrics['train_loss']} at learning rate "
-                f"{metrics['lr']:g}; try a smaller training.lr or training.gradient_clip_val=1"
-            )
-        state["epoch"] = epoch + 1
+        state["epoch"] += 1
         if state["epoch"] % training.val_check_interval and state["epoch"] < training.num_epochs:
             continue
         if not config.data.use_full_data:
-            metrics |= _validate(model, sequences, config, device)
+            metrics |= validate(model, sequences, config)
         _note_best(state, metrics, config.monitor)
         _report(model, state, optimizer, scaler, metrics, config.monitor)
         if rank == 0:
@@ -322,94 +269,10 @@ def _metadata(config: Config, dataset: PreparedDataset) -> Metadata:
     items = dataset.items()
     titles = None
     if config.model.use_title_emb:
-        from bert4rec.vectors import read_vectors
-
         ids, vectors = read_vectors(config.embeddings_path)
         row = pc.index_in(items.ids.cast(pa.string()), ids.cast(pa.string())).fill_null(-1).to_numpy()
         titles = np.where(row[:, None] >= 0, vectors[row], np.float32(0))
     return Metadata.of(config.model, items, titles)
-
-
-def train_step(
-    model: nn.Module,
-    step: Step,
-    optimizer: torch.optim.Optimizer,
-    scaler: Any,  # noqa: ANN401 - torch.amp.GradScaler, which torch does not export
-    training: TrainingConfig,
-    world_size: int = 1,
-) -> Tensor:
-    """One optimiser step; [2] this worker's sum of the loss, and its number of targets.
-
-    The gradient is the mean over the targets of the whole step: each worker's loss is its sum over their number, times
-    the number of workers, over which DDP takes the mean.
-    """
-    is_distributed = isinstance(model, nn.parallel.DistributedDataParallel)
-    device = next(model.parameters()).device
-    dtype = {"32-true": None, "16-mixed": torch.float16, "bf16-mixed": torch.bfloat16}[training.precision]
-    sums = torch.zeros(2, dtype=torch.float64, device=device)
-    optimizer.zero_grad(set_to_none=True)
-    for index, batch in enumerate(step.batches):
-        is_last = index == len(step.batches) - 1
-        with model.no_sync() if is_distributed and not is_last else nullcontext():  # type: ignore[operator]
-            with torch.autocast(device.type, dtype=dtype) if dtype else nullcontext():
-                loss = model(batch.tokens, batch.query, batch.labels)
-            scaler.scale(loss * (world_size / max(step.num_targets, 1))).backward()
-        sums += torch.stack([loss.detach(), (batch.labels > 0).sum()])
-    if training.gradient_clip_val is not None:
-        scaler.unscale_(optimizer)
-        nn.utils.clip_grad_norm_(model.parameters(), training.gradient_clip_val)
-    scaler.step(optimizer)
-    scaler.update()
-    return sums.cpu()
-
-
-def make_optimizer(model: nn.Module, training: TrainingConfig) -> torch.optim.Optimizer:
-    """The configured optimiser over all parameters of `model`."""
-    matrices = [p for p in model.parameters() if p.ndim > 1]
-    vectors = [p for p in model.parameters() if p.ndim == 1]  # biases and norms are not decayed
-    kind = torch.optim.AdamW if training.optimizer == "adamw" else torch.optim.Adam
-    groups = [{"params": matrices, "weight_decay": training.weight_decay}, {"params": vectors, "weight_decay": 0.0}]
-    return kind(groups, lr=training.lr, fused=True)
-
-
-def _validate(model: BERT4Rec, sequences: Windows, config: Config, device: torch.device) -> dict[str, float]:
-    """Metrics over all users; each worker ranks its share, and the counts of ranks are summed, which is exact."""
-    context = ray.train.get_context()
-    histories, targets = held_out(sequences, config.data, "validation")
-    mine = torch.arange(context.get_world_rank(), len(histories), context.get_world_size())
-    ranks = RankCounts.empty(model.num_items)
-    token_counts = torch.zeros(model.num_items + 1, dtype=torch.int64)
-    model.eval()
-    for users in torch.split(mine, VALIDATION_USERS):
-        batch = histories.users(users).to(device)
-        exclusions = Exclusions.of(batch if config.evaluation.exclude_seen else None, device=device)
-        ranks.add(rank_of_target(score_next(model, batch), exclusions, targets[users].to(device), model.num_items))
-        if model.metadata_shape:
-            read = Windows(batch.items, torch.maximum(batch.start, batch.end - model.config.max_len + 1), batch.end)
-            token_counts += torch.bincount(read.flat()[1].cpu(), minlength=len(token_counts))
-    _all_reduce(ranks.counts)
-    _all_reduce(token_counts)
-    return ranks.metrics("val_") | _mean_gates(model, token_counts)
-
-
-@torch.inference_mode()
-def _mean_gates(model: BERT4Rec, token_counts: Tensor) -> dict[str, float]:
-    """val_gate/FEATURE: mean gate over the items that validation read, each as often as it was read."""
-    if not model.metadata_shape or model.config.metadata_fusion != "gate":
-        return {}
-    tokens = torch.nonzero(token_counts).flatten()
-    weights = token_counts[tokens].double() / token_counts.sum()
-    gates = model.items.gates(tokens.to(model.output_bias.device)).cpu().double()
-    return {f"val_gate/{name}": float(mean) for name, mean in zip(model.items.features, weights @ gates, strict=True)}
-
-
-def _all_reduce(sums: Tensor) -> None:
-    """Sum over all workers, in place."""
-    if ray.train.get_context().get_world_size() == 1:
-        return
-    on_device = sums.to(ray.train.torch.get_device())
-    torch.distributed.all_reduce(on_device)
-    sums.copy_(on_device)
 
 
 def _note_best(state: dict[str, Any], metrics: dict[str, float], monitor: str) -> None:

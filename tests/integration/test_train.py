@@ -10,9 +10,10 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 
 from bert4rec.config import load_config
 from bert4rec.dataset import PreparedDataset
+from bert4rec.loop import learning_rate
 from bert4rec.model import BERT4Rec
 from bert4rec.storage import InputError
-from bert4rec.train import learning_rate, train
+from bert4rec.train import train
 from tests.datasets import random_histories, write_dataset
 
 pytestmark = [pytest.mark.integration, pytest.mark.usefixtures("ray_session")]
