@@ -19,7 +19,7 @@ from bert4rec.storage import InputError
 
 VALIDATION_USERS = 512
 """Users ranked at once in validation."""
-PASS_TOKENS = {"cpu": 8_192, "cuda": 131_072}
+PASS_TOKENS = {"cpu": 4_096, "cuda": 131_072}
 """Padded tokens in one forward and backward pass: small enough for the caches of a CPU, large enough to fill a GPU."""
 
 

@@ -115,6 +115,7 @@ class BERT4Rec(nn.Module):
         if not config.share_embeddings:
             self.output_embedding = nn.Parameter(torch.empty(num_items, width))
         self.apply(_initialise)
+        self.items.let_item_lead()
         if not config.share_embeddings:
             nn.init.normal_(self.output_embedding, std=0.02)
         with torch.no_grad():
