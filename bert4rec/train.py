@@ -103,8 +103,8 @@ def train(config: Config, dataset_path: str) -> TrainResult:
             run_config=ray.train.RunConfig(
                 name=name,
                 storage_path=storage.absolute(config.run.storage_path),
-                # Threads spin while they wait for each other: by default so long that a step takes 7 times as long where
-                # others use the cores too; not at all, and it takes up to a third longer on idle ones.
+                # How long threads spin while they wait for each other: by default so long that a step takes 7 times
+                # as long where others use the cores too; not at all, and it takes up to a third longer on idle ones.
                 worker_runtime_env={"env_vars": {"GOMP_SPINCOUNT": "10000"}},
                 failure_config=FailureConfig(max_failures=config.training.max_failures),
                 checkpoint_config=CheckpointConfig(
