@@ -1,8 +1,10 @@
 """The jobs as a user runs them: separate processes, a Ray of their own, exit codes and what is printed."""
 
+import json
 import os
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import numpy as np
@@ -15,10 +17,14 @@ ROOT = Path(__file__).parents[2]
 SMALL = ["model.hidden_units=8", "model.num_heads=2", "model.max_len=8", "training.num_epochs=2", "data.batch_size=16"]
 
 
+def without_ray():
+    """The environment without the settings of the tests' own Ray."""
+    return {key: value for key, value in os.environ.items() if not key.startswith("RAY_")}
+
+
 def run_job(name, *arguments):
-    environment = {key: value for key, value in os.environ.items() if not key.startswith("RAY_")}
     return subprocess.run(
-        [sys.executable, "-m", f"jobs.{name}", *arguments], cwd=ROOT, env=environment, capture_output=True, text=True
+        [sys.executable, "-m", f"jobs.{name}", *arguments], cwd=ROOT, env=without_ray(), capture_output=True, text=True
     )
 
 
@@ -61,6 +67,34 @@ def test_pipeline_from_ratings_to_titles(data_dir, tmp_path):
     assert more.returncode == 0, more.stderr
     first = recommended.groupby("user").head(3).reset_index(drop=True)
     assert pd.read_csv(tmp_path / "other" / "recommendations.csv").equals(first)
+
+
+def test_a_killed_driver_goes_on_with_the_same_command(data_dir, tmp_path):
+    """SIGKILL after the second checkpoint; the rerun ends with the history of an undisturbed run."""
+    settings = [*SMALL, f"data.data_dir={data_dir}", "run.name=run", "training.num_epochs=40"]
+    settings.append("training.early_stopping=false")
+
+    def history_of(root):
+        epochs = json.loads((root / "run" / "run.json").read_text())["history"]
+        return [{k: v for k, v in epoch.items() if k not in ("seconds", "tokens_per_second")} for epoch in epochs]
+
+    for root in (tmp_path / "whole", tmp_path / "killed"):
+        assert run_job("prepare", *settings, f"run.storage_path={root}").returncode == 0
+    assert run_job("train", *settings, f"run.storage_path={tmp_path / 'whole'}").returncode == 0
+
+    command = [sys.executable, "-m", "jobs.train", *settings, f"run.storage_path={tmp_path / 'killed'}"]
+    driver = subprocess.Popen(command, cwd=ROOT, env=without_ray(), stdout=subprocess.DEVNULL)
+    while not list((tmp_path / "killed" / "run").glob("bert4rec-02-*")):
+        assert driver.poll() is None, "ended before it could be killed"
+        time.sleep(0.05)
+    driver.kill()
+    driver.wait()
+    assert not (tmp_path / "killed" / "run" / "run.json").exists()
+    again = run_job("train", *settings, f"run.storage_path={tmp_path / 'killed'}")
+    assert again.returncode == 0, again.stderr
+    assert "continuing run" in again.stdout
+    assert len(history_of(tmp_path / "whole")) == 40
+    assert history_of(tmp_path / "killed") == history_of(tmp_path / "whole")
 
 
 @pytest.mark.parametrize(
