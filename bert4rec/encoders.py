@@ -159,11 +159,11 @@ def _get_from_hub(name: str) -> str:
         revision = HfApi().model_info(name, timeout=_HUB_SECONDS).sha
     except Exception:
         try:
-            return snapshot_download(name, local_files_only=True)
+            return str(snapshot_download(name, local_files_only=True))
         except (OSError, ValueError):
             pass
         raise
-    return snapshot_download(name, revision=revision, allow_patterns=["*.json", "*.txt", "*.model", "*.safetensors"])
+    return str(snapshot_download(name, revision=revision, allow_patterns=["*.json", "*.txt", "*.model", "*.safetensors"]))
 
 
 def _model_files(folder: str) -> list[Path]:

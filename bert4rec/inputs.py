@@ -10,6 +10,8 @@ import posixpath
 from collections.abc import Iterator
 from contextlib import contextmanager
 
+import pyarrow as pa
+import pyarrow.compute as pc
 import pyarrow.fs as pafs
 
 from bert4rec import storage
@@ -121,3 +123,18 @@ def _list(directory: str) -> list[str]:
         raise InputError(f"{directory}: no such directory; expected one with the input files (data.data_dir)")
     infos = filesystem.get_file_info(pafs.FileSelector(inner))
     return sorted(info.base_name for info in infos if info.is_file and not info.base_name.startswith("."))
+
+
+def are_ints(ids: pa.Array) -> bool:
+    """Whether each id comes back the same from int64, as 7 does, and 007, +7 and 2**63 do not."""
+    try:
+        return bool(pc.all(pc.equal(ids.cast(pa.int64()).cast(pa.string()), ids)).as_py() is not False)
+    except pa.ArrowInvalid:
+        return False
+
+
+def unquote(fields: pa.Array) -> pa.Array:
+    """Undo a CSV writer's quoting: fields in quotes in which each further quote is doubled."""
+    inner = pc.utf8_slice_codeunits(fields, 1, -1)
+    quoted = pc.match_substring_regex(fields, '^"(?:[^"]|"")*"$')
+    return pc.if_else(quoted, pc.replace_substring(inner, '""', '"'), fields)

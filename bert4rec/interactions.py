@@ -20,7 +20,7 @@ import pyarrow.parquet as pq
 
 from bert4rec import storage
 from bert4rec.dataset import InputFile
-from bert4rec.inputs import READ_BYTES, hash_file, is_compressed, read_header, readable, require_columns
+from bert4rec.inputs import READ_BYTES, are_ints, hash_file, is_compressed, read_header, readable, require_columns
 from bert4rec.storage import InputError
 
 SAMPLE_EVERY = 4096
@@ -133,8 +133,8 @@ def check_chunk(chunk: Chunk) -> ChunkSummary:
         with readable(chunk.path):
             for table in read_chunk(chunk):
                 users, item_ids = (table[name].combine_chunks() for name in ("user", "item"))
-                int_users = int_users and _are_ints(users.dictionary)
-                int_items = int_items and _are_ints(item_ids.dictionary)
+                int_users = int_users and are_ints(users.dictionary)
+                int_items = int_items and are_ints(item_ids.dictionary)
                 items.append(item_ids.dictionary)
                 first = -num_rows % SAMPLE_EVERY
                 sample.append(users[first::SAMPLE_EVERY].dictionary_decode())
@@ -264,14 +264,6 @@ def _open_bytes(chunk: Chunk) -> Iterator[pa.NativeFile]:
         with filesystem.open_input_file(inner) as file:
             content = file.read_at(chunk.stop - chunk.start, chunk.start)
         yield pa.BufferReader(content)
-
-
-def _are_ints(ids: pa.Array) -> bool:
-    """Whether each id comes back the same from int64, as 7 does, and 007, +7 and 2**63 do not."""
-    try:
-        return bool(pc.all(pc.equal(ids.cast(pa.int64()).cast(pa.string()), ids)).as_py() is not False)
-    except pa.ArrowInvalid:
-        return False
 
 
 def _bad_rows(table: pa.Table) -> dict[str, np.ndarray]:

@@ -6,7 +6,7 @@ import pyarrow.compute as pc
 import pyarrow.csv as pacsv
 
 from bert4rec import storage
-from bert4rec.inputs import METADATA, read_header, readable
+from bert4rec.inputs import METADATA, read_header, readable, unquote
 from bert4rec.storage import InputError
 
 
@@ -40,7 +40,7 @@ def read_metadata(data_dir: str, name: str, column: str) -> pa.Table:
             )
         except pa.ArrowInvalid as error:
             raise _explain_metadata(path, content, len(columns), str(error)) from None
-        values = {name: _unquote(table[name].combine_chunks()) for name in values}
+        values = {name: unquote(table[name].combine_chunks()) for name in values}
     item_missing = pc.equal(values["item"], "").to_numpy(zero_copy_only=False)
     if item_missing.any():
         raise InputError(f"{path}, line {_line_of(content, int(item_missing.argmax()))}: item is missing")
@@ -110,13 +110,6 @@ def _lists(row: np.ndarray, value: np.ndarray, num_rows: int) -> pa.Array:
 def ascending(values: pa.Array) -> pa.Array:
     """Integers by number, strings by their bytes."""
     return values.take(pc.sort_indices(values))
-
-
-def _unquote(values: pa.Array) -> pa.Array:
-    """Undo a CSV writer's quoting: fields in quotes in which each further quote is doubled."""
-    inner = pc.utf8_slice_codeunits(values, 1, -1)
-    quoted = pc.match_substring_regex(values, '^"(?:[^"]|"")*"$')
-    return pc.if_else(quoted, pc.replace_substring(inner, '""', '"'), values)
 
 
 def _parse_years(path: str, content: bytes, years: pa.Array) -> pa.Array:

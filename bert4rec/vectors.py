@@ -10,7 +10,7 @@ import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
 from bert4rec import storage
-from bert4rec.inputs import read_header, readable
+from bert4rec.inputs import are_ints, read_header, readable, unquote
 from bert4rec.storage import InputError
 
 _NUMBER = r"^[-+]?(\d+\.?\d*|\.\d+)([eE][-+]?\d+)?$"
@@ -72,11 +72,7 @@ def write_tsv(path: str, ids: pa.Array, embeddings: pa.ListArray) -> None:
 
 def as_ids(spelled: pa.Array) -> pa.Array:
     """int64 where every id is the usual spelling of one, as 7 is and 007 is not; else the strings themselves."""
-    try:
-        integers = spelled.cast(pa.int64())
-    except pa.ArrowInvalid:
-        return spelled
-    return integers if integers.cast(pa.string()).equals(spelled) else spelled
+    return spelled.cast(pa.int64()) if are_ints(spelled) else spelled
 
 
 def to_lists(vectors: np.ndarray) -> pa.ListArray:
@@ -141,14 +137,8 @@ def _read_tsv(path: str) -> tuple[pa.Array, pa.Array, np.ndarray]:
         raise InputError(
             f"{path}, line {places[ragged[0]]}: {count} fields, expected {len(columns)}, separated by tabs"
         )
-    spelled, texts = (_unquote(pc.list_element(fields, columns.index(name))) for name in ("item", "title"))
+    spelled, texts = (unquote(pc.list_element(fields, columns.index(name))) for name in ("item", "title"))
     # What is empty has no number, where splitting it would give one empty string.
     texts = pc.ascii_trim_whitespace(texts)
     texts = pc.if_else(pc.equal(texts, ""), None, texts)
     return as_ids(spelled), pc.ascii_split_whitespace(texts), places
-
-
-def _unquote(fields: pa.Array) -> pa.Array:
-    """Undo a CSV writer's quotes around a field."""
-    inner = pc.replace_substring(pc.utf8_slice_codeunits(fields, 1, -1), '""', '"')
-    return pc.if_else(pc.match_substring_regex(fields, '^".*"$'), inner, fields)
