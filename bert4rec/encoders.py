@@ -163,7 +163,8 @@ def _get_from_hub(name: str) -> str:
         except (OSError, ValueError):
             pass
         raise
-    return str(snapshot_download(name, revision=revision, allow_patterns=["*.json", "*.txt", "*.model", "*.safetensors"]))
+    wanted = ["*.json", "*.txt", "*.model", "*.safetensors"]
+    return str(snapshot_download(name, revision=revision, allow_patterns=wanted))
 
 
 def _model_files(folder: str) -> list[Path]:

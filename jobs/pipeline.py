@@ -7,6 +7,7 @@ from bert4rec.cli import run_job
 from bert4rec.config import Config
 from bert4rec.dataset import PreparedDataset
 from bert4rec.recommend import PARQUET
+from jobs.embed import embed_items
 from jobs.evaluate import evaluate_model
 from jobs.prepare import prepare_dataset
 from jobs.recommend import recommend_all
@@ -17,6 +18,8 @@ SHOWN_USERS, SHOWN_ITEMS = 5, 5
 
 def run_pipeline(config: Config) -> None:
     """All steps, then a look at what came out."""
+    if config.model.use_title_emb:
+        embed_items(config)
     dataset = PreparedDataset(prepare_dataset(config))
     result = train_model(config)
     if not config.data.use_full_data:
