@@ -1,10 +1,10 @@
 """What all jobs share: options, Ray's start, errors as one message, exit codes, where a run's things lie."""
 
 import argparse
+import csv
 import logging
 import os
 import sys
-import tempfile
 from collections.abc import Callable
 from pathlib import Path
 
@@ -12,6 +12,7 @@ os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
 os.environ.setdefault("RAY_DATA_DISABLE_PROGRESS_BARS", "1")  # ours report instead
 os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")  # a warning that concerns no user of ours
 
+import pyarrow as pa
 import pyarrow.fs as pafs
 import ray
 import yaml
@@ -28,17 +29,20 @@ DEFAULT_CONFIG = Path(__file__).parent.parent / "configs" / "ml-100k.yaml"
 
 def run_job(description: str, work: Callable[[Config], object]) -> None:
     """Parse the command line, start or join Ray, do the work, and exit: 0 done, 1 failed, 2 the input is unusable."""
-    arguments = _parser(description).parse_args()
+    arguments = _parser(description).parse_intermixed_args()
     try:
         config = _load(arguments.config, arguments.overrides)
         start_ray(arguments.verbose)
         work(config)
     except InputError as error:
         sys.exit(_fail(str(error), 2))
-    except (RayError, TrainingFailedError) as error:
+    except (RayError, TrainingFailedError, OSError, pa.ArrowException, csv.Error) as error:
+        cause = _root_cause(error)
+        if isinstance(cause, InputError):
+            sys.exit(_fail(str(cause), 2))
         if arguments.verbose:
             raise
-        sys.exit(_fail(_root_message(error), 1))
+        sys.exit(_fail(f"{_first_line(cause)} (--verbose shows all)", 1))
     except KeyboardInterrupt:
         sys.exit(_fail("interrupted; the same command goes on from here", 130))
 
@@ -74,7 +78,9 @@ def checkpoint_and_output(config: Config, checkpoint: str | None = None) -> tupl
     if checkpoint is None:
         root = storage.absolute(config.run.storage_path)
         run = storage.join(root, config.run.name) if config.run.name else newest_run(root)
-        checkpoint = str(storage.read_json(storage.join(run, RUN))["best_checkpoint"])
+        if not storage.exists(storage.join(run, RUN)):
+            raise InputError(f"{run}: no finished training ({RUN} is missing); run `python -m jobs.train` first")
+        checkpoint = storage.join(run, str(storage.read_json(storage.join(run, RUN))["best_checkpoint"]))
     checkpoint = storage.absolute(checkpoint)
     output = config.inference.output_path or storage.join(os.path.dirname(checkpoint.rstrip("/")), "recommendations")
     return checkpoint, storage.absolute(output)
@@ -133,23 +139,22 @@ def start_ray(verbose: bool = False) -> None:
 
 
 def _keep_native_messages_off_the_terminal() -> None:
-    """Send what is written past Python (Ray's core warns of every actor pool of Ray Data) to a file instead."""
+    """Drop what is written past Python: Ray's core warns of every actor pool of Ray Data. Processes have their logs."""
     sys.stderr = os.fdopen(os.dup(2), "w", buffering=1)
-    with tempfile.NamedTemporaryFile(prefix="bert4rec-native-", suffix=".log", delete=False) as log:
-        os.dup2(log.fileno(), 2)
+    with open(os.devnull, "w") as nowhere:
+        os.dup2(nowhere.fileno(), 2)
 
 
-def _root_message(error: BaseException) -> str:
-    """The first line that says what went wrong, out of Ray's layers of tracebacks."""
-    if isinstance(error, TrainingFailedError) and getattr(error, "worker_failures", None):
-        rank, failure = next(iter(error.worker_failures.items()))  # type: ignore[attr-defined]
-        return f"training worker {rank} failed: {_last_line(failure)} (--verbose shows all)"
-    return f"{_last_line(error)} (--verbose shows all)"
+def _root_cause(error: BaseException) -> BaseException:
+    """What a worker raised, out of Ray's layers around it."""
+    failures = getattr(error, "worker_failures", None)
+    inner = next(iter(failures.values())) if failures else getattr(error, "cause", None) or error.__cause__
+    return _root_cause(inner) if isinstance(inner, BaseException) and inner is not error else error
 
 
-def _last_line(error: BaseException) -> str:
+def _first_line(error: BaseException) -> str:
     lines = [line for line in str(error).strip().splitlines() if line.strip()]
-    return lines[-1] if lines else type(error).__name__
+    return f"{type(error).__name__}: {lines[-1 if isinstance(error, RayError) else 0]}" if lines else repr(error)
 
 
 def _fail(message: str, code: int) -> int:

@@ -238,7 +238,7 @@ class Config(_Group):
     @property
     def data_name(self) -> str:
         """The data's short name, for directories."""
-        return os.path.basename(self.data.data_dir.rstrip("/")) or "data"
+        return os.path.basename(storage.absolute(self.data.data_dir).rstrip("/")) or "data"
 
     @property
     def embeddings_path(self) -> str:
@@ -293,6 +293,8 @@ def _read_yaml(path: str) -> dict[str, Any]:
         content = yaml.safe_load(storage.read_bytes(path))
     except FileNotFoundError:
         raise InputError(f"{path}: no such config file") from None
+    except OSError as error:
+        raise InputError(f"{path}: cannot be read ({error.strerror or error})") from None
     except (yaml.YAMLError, UnicodeDecodeError) as error:
         raise InputError(f"{path}: not valid YAML ({error})") from None
     content = content or {}

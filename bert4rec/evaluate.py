@@ -34,7 +34,13 @@ def evaluate(config: Config, dataset_path: str, checkpoint: str) -> dict[str, di
         If the model belongs to another catalogue, or there is no user to evaluate.
     """
     dataset = PreparedDataset(dataset_path)
-    load_for(dataset, checkpoint)  # a wrong model is found here, not in an actor
+    model = load_for(dataset, checkpoint)  # a wrong model is found here, not in an actor
+    depth = config.data.holdout if evaluated_split(config) == "validation" else 1
+    if depth > model.held_out:
+        raise InputError(
+            f"{checkpoint}: was trained with the last {model.held_out} items of each user held out, so it has seen the "
+            f"{evaluated_split(config)} item of data.holdout={config.data.holdout}; train with that holdout"
+        )
     use_gpu, num_workers = for_scoring(config)
     popularity = ray.put(_training_counts(dataset, config, num_workers))
     counts = {system: RankCounts.empty(dataset.num_items) for system in SYSTEMS}

@@ -91,6 +91,11 @@ class ItemVectors(nn.Module):
         if metadata.titles is not None:
             self.get_buffer("titles")[1:-1] = torch.from_numpy(metadata.titles)
 
+    @torch.no_grad()
+    def have_metadata(self, tokens: Tensor) -> Tensor:
+        """[U] -> [U] bool."""
+        return self._features(tokens)[1][:, 1:].any(1)
+
     def forward(self, tokens: Tensor) -> Tensor:
         """Any shape of tokens -> [..., D]. Metadata are fused once for each distinct token."""
         if self.features == ["item"]:

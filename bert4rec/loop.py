@@ -123,7 +123,7 @@ def train_epoch(
     )
     for index, step in enumerate(steps):
         for group in optimizer.param_groups:
-            group["lr"] = learning_rate(training, epoch + (index + 1) / num_steps)
+            group["lr"] = learning_rate(training, epoch + (index + 0.5) / num_steps)
         sums += train_step(model, step, optimizer, scaler, training, world_size)
         num_tokens += step.num_tokens
         on_step(1 / num_steps)
@@ -152,14 +152,23 @@ def validate(model: BERT4Rec, sequences: Windows, config: Config) -> dict[str, f
     mine = torch.arange(rank, len(histories), world_size)
     ranks = RankCounts.empty(model.num_items)
     token_counts = torch.zeros(model.num_items + 1, dtype=torch.int64)
+    not_ranked = torch.zeros((), dtype=torch.int64)
     model.eval()
     for users in torch.split(mine, VALIDATION_USERS):
         batch = histories.users(users).to(device)
         exclusions = Exclusions.of(batch if config.evaluation.exclude_seen else None, device=device)
-        ranks.add(rank_of_target(score_next(model, batch), exclusions, targets[users].to(device), model.num_items))
+        found = rank_of_target(score_next(model, batch), exclusions, targets[users].to(device), model.num_items)
+        not_ranked += (found < 1).sum().cpu()  # a score that is no number is above nothing, not even itself
+        ranks.add(found.clamp(min=1))
         if model.metadata_shape:
             read = Windows(batch.items, torch.maximum(batch.start, batch.end - model.config.max_len + 1), batch.end)
             token_counts += torch.bincount(read.flat()[1].cpu(), minlength=len(token_counts))
+    _all_reduce(not_ranked)
+    if not_ranked:
+        raise InputError(
+            f"training diverged: {int(not_ranked)} validation scores are no numbers; "
+            "try a smaller training.lr or training.gradient_clip_val=1"
+        )
     _all_reduce(ranks.counts)
     _all_reduce(token_counts)
     return ranks.metrics("val_") | _mean_gates(model, token_counts)

@@ -13,15 +13,15 @@ class RankCounts:
     """How often each rank of the target occurred, among `num_items` items."""
 
     counts: Tensor
-    """[num_items] int64; counts[r-1] users had their target at rank r."""
+    """[num_items+1] int64; counts[r-1] users had their target at rank r, the last cell those who missed it for good."""
 
     @classmethod
     def empty(cls, num_items: int) -> "RankCounts":
         """No user yet."""
-        return cls(torch.zeros(num_items, dtype=torch.int64))
+        return cls(torch.zeros(num_items + 1, dtype=torch.int64))
 
     def add(self, ranks: Tensor) -> None:
-        """Count ranks [B], from 1."""
+        """Count ranks [B], from 1; num_items+1 is a target that was excluded."""
         self.counts += torch.bincount(ranks.cpu() - 1, minlength=len(self.counts))
 
     @property
@@ -40,16 +40,16 @@ class RankCounts:
 
 def hit_rate(ranks: RankCounts, k: int) -> float:
     """HR@K: the share of users whose target is among the first `k`."""
-    return int(ranks.counts[:k].sum()) / ranks.num_users
+    return int(ranks.counts[:-1][:k].sum()) / ranks.num_users
 
 
 def ndcg(ranks: RankCounts, k: int) -> float:
     """NDCG@K with one relevant item: the mean of 1 / log2(1 + rank), 0 for ranks behind `k`."""
-    counts = ranks.counts[:k].double()
+    counts = ranks.counts[:-1][:k].double()
     return float((counts / torch.log2(torch.arange(2, len(counts) + 2, dtype=torch.float64))).sum()) / ranks.num_users
 
 
 def mrr(ranks: RankCounts) -> float:
     """MRR: the mean of 1 / rank, without a cut-off."""
-    counts = ranks.counts.double()
+    counts = ranks.counts[:-1].double()
     return float((counts / torch.arange(1, len(counts) + 1, dtype=torch.float64)).sum()) / ranks.num_users

@@ -4,6 +4,7 @@ Shapes: B users, L positions, M queried positions a user, N queried positions in
 """
 
 import os
+from collections.abc import Callable
 from typing import Any, Self
 
 import safetensors.torch
@@ -100,11 +101,15 @@ class BERT4Rec(nn.Module):
         self.num_items = num_items
         self.num_new_items = num_new_items
         self.catalogue = catalogue
+        self.held_out = 0  # last items of each user that training did not see; set by who trains
         self.metadata_shape = metadata.shape if isinstance(metadata, Metadata) else metadata or {}
         width = config.hidden_units
         self.items = ItemVectors(config, num_items, self.metadata_shape)
+        self.register_buffer("unrankable", torch.zeros(num_items, dtype=torch.bool))
         if isinstance(metadata, Metadata):
             self.items.set_tables(metadata)
+            new = torch.arange(1, num_items + 1) > num_items - num_new_items
+            self.get_buffer("unrankable").copy_(new & ~self.items.have_metadata(torch.arange(1, num_items + 1)))
         self.position_embedding = nn.Embedding(config.max_len, width)
         self.dropout = Dropout(config.dropout_rate)
         self.embedding_norm = nn.LayerNorm(width)
@@ -157,12 +162,19 @@ class BERT4Rec(nn.Module):
         self._fused = None
         return super().train(mode)
 
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Self:
+        self._fused = None  # moved to another device
+        return super()._apply(fn, recurse)  # type: ignore[no-untyped-call, no-any-return]
+
     def output_weights(self) -> tuple[Tensor, Tensor]:
         """Weights [V, D] and bias [V] of the output layer; special tokens have none and are never predicted."""
         if self.config.output_features == "fused":
-            if self._fused is None or self.training:
-                self._fused = self.items(torch.arange(1, self.num_items + 1, device=self.output_bias.device))
-            return self._fused, self.output_bias
+            fused = self._fused
+            if fused is None:
+                fused = self.items(torch.arange(1, self.num_items + 1, device=self.output_bias.device))
+                self._fused = fused if torch.is_inference_mode_enabled() else None
+            # A new item without any metadata has nothing to be scored by.
+            return fused, self.output_bias.masked_fill(self.get_buffer("unrankable"), -torch.inf)
         weights = self.items.embedding.weight[1:-1] if self.config.share_embeddings else self.output_embedding
         return weights, self.output_bias
 
@@ -183,6 +195,7 @@ class BERT4Rec(nn.Module):
             "architecture": "BERT4Rec",
             "num_items": self.num_items,
             "num_new_items": self.num_new_items,
+            "held_out": self.held_out,
             "catalogue": self.catalogue,
             "model": self.config.model_dump(),
             "metadata": self.metadata_shape,
@@ -205,11 +218,13 @@ class BERT4Rec(nn.Module):
                 content["num_items"],
                 content["catalogue"],
                 content["metadata"],
+                content["num_new_items"],
             )
+            model.held_out = content["held_out"]
             model.load_state_dict(safetensors.torch.load(storage.read_bytes(storage.join(directory, WEIGHTS))))
         except FileNotFoundError:
             raise InputError(f"{directory}: {WEIGHTS} is missing; this is no whole model directory") from None
-        except (KeyError, ValidationError, RuntimeError, safetensors.SafetensorError) as error:
+        except (KeyError, TypeError, ValidationError, RuntimeError, safetensors.SafetensorError) as error:
             raise InputError(f"{directory}: not a model directory of this version ({error})") from None
         return model.eval()
 

@@ -26,6 +26,7 @@ from bert4rec.storage import InputError
 from bert4rec.workers import for_scoring, map_parts
 
 UNFINISHED = "_unfinished"
+IDENTITY = "identity.json"
 PARQUET = "recommendations.parquet"
 CSV = "recommendations.csv"
 
@@ -55,10 +56,7 @@ def recommend(config: Config, dataset_path: str, checkpoint: str, output_path: s
     began = time.monotonic()
     inference = config.inference
     dataset = PreparedDataset(dataset_path)
-    if inference.topk > dataset.num_items:
-        raise InputError(
-            f"inference.topk={inference.topk} is larger than the catalogue, which has {dataset.num_items} items"
-        )
+    check_request(inference, dataset, output_path)
     load_for(dataset, checkpoint)  # a wrong model is found here, not in an actor
     identity = {
         "dataset": dataset.manifest.fingerprint,
@@ -66,7 +64,7 @@ def recommend(config: Config, dataset_path: str, checkpoint: str, output_path: s
         "settings": inference.model_dump(mode="json", exclude={"checkpoint_path", "output_path", "num_workers"}),
     }
     manifest_path = storage.join(output_path, storage.MANIFEST)
-    if storage.exists(manifest_path) and (manifest := storage.read_json(manifest_path))["identity"] == identity:
+    if storage.exists(manifest_path) and (manifest := storage.read_json(manifest_path)).get("identity") == identity:
         print(f"{output_path} is up to date")
         counted = manifest["counts"]
     else:
@@ -82,6 +80,24 @@ def recommend(config: Config, dataset_path: str, checkpoint: str, output_path: s
         counted = _publish(work, output_path, parts, inference)
         storage.commit(output_path, {"identity": identity, "checkpoint": checkpoint, "counts": counted})
     return RecommendResult(output_path=output_path, seconds=time.monotonic() - began, **counted)
+
+
+def check_request(inference: InferenceConfig, dataset: PreparedDataset, output_path: str) -> None:
+    """Find out before any work what would make `recommend` fail after it.
+
+    Raises
+    ------
+    InputError
+        If topk is larger than the catalogue, or `output_path` cannot be written or holds something else.
+    """
+    if inference.topk > dataset.num_items:
+        raise InputError(
+            f"inference.topk={inference.topk} is larger than the catalogue, which has {dataset.num_items} items"
+        )
+    manifest = storage.join(output_path, storage.MANIFEST)
+    if storage.exists(manifest) and "identity" not in storage.read_json(manifest):
+        raise InputError(f"{output_path}: holds something else than recommendations; choose another output_path")
+    storage.check_writable(output_path)
 
 
 class _Recommender:
@@ -159,14 +175,13 @@ def _is_done(work: str, part: Part, inference: InferenceConfig) -> bool:
 
 def _open_work(output_path: str, identity: dict[str, Any]) -> str:
     """The directory of unfinished parts, emptied if they were made with anything else than `identity`."""
-    storage.check_writable(output_path)
     work = storage.join(output_path, UNFINISHED)
-    marker = storage.join(work, "identity.json")
+    marker = storage.join(work, IDENTITY)
     if not storage.exists(marker) or storage.read_json(marker) != identity:
         storage.remove(work)
-        filesystem, inner = storage.open_store(storage.join(work, PARQUET))
-        filesystem.create_dir(inner, recursive=True)
         storage.write_json(marker, identity)
+    filesystem, inner = storage.open_store(storage.join(work, PARQUET))
+    filesystem.create_dir(inner, recursive=True)
     return work
 
 
@@ -176,6 +191,7 @@ def _publish(work: str, output_path: str, parts: list[Part], inference: Inferenc
     filesystem, inner = storage.open_store(output_path)
     inner_work = storage.join(inner, UNFINISHED)
     counts = [storage.read_json(_part_path(work, part, "json")) for part in parts]
+    storage.remove(storage.join(work, IDENTITY))  # from here on a killed job begins anew
     for name in (PARQUET, CSV):
         storage.remove(storage.join(output_path, name))
     if "csv" in inference.formats:

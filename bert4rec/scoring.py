@@ -162,7 +162,7 @@ def rank_of_target(
 ) -> Tensor:
     """[B] int64 rank, from 1, of each target token [B]; items of equal score rank before it.
 
-    A target that is itself excluded gets the last rank: it cannot be recommended.
+    A target that is itself excluded gets rank V+1: it cannot be recommended, whatever the cut-off.
     """
     index = (targets - 1)[:, None]
     blocks = list(item_blocks(len(targets), num_items, score_bytes))
@@ -178,4 +178,4 @@ def rank_of_target(
     for low, high in blocks:
         block = exclude(scores(low, high), exclusions, low) if kept is None else kept
         rank += (block >= target_score).sum(1)  # the target itself is among them: ranks start at 1
-    return rank
+    return torch.where(target_score[:, 0] == -torch.inf, num_items + 1, rank)

@@ -128,7 +128,9 @@ def train(config: Config, dataset_path: str) -> TrainResult:
         seconds=time.monotonic() - began,
     )
     log.close(config, manifest, trained.best_metrics)
-    storage.write_json(storage.join(run_path, RUN), asdict(trained))
+    # Names, not paths: a run's directory may be moved.
+    names = {key: os.path.basename(getattr(trained, key)) for key in ("best_checkpoint", "last_checkpoint")}
+    storage.write_json(storage.join(run_path, RUN), asdict(trained) | names)
     return trained
 
 
@@ -148,6 +150,11 @@ def with_features(config: Config, manifest: Manifest) -> Config:
     features["use_title_emb"] = has_titles and config.model.use_title_emb is not False
     if config.model.use_title_emb and not has_titles:
         print(f"note: model.use_title_emb is switched off: there is no {config.embeddings_path} (python -m jobs.embed)")
+    if config.data.include_new_items and not any(features.values()):
+        raise InputError(
+            "data.include_new_items=true needs metadata to tell the new items apart, and none is used; set "
+            "model.use_genre_emb=true (or director, writer), or make title embeddings (python -m jobs.embed)"
+        )
     return config.model_copy(update={"model": config.model.model_copy(update=features)})
 
 
@@ -196,7 +203,9 @@ def _open_run(config: Config, manifest: Manifest, run_path: str) -> TrainResult 
     if not storage.exists(storage.join(run_path, RUN)):
         print(f"continuing run {run_path}")
         return None
-    return TrainResult(**storage.read_json(storage.join(run_path, RUN)))
+    finished = storage.read_json(storage.join(run_path, RUN)) | {"run_path": run_path}
+    paths = {key: storage.join(run_path, finished[key]) for key in ("best_checkpoint", "last_checkpoint")}
+    return TrainResult(**finished | paths)
 
 
 def _train_worker(loop: dict[str, Any]) -> list[dict[str, float]] | str:
@@ -214,6 +223,7 @@ def _run_epochs(config: Config, dataset: PreparedDataset, reporter: Reporter) ->
     manifest = dataset.manifest
     metadata = _metadata(config, dataset)
     model = BERT4Rec(config.model, manifest.num_items, manifest.catalogue, metadata, manifest.num_new_items)
+    model.held_out = 0 if config.data.use_full_data else config.data.holdout
     sequences = Windows.from_sequences(dataset.sequences(config.data.memory_mb))
     windows = training_windows(sequences, config.data)
     if len(windows) == 0:
@@ -233,7 +243,7 @@ def _run_epochs(config: Config, dataset: PreparedDataset, reporter: Reporter) ->
         state = loaded
         if rank == 0:
             reporter.skip(state["epoch"])
-    wrapped = prepare_model(model)
+    wrapped = prepare_model(model, parallel_strategy_kwargs={"broadcast_buffers": False})  # the tables never change
     optimizer = make_optimizer(model, training)
     scaler = torch.amp.GradScaler(device.type, enabled=training.precision == "16-mixed")  # type: ignore[attr-defined]
     if optimizer_state is not None:

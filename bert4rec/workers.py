@@ -1,5 +1,6 @@
 """What a job takes of the cluster, and the one way to run over all users: Ray Data over the dataset's parts."""
 
+import os
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -10,21 +11,46 @@ from ray.data import ActorPoolStrategy
 
 from bert4rec.config import Config, TrainingConfig
 from bert4rec.dataset import Part
+from bert4rec.storage import InputError
 
 
 def for_training(training: TrainingConfig) -> tuple[bool, int]:
-    """Whether training workers get a GPU each, and how many CPU cores each."""
-    gpus, cpus, largest_node = _cluster()
+    """Whether training workers get a GPU each, and how many CPU cores each: as many as fit.
+
+    Raises
+    ------
+    InputError
+        If the workers do not fit on this machine; a cluster that we joined may still grow.
+    """
+    nodes = _nodes()
+    gpus = sum(gpu for _, gpu in nodes)
     use_gpu = training.accelerator == "gpu" or (training.accelerator == "auto" and gpus >= training.num_workers)
-    if training.cpus_per_worker is not None:
-        return use_gpu, training.cpus_per_worker
-    return use_gpu, max(1, min(cpus // training.num_workers, largest_node))
+
+    def places(cores: int) -> int:
+        return sum(min(cpu // cores, gpu) if use_gpu else cpu // cores for cpu, gpu in nodes)
+
+    largest = max((cpu for cpu, _ in nodes), default=0)
+    wanted = [training.cpus_per_worker] if training.cpus_per_worker else range(largest, 0, -1)
+    fitting = next((cores for cores in wanted if places(cores) >= training.num_workers), None)
+    if fitting is None:
+        each = f"{training.cpus_per_worker or 1} CPU cores" + (" and a GPU" if use_gpu else "")
+        _cannot_start(f"training.num_workers={training.num_workers} workers of {each} each")
+    return use_gpu, fitting or training.cpus_per_worker or 1
 
 
 def for_scoring(config: Config) -> tuple[bool, int]:
-    """Whether scoring workers get a GPU each, and how many workers there are."""
-    gpus, cpus, _ = _cluster()
+    """Whether scoring workers get a GPU each, and how many workers there are.
+
+    Raises
+    ------
+    InputError
+        If this machine lacks what one worker takes.
+    """
+    nodes = _nodes()
+    gpus, cpus = sum(gpu for _, gpu in nodes), sum(cpu for cpu, _ in nodes)
     use_gpu = config.training.accelerator == "gpu" or (config.training.accelerator == "auto" and gpus > 0)
+    if use_gpu and not gpus:
+        _cannot_start("training.accelerator=gpu")
     return use_gpu, config.inference.num_workers or max(1, gpus if use_gpu else cpus)
 
 
@@ -64,8 +90,15 @@ class _PartWorker:
         return pa.table(self.worker(Part(**batch.to_pylist()[0])))
 
 
-def _cluster() -> tuple[int, int, int]:
-    """GPUs and CPUs of the cluster, and CPUs of its largest node."""
-    total = ray.cluster_resources()
-    nodes = [int(node["Resources"].get("CPU", 0)) for node in ray.nodes() if node["Alive"]]
-    return int(total.get("GPU", 0)), int(total.get("CPU", 0)), max(nodes, default=0)
+def _nodes() -> list[tuple[int, int]]:
+    """CPU cores and GPUs of each node."""
+    alive = [node["Resources"] for node in ray.nodes() if node["Alive"]]
+    return [(int(resources.get("CPU", 0)), int(resources.get("GPU", 0))) for resources in alive]
+
+
+def _cannot_start(wanted: str) -> None:
+    """Ray would wait for ever for what does not come."""
+    present = " + ".join(f"{cpu} CPU cores, {gpu} GPUs" for cpu, gpu in _nodes())
+    if not os.environ.get("RAY_ADDRESS"):
+        raise InputError(f"{wanted} do not fit on this machine, which has {present}")
+    print(f"note: {wanted} do not fit on the cluster's nodes ({present}); waiting for it to grow")

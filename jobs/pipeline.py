@@ -6,7 +6,7 @@ from bert4rec import storage
 from bert4rec.cli import run_job
 from bert4rec.config import Config
 from bert4rec.dataset import PreparedDataset
-from bert4rec.recommend import PARQUET
+from bert4rec.recommend import PARQUET, check_request
 from jobs.embed import embed_items
 from jobs.evaluate import evaluate_model
 from jobs.prepare import prepare_dataset
@@ -21,6 +21,10 @@ def run_pipeline(config: Config) -> None:
     if config.model.use_title_emb:
         embed_items(config)
     dataset = PreparedDataset(prepare_dataset(config))
+    if config.inference.output_path is None:
+        check_request(config.inference, dataset, storage.absolute(config.run.storage_path))
+    else:
+        check_request(config.inference, dataset, storage.absolute(config.inference.output_path))
     result = train_model(config)
     if not config.data.use_full_data:
         evaluate_model(config, result.best_checkpoint)

@@ -93,9 +93,9 @@ def recommendations(
 
 
 def rank(scores: list[float], target: int, excluded: set[int]) -> int:
-    """Rank of `target` (counted from 0), from 1; equal scores stand before it, an excluded target comes last."""
+    """Rank of `target` (counted from 0), from 1; equal scores stand before it, an excluded target is behind all."""
     if target in excluded:
-        return len(scores)
+        return len(scores) + 1
     others = [score for item, score in enumerate(scores) if item != target and item not in excluded]
     return 1 + sum(score >= scores[target] for score in others)
 

@@ -31,7 +31,7 @@ def dataset_path(tmp_path_factory):
 @pytest.fixture(scope="module")
 def model():
     model = make_model()
-    model.catalogue = "test"
+    model.catalogue, model.held_out = "test", 2
     return model
 
 
@@ -134,6 +134,14 @@ def test_what_cannot_be_scored_is_one_message(tmp_path, dataset_path, checkpoint
     for work in (recommend, lambda *arguments: evaluate(*arguments[:3])):
         with pytest.raises(InputError, match=r"another catalogue \(fingerprint elsewhere.*fingerprint test"):
             work(load_config(), dataset_path, str(tmp_path / "m"), output)
+    with pytest.raises(InputError, match="holds something else"):
+        recommend(load_config(), dataset_path, checkpoint, dataset_path)
+    other.held_out, other.catalogue = 1, "test"
+    other.save_pretrained(str(tmp_path / "m"))
+    with pytest.raises(InputError, match=r"last 1 items of each user held out, so it has seen the validation item"):
+        evaluate(
+            load_config(None, ["data.holdout=2", "evaluation.split=validation"]), dataset_path, str(tmp_path / "m")
+        )
     (tmp_path / "file").write_text("")
     with pytest.raises(InputError, match="cannot be written"):
         recommend(load_config(), dataset_path, checkpoint, str(tmp_path / "file" / "out"))

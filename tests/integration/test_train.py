@@ -119,7 +119,8 @@ def test_early_stopping_and_validation_interval(tmp_path, dataset_path):
     )
     assert [int(metrics["epoch"]) for metrics in result.history] == [3, 6, 9]
     assert int(result.best_metrics["epoch"]) == 3
-    assert json.loads((Path(result.run_path) / "run.json").read_text())["best_checkpoint"] == result.best_checkpoint
+    stored = json.loads((Path(result.run_path) / "run.json").read_text())["best_checkpoint"]
+    assert Path(result.run_path) / stored == Path(result.best_checkpoint)
 
 
 def test_what_cannot_be_trained_is_one_message(tmp_path, dataset_path):
@@ -127,6 +128,12 @@ def test_what_cannot_be_trained_is_one_message(tmp_path, dataset_path):
         train(config_for(tmp_path, "data.min_interactions=99"), dataset_path)
     with pytest.raises(InputError, match=r"diverged: the loss of epoch 1 is nan at learning rate 1e\+30.*smaller"):
         train(config_for(tmp_path, "training.lr=1e30"), dataset_path)
+    with pytest.raises(InputError, match=r"num_workers=3 workers of 1 CPU cores each do not fit.*2 CPU cores"):
+        train(config_for(tmp_path, "training.num_workers=3"), dataset_path)
+    with pytest.raises(InputError, match=r"do not fit on this machine, which has 2 CPU cores, 0 GPUs"):
+        train(config_for(tmp_path, "training.accelerator=gpu"), dataset_path)
+    with pytest.raises(InputError, match=r"include_new_items=true needs metadata"):
+        train(config_for(tmp_path, "data.include_new_items=true", "model.output_features=fused"), dataset_path)
     (tmp_path / "file").write_text("")
     with pytest.raises(InputError, match="cannot be written"):
         train(config_for(tmp_path / "file"), dataset_path)

@@ -90,7 +90,7 @@ def test_rank_of_target_equals_the_slow_way(score_bytes):
         for user in range(6)
     ]
     assert got.tolist() == expected
-    assert got[3] == 11
+    assert got[3] == 12
 
 
 def test_all_scores_equal_means_the_last_rank():
@@ -115,6 +115,13 @@ def test_metrics_by_hand():
     assert math.isclose(mrr(counts), (1 + 0.5 + 0.1 + 1 / 30) / 4)
     assert counts.metrics("val_")["val_hr@10"] == 0.75
     assert RankCounts.empty(3).metrics() == {}
+
+
+def test_a_target_that_cannot_be_recommended_is_a_miss_in_the_smallest_catalogue():
+    counts = RankCounts.empty(3)
+    counts.add(torch.tensor([4, 1]))
+    assert counts.num_users == 2
+    assert hit_rate(counts, 20) == ndcg(counts, 20) == mrr(counts) == 0.5
 
 
 def test_a_cut_off_beyond_the_catalogue_counts_everyone():
