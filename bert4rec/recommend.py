@@ -56,8 +56,8 @@ def recommend(config: Config, dataset_path: str, checkpoint: str, output_path: s
     began = time.monotonic()
     inference = config.inference
     dataset = PreparedDataset(dataset_path)
-    check_request(inference, dataset, output_path)
     load_for(dataset, checkpoint)  # a wrong model is found here, not in an actor
+    check_request(inference, dataset, output_path)
     identity = {
         "dataset": dataset.manifest.fingerprint,
         "model": hashlib.sha256(storage.read_bytes(storage.join(checkpoint, WEIGHTS))).hexdigest(),
