@@ -155,7 +155,10 @@ def with_features(config: Config, manifest: Manifest) -> Config:
             "data.include_new_items=true needs metadata to tell the new items apart, and none is used; set "
             "model.use_genre_emb=true (or director, writer), or make title embeddings (python -m jobs.embed)"
         )
-    return config.model_copy(update={"model": config.model.model_copy(update=features)})
+    embedding = config.embedding.model_copy(
+        update={"output_path": config.embeddings_path}
+    )  # workers have other folders
+    return config.model_copy(update={"model": config.model.model_copy(update=features), "embedding": embedding})
 
 
 def checkpoint_name(metrics: dict[str, float], monitor: str) -> str:

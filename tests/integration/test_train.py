@@ -5,6 +5,9 @@ import threading
 import time
 from pathlib import Path
 
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
@@ -161,6 +164,18 @@ def test_gates_and_settings_are_in_tensorboard(tmp_path, capsys):
     assert summary
     model = BERT4Rec.from_pretrained(result.best_checkpoint)
     assert model.items.features == ["item", "genre"]
+
+
+def test_title_embeddings_are_found_by_workers_from_a_relative_path(tmp_path, dataset_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    vectors = np.random.default_rng(0).normal(size=(20, 5)).astype(np.float32)
+    ids = pa.array(range(101, 120))  # item 120 has no title
+    pq.write_table(pa.table({"item": ids, "embedding": vectors[:19].tolist()}), "titles.parquet")
+    result = train(config_for("runs", "embedding.output_path=titles.parquet", "training.num_epochs=1"), dataset_path)
+    model = BERT4Rec.from_pretrained(result.best_checkpoint)
+    assert model.items.features == ["item", "title"]
+    np.testing.assert_allclose(model.items.titles[1:20], vectors[:19])
+    assert not model.items.titles[[0, 20, 21]].any()
 
 
 @pytest.mark.parametrize(
