@@ -37,7 +37,9 @@ def dataset_path(tmp_path_factory):
 
 
 def config_for(storage_path, *overrides):
-    return load_config(None, [*SMALL, f"run.storage_path={storage_path}", *overrides])
+    # a data_dir of their own: title embeddings in the default one would be used
+    own = [f"run.storage_path={storage_path}", f"data.data_dir={storage_path}/data"]
+    return load_config(None, [*SMALL, *own, *overrides])
 
 
 def without_times(history):
