@@ -73,7 +73,7 @@ def recommend(config: Config, dataset_path: str, checkpoint: str, output_path: s
         parts = dataset.parts()
         missing = [part for part in parts if not _is_done(work, part, inference)]
         with Progress("scoring", dataset.manifest.num_users, "users") as reporter:
-            reporter.skip(sum(part.high - part.low for part in parts) - sum(part.high - part.low for part in missing))
+            reporter.skip(dataset.manifest.num_users - sum(part.high - part.low for part in missing))
             arguments = (inference, dataset_path, checkpoint, work, use_gpu, reporter)
             for _ in map_parts(missing, _Recommender, arguments, num_workers, use_gpu) if missing else ():
                 pass

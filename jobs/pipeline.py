@@ -21,10 +21,8 @@ def run_pipeline(config: Config) -> None:
     if config.model.use_title_emb:
         embed_items(config)
     dataset = PreparedDataset(prepare_dataset(config))
-    if config.inference.output_path is None:
-        check_request(config.inference, dataset, storage.absolute(config.run.storage_path))
-    else:
-        check_request(config.inference, dataset, storage.absolute(config.inference.output_path))
+    # The run's own directory is not known before training; it lies in storage_path.
+    check_request(config.inference, dataset, storage.absolute(config.inference.output_path or config.run.storage_path))
     result = train_model(config)
     if not config.data.use_full_data:
         evaluate_model(config, result.best_checkpoint)
