@@ -53,7 +53,7 @@ def train(workload: Workload, histories: Histories) -> dict[str, float]:
             train_step(model, step, optimizer, scaler, training)
             if meter.warmup_steps > 0:
                 waited = 0.0
-            is_over = meter.add(torch.cat([(batch.tokens > 0).sum(1) for batch in step.batches]))
+            is_over = meter.add(torch.cat([(rows > 0).sum(1) for batch in step.batches for rows in batch.rectangles()]))
     result = meter.result()
     return {**result, "input_share": waited / result["seconds"]}
 

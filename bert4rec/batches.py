@@ -1,6 +1,6 @@
-"""From flat histories to batches: hold out, truncate, mask, split by length. Tensor operations only, on any device.
+"""From flat histories to batches: hold out, truncate, mask, pack by length. Tensor operations only, on any device.
 
-Shapes: B users, L positions, M queried positions a user, T interactions in all.
+Shapes: B users, L positions, M queried positions a user, T interactions in all, S positions of a packed batch.
 Sequences are padded on the left, so that the last column is always the latest position.
 """
 
@@ -8,22 +8,50 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import NamedTuple, Self
 
+import numpy as np
 import torch
 from torch import Tensor
 
 from bert4rec.config import DataConfig, ModelConfig
 from bert4rec.dataset import PADDING, Sequences
 
+MAX_PADDING = 0.04
+"""Largest share of padding in a group of rows..."""
+GROUP_TOKENS = 32
+"""...besides this many positions: what one more group costs in time, about."""
+
+
+class Group(NamedTuple):
+    """Rows of like length in a packed batch."""
+
+    rows: int
+    """B."""
+    length: int
+    """L, of the longest row."""
+    queries: int
+    """M, of the row with most of them."""
+    is_padded: bool
+    """Whether a row is shorter than L."""
+
 
 class Batch(NamedTuple):
-    """What the model reads: padded tokens, and the positions whose hidden states are wanted."""
+    """What the model reads: groups of rows laid end to end, each padded to its own length alone (see `pack`)."""
 
     tokens: Tensor
-    """[B, L] int64."""
+    """[S] int64; each group's [B, L], flat."""
+    position: Tensor
+    """[S] int64 distance from the end of the row."""
     query: Tensor
-    """[B, M] int64 columns of `tokens`; where `labels` is 0 it only fills the row."""
+    """[Q] int64 places in `tokens` whose hidden states are wanted; each group's [B, M], flat."""
     labels: Tensor
-    """[B, M] int64 true token at `query`, 0 for none."""
+    """[Q] int64 true token at `query`, 0 where it only fills the row."""
+    groups: list[Group]
+
+    def rectangles(self) -> list[Tensor]:
+        """Each group's tokens [B, L]."""
+        sizes = [group.rows * group.length for group in self.groups]
+        parts = torch.split(self.tokens, sizes)
+        return [part.view(group.rows, -1) for group, part in zip(self.groups, parts, strict=True)]
 
 
 class Step(NamedTuple):
@@ -184,17 +212,56 @@ def append_mask(windows: Windows, max_len: int, num_items: int) -> Tensor:
 
 
 def by_length(lengths: Tensor, max_tokens: int) -> Iterator[Tensor]:
-    """Indices of rows in groups of like length, longest first, each of at most `max_tokens` padded tokens.
-
-    Work is then done almost only where there is a token, however uneven the lengths are.
-    """
+    """Indices of rows, longest first, in parts of about `max_tokens` tokens (less than one row more)."""
     order = torch.argsort(lengths, descending=True, stable=True)
-    longest = lengths[order].clamp(min=1).tolist()
+    part = (torch.cumsum(lengths[order].clamp(min=1), 0) - 1) // max_tokens
+    yield from torch.split(order, torch.unique_consecutive(part, return_counts=True)[1].tolist())
+
+
+def pack(tokens: Tensor, labels: Tensor | None, device: torch.device) -> Batch:
+    """Lay rows end to end in groups of like length, so that work is done almost only where there is a token.
+
+    Attention wants rectangles, all other layers do not care: a row is padded to the longest of its group alone, and a
+    group ends where its padding would cost more than another group does.
+
+    Parameters
+    ----------
+    tokens : Tensor
+        [B, L] int64, padded on the left, longest row first, at least one token a row.
+    labels : Tensor or None
+        [B, L] true token at targets, 0 elsewhere; None asks for the last position of each row.
+    """
+    lengths = (tokens != PADDING).sum(1).tolist()
+    assert lengths == sorted(lengths, reverse=True)
+    groups, parts, begin, offset = [], [], 0, 0
+    for end in _group_ends(np.asarray(lengths)):
+        rows, length = end - begin, lengths[begin]
+        inner = tokens[begin:end, -length:]
+        position = torch.arange(length - 1, -1, -1, device=tokens.device).expand_as(inner)
+        if labels is None:
+            query = torch.full((rows, 1), length - 1, device=tokens.device)
+            answers = torch.ones_like(query)
+        else:
+            own = labels[begin:end, -length:]
+            most = max(1, int((own != PADDING).sum(1).max()))
+            query = torch.argsort((own == PADDING).to(torch.uint8), dim=1, stable=True)[:, :most]
+            answers = own.gather(1, query)
+        query = query + (offset + length * torch.arange(rows, device=tokens.device))[:, None]
+        parts.append([part.reshape(-1) for part in (inner, position, query, answers)])
+        groups.append(Group(rows, length, query.shape[1], lengths[end - 1] < length))
+        begin, offset = end, offset + inner.numel()
+    flat = [torch.cat(part).to(device, non_blocking=True) for part in zip(*parts, strict=True)]
+    return Batch(flat[0], flat[1], flat[2], flat[3], groups)
+
+
+def _group_ends(lengths: np.ndarray) -> Iterator[int]:
+    """Where groups of rows, longest first, end."""
     begin = 0
-    while begin < len(order):
-        end = begin + max(1, max_tokens // longest[begin])
-        yield order[begin:end]
-        begin = end
+    while begin < len(lengths):
+        area = lengths[begin] * np.arange(1, len(lengths) - begin + 1)
+        too_much = area - np.cumsum(lengths[begin:]) > MAX_PADDING * area + GROUP_TOKENS
+        begin = begin + int(too_much.argmax()) if too_much.any() else len(lengths)
+        yield begin
 
 
 def iter_steps(
@@ -218,7 +285,7 @@ def iter_steps(
     Parameters
     ----------
     max_tokens : int
-        Padded tokens in one forward pass.
+        Tokens in one forward pass.
     """
     generator = torch.Generator().manual_seed(data.seed * 1_000_003 + epoch)
     shuffled = torch.randperm(len(windows), generator=generator)
@@ -232,21 +299,9 @@ def iter_steps(
         lengths = (tokens != PADDING).sum(1)
         rows = torch.argsort(lengths, descending=True, stable=True)[rank::world_size]
         batches = [
-            trim(masked[rows[part]], labels[rows[part]], device) for part in by_length(lengths[rows], max_tokens)
+            pack(masked[rows[part]], labels[rows[part]], device) for part in by_length(lengths[rows], max_tokens)
         ]
         if not batches:  # fewer users than workers: DDP still needs a pass, one without targets
-            batches = [trim(masked[:1], torch.zeros_like(labels[:1]), device)]
+            length = int(lengths[0])
+            batches = [pack(masked[:1, -length:], torch.zeros_like(labels[:1, -length:]), device)]
         yield Step(batches, int((labels != PADDING).sum()), int(lengths.sum()))
-
-
-def trim(masked: Tensor, labels: Tensor, device: torch.device) -> Batch:
-    """A `Batch` without columns that are all padding, its targets gathered to the front: [B, L], [B, L] -> Batch."""
-    width = int((masked != PADDING).sum(1).max())
-    masked, labels = masked[:, -width:], labels[:, -width:]
-    most = max(1, int((labels != PADDING).sum(1).max()))
-    query = torch.argsort((labels == PADDING).to(torch.uint8), dim=1, stable=True)[:, :most]
-    return Batch(
-        masked.to(device, non_blocking=True),
-        query.to(device, non_blocking=True),
-        labels.gather(1, query).to(device, non_blocking=True),
-    )

@@ -37,14 +37,14 @@ class _CpuDropout(torch.autograd.Function):
     def forward(ctx: Any, x: Tensor, p: float) -> Tensor:  # noqa: ANN401 - torch's context
         words = torch.empty(-(-x.numel() // 4), dtype=torch.int64).random_(torch.iinfo(torch.int64).min, None)
         keep = (words.view(torch.int16)[: x.numel()] >= round(p * 2**16) - 2**15).view(x.shape)
-        ctx.save_for_backward(keep)
-        ctx.scale = 1 / (1 - p)
-        return (x * keep).mul_(ctx.scale)
+        factor = keep * torch.tensor(1 / (1 - p), dtype=x.dtype)  # a product with booleans would convert them each time
+        ctx.save_for_backward(factor)
+        return x * factor
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:  # type: ignore[override]  # noqa: ANN401
-        (keep,) = ctx.saved_tensors
-        return (grad * keep).mul_(ctx.scale), None
+        (factor,) = ctx.saved_tensors
+        return grad * factor, None
 
 
 def linear_cross_entropy(hidden: Tensor, weights: Tensor, bias: Tensor, labels: Tensor) -> Tensor:

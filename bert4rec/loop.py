@@ -19,8 +19,8 @@ from bert4rec.storage import InputError
 
 VALIDATION_USERS = 512
 """Users ranked at once in validation."""
-PASS_TOKENS = {"cpu": 4_096, "cuda": 131_072}
-"""Padded tokens in one forward and backward pass: small enough for the caches of a CPU, large enough to fill a GPU."""
+PASS_TOKENS = {"cpu": 8_192, "cuda": 131_072}
+"""Tokens in one forward and backward pass: small enough for the caches of a CPU, large enough to fill a GPU."""
 
 
 def learning_rate(training: TrainingConfig, epochs_done: float) -> float:
@@ -65,7 +65,7 @@ def train_step(
         is_last = index == len(step.batches) - 1
         with model.no_sync() if is_distributed and not is_last else nullcontext():  # type: ignore[operator]
             with torch.autocast(device.type, dtype=dtype) if dtype else nullcontext():
-                loss = model(batch.tokens, batch.query, batch.labels)
+                loss = model(batch)
             scaler.scale(loss * (world_size / max(step.num_targets, 1))).backward()
         sums += torch.stack([loss.detach(), (batch.labels > 0).sum()])
     if training.gradient_clip_val is not None:

@@ -1,6 +1,7 @@
 """BERT4Rec (Sun et al. 2019, arXiv 1904.06690, Section 3): the whole network, and its directory on disk.
 
-Shapes: B users, L positions, M queried positions a user, N queried positions in all, D hidden_units, H heads, V items.
+Shapes: S positions of a packed batch (see `batches.pack`), made of groups of B users with L positions and M queried
+ones each; N wanted positions in all, D hidden_units, H heads, V items.
 """
 
 import os
@@ -14,6 +15,7 @@ from pydantic import ValidationError
 from torch import Tensor, nn
 
 from bert4rec import storage
+from bert4rec.batches import Batch, Group
 from bert4rec.config import ModelConfig
 from bert4rec.dataset import PADDING
 from bert4rec.functions import Dropout, linear_cross_entropy
@@ -39,38 +41,54 @@ class Block(nn.Module):
         self.output_norm = nn.LayerNorm(width)
         self.dropout = Dropout(config.dropout_rate)
 
-    def forward(self, x: Tensor, keep: Tensor, query: Tensor | None = None, wanted: Tensor | None = None) -> Tensor:
+    def forward(
+        self,
+        x: Tensor,
+        groups: list[Group],
+        keep: list[Tensor | None],
+        query: Tensor | None = None,
+        wanted: Tensor | None = None,
+    ) -> Tensor:
         """Hidden states of all positions, or of some only.
 
         Parameters
         ----------
         x : Tensor
-            [B, L, D].
-        keep : Tensor
-            [B, 1, 1, L] bool, false at padding.
+            [S, D].
+        keep : list
+            For each group [B, 1, 1, L] bool, false at padding, or None where there is none.
         query, wanted : Tensor
-            [B, M] columns whose states are wanted, and whether they really are: all work after the keys and values is
+            [Q] positions whose states are wanted, and whether they really are: all work after the keys and values is
             then done for those alone.
 
         Returns
         -------
         Tensor
-            [B, L, D], or [N, D] with `query`.
+            [S, D], or [N, D] with `query`.
         """
-        x_query = x if query is None else torch.take_along_dim(x, query[:, :, None], dim=1)  # (B, M, D)
-        key, value = self.key_value(x).chunk(2, dim=-1)
-        attended = F.scaled_dot_product_attention(  # (B, H, M, D/H)
-            self._heads(self.query(x_query)), self._heads(key), self._heads(value), attn_mask=keep
-        )
-        attended = attended.transpose(1, 2).flatten(2)  # (B, M, D)
+        x_query = x if query is None else x.index_select(0, query)  # (Q, D)
+        queries = [group.rows * (group.length if query is None else group.queries) for group in groups]
+        keys = [group.rows * group.length for group in groups]
+        attended = []
+        for group, mask, q, key_value in zip(
+            groups,
+            keep,
+            torch.split(self.query(x_query), queries),
+            torch.split(self.key_value(x), keys),
+            strict=True,
+        ):
+            query_heads, key_heads, value_heads = (
+                part.view(group.rows, -1, self.num_heads, part.shape[1] // self.num_heads).transpose(1, 2)
+                for part in (q, *key_value.chunk(2, dim=-1))
+            )
+            mixed = F.scaled_dot_product_attention(query_heads, key_heads, value_heads, attn_mask=mask)
+            attended.append(mixed.transpose(1, 2).reshape(q.shape))  # (B, H, M, D/H) -> (B*M, D)
+        context = torch.cat(attended)
         if wanted is not None:
-            x_query, attended = x_query[wanted], attended[wanted]  # (N, D)
-        x_query = self.attention_norm(x_query + self.dropout(self.attention_output(attended)))
+            x_query, context = x_query[wanted], context[wanted]  # (N, D)
+        x_query = self.attention_norm(x_query + self.dropout(self.attention_output(context)))
         hidden: Tensor = self.output_norm(x_query + self.dropout(self.feed_forward(x_query)))
         return hidden
-
-    def _heads(self, x: Tensor) -> Tensor:
-        return x.view(*x.shape[:2], self.num_heads, -1).transpose(1, 2)  # (B, H, L, D/H)
 
 
 class BERT4Rec(nn.Module):
@@ -126,31 +144,17 @@ class BERT4Rec(nn.Module):
         with torch.no_grad():
             self.items.embedding.weight[num_items + 1 - num_new_items : num_items + 1] = 0
 
-    def encode(self, tokens: Tensor, query: Tensor, wanted: Tensor) -> Tensor:
-        """Final hidden states at the queried positions.
-
-        Parameters
-        ----------
-        tokens : Tensor
-            [B, L] int64, padded on the left, at least one token a row.
-        query : Tensor
-            [B, M] int64 columns.
-        wanted : Tensor
-            [B, M] bool, which of them count.
-
-        Returns
-        -------
-        Tensor
-            [N, D], row after row.
-        """
-        length = tokens.shape[1]
-        position = torch.arange(length - 1, -1, -1, device=tokens.device)
-        x = self.items(tokens) + self.position_embedding(position)  # (B, L, D)
+    def encode(self, batch: Batch) -> Tensor:
+        """[N, D] final hidden states at the queries that have a label, in their order."""
+        x = self.items(batch.tokens) + self.position_embedding(batch.position)  # (S, D)
         x = self.embedding_norm(self.dropout(x))
-        keep = (tokens != PADDING)[:, None, None, :]
+        keep = [
+            (tokens != PADDING)[:, None, None, :] if group.is_padded else None
+            for group, tokens in zip(batch.groups, batch.rectangles(), strict=True)
+        ]
         for block in self.blocks[:-1]:
-            x = block(x, keep)
-        hidden: Tensor = self.blocks[-1](x, keep, query, wanted)
+            x = block(x, batch.groups, keep)
+        hidden: Tensor = self.blocks[-1](x, batch.groups, keep, batch.query, batch.labels != PADDING)
         return hidden
 
     def project(self, hidden: Tensor) -> Tensor:
@@ -178,13 +182,13 @@ class BERT4Rec(nn.Module):
         weights = self.items.embedding.weight[1:-1] if self.config.share_embeddings else self.output_embedding
         return weights, self.output_bias
 
-    def forward(self, tokens: Tensor, query: Tensor, labels: Tensor) -> Tensor:
-        """Sum of the cross-entropy over all targets (labels [B, M], 0 for none); see `encode` for the others."""
-        wanted = labels != PADDING
+    def forward(self, batch: Batch) -> Tensor:
+        """Sum of the cross-entropy over all targets."""
         weights, bias = self.output_weights()
         known = self.num_items - self.num_new_items  # an item that is never a target would only learn to be avoided
-        states = self.project(self.encode(tokens, query, wanted))  # (N, D)
-        return linear_cross_entropy(states, weights[:known], bias[:known], labels[wanted] - 1)
+        states = self.project(self.encode(batch))  # (N, D)
+        labels = batch.labels[batch.labels != PADDING]
+        return linear_cross_entropy(states, weights[:known], bias[:known], labels - 1)
 
     def save_pretrained(self, directory: str) -> None:
         """Write a model directory: weights and architecture, nothing that needs Ray or pickle to be read."""

@@ -9,10 +9,9 @@ from dataclasses import dataclass
 
 import numpy as np
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
-from bert4rec.batches import Windows, append_mask, by_length
+from bert4rec.batches import Windows, append_mask, by_length, pack
 from bert4rec.dataset import ItemTable, PreparedDataset, Sequences
 from bert4rec.model import BERT4Rec
 from bert4rec.storage import InputError
@@ -21,8 +20,10 @@ Scorer = Callable[[int, int], Tensor]
 """scores(low, high) -> [B, high-low] of items low..high-1, counted from 0 (item i is token i+1)."""
 
 DEFAULT_SCORE_BYTES = 256 * 2**20
+CPU_BLOCK_BYTES = 8 * 2**20
+"""Of the scores that are made before they are looked at: what a CPU's caches hold is read again at no cost."""
 PASS_TOKENS = 16_384
-"""Padded tokens in one forward pass of scoring."""
+"""Tokens in one forward pass of scoring."""
 
 
 @dataclass(frozen=True)
@@ -101,9 +102,7 @@ def next_item_states(model: BERT4Rec, histories: Windows) -> Tensor:
     states = torch.empty(len(histories), model.config.hidden_units, device=model.output_bias.device)
     for rows in by_length((histories.lengths + 1).clamp(max=model.config.max_len), PASS_TOKENS):
         tokens = append_mask(histories.users(rows), model.config.max_len, model.num_items)
-        last = torch.full((len(tokens), 1), tokens.shape[1] - 1, device=tokens.device)
-        hidden = model.encode(tokens, last, torch.ones_like(last, dtype=torch.bool))
-        states[rows] = model.project(hidden).float()
+        states[rows] = model.project(model.encode(pack(tokens, None, tokens.device))).float()
     return states
 
 
@@ -112,7 +111,7 @@ def score_next(model: BERT4Rec, histories: Windows) -> Scorer:
     """Scores of all items as the next one of each history."""
     states = next_item_states(model, histories)
     weights, bias = (tensor.detach() for tensor in model.output_weights())
-    return lambda low, high: F.linear(states, weights[low:high], bias[low:high])
+    return lambda low, high: (states @ weights[low:high].t()).add_(bias[low:high])  # linear() fills in the bias first
 
 
 def item_blocks(num_users: int, num_items: int, score_bytes: int) -> Iterator[tuple[int, int]]:
@@ -139,16 +138,18 @@ def top_k(
     items : Tensor
         [B, K] int64, counted from 0; meaningless where the value is -inf.
     """
-    values = torch.empty(num_users, 0)
-    items = torch.empty(num_users, 0, dtype=torch.int64)
+    device = exclusions.seen_row.device
+    if device.type == "cpu":
+        score_bytes = min(score_bytes, CPU_BLOCK_BYTES)
+    values = torch.full((num_users, k), -torch.inf, device=device)
+    items = torch.zeros((num_users, k), dtype=torch.int64, device=device)
     for low, high in item_blocks(num_users, num_items, score_bytes):
         block = exclude(scores(low, high), exclusions, low)
-        best = block.topk(min(k, high - low), dim=1)
-        values = torch.cat([values.to(block.device), best.values], dim=1)
-        items = torch.cat([items.to(block.device), best.indices + low], dim=1)
-        if values.shape[1] > k:
-            values, order = values.topk(k, dim=1)
-            items = items.gather(1, order)
+        better = (block.amax(1) > values[:, -1]).nonzero().flatten()  # soon that is true of few users
+        best = block[better].topk(min(k, high - low), dim=1)
+        both = torch.cat([values[better], best.values], dim=1)
+        values[better], order = both.topk(k, dim=1)
+        items[better] = torch.cat([items[better], best.indices + low], dim=1).gather(1, order)
     return values, items
 
 

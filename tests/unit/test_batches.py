@@ -21,6 +21,17 @@ def windows_of(histories):
     return Windows(flat, ends - lengths, ends)
 
 
+def rows_of(batch):
+    """Each row of a packed batch: its tokens without padding, and the label of each."""
+    labels = torch.zeros_like(batch.tokens).scatter_add_(0, batch.query, batch.labels)
+    sizes = [group.rows * group.length for group in batch.groups]
+    for rectangle, own in zip(batch.rectangles(), labels.split(sizes), strict=True):
+        for row, answers in zip(rectangle.tolist(), own.view(rectangle.shape).tolist(), strict=True):
+            start = sum(token == 0 for token in row)
+            assert not any(answers[:start])
+            yield tuple(row[start:]), tuple(answers[start:])
+
+
 def seeded(seed=0):
     return torch.Generator().manual_seed(seed)
 
@@ -127,13 +138,32 @@ def test_append_mask_keeps_room_for_the_mask():
     assert batches.append_mask(windows_of([[], [1]]), 3, num_items=9).tolist() == [[0, 10], [1, 10]]
 
 
-def test_by_length_covers_all_rows_within_the_budget():
+def test_by_length_covers_all_rows_in_parts_of_the_budget():
     lengths = torch.tensor([3, 0, 7, 2, 9, 9, 1, 30])
-    groups = list(batches.by_length(lengths, 18))
-    assert sorted(torch.cat(groups).tolist()) == list(range(8))
-    for group in groups:
-        assert len(group) == 1 or len(group) * int(lengths[group].max()) <= 18
-    assert groups[0].tolist() == [7]  # longer than the budget: alone
+    parts = [part.tolist() for part in batches.by_length(lengths, 18)]
+    assert parts == [[7], [4, 5], [2, 0, 3, 6, 1]]  # tokens end at 30, within (18, 36]; 48, within (36, 54]; 62
+    assert all(lengths[part].sum() < 18 + lengths[part].max() for part in parts)
+    assert [part.tolist() for part in batches.by_length(lengths[:0], 18)] == []
+
+
+def test_pack_keeps_every_row_and_label_and_pads_little():
+    lengths = sorted(torch.randint(1, 200, (300,), generator=seeded()).tolist(), reverse=True)
+    tokens = torch.zeros(300, 200, dtype=torch.int64)
+    for row, length in enumerate(lengths):
+        tokens[row, -length:] = torch.randint(1, 1000, (length,), generator=seeded(row))
+    labels = torch.where(torch.rand(tokens.shape, generator=seeded()) < 0.2, tokens, 0)
+    batch = batches.pack(tokens, labels, torch.device("cpu"))
+    expected = [
+        (tuple(row[200 - length :]), tuple(answers[200 - length :]))
+        for length, row, answers in zip(lengths, tokens.tolist(), labels.tolist(), strict=True)
+    ]
+    assert list(rows_of(batch)) == expected
+    assert len(batch.tokens) < 1.05 * sum(lengths) + 32 * len(batch.groups)
+    distance = [place for length in lengths for place in range(length - 1, -1, -1)]
+    assert batch.position[batch.tokens > 0].tolist() == distance
+    last = batches.pack(tokens, None, torch.device("cpu"))
+    assert last.tokens[last.query].tolist() == tokens[:, -1].tolist()
+    assert last.labels.all()
 
 
 @pytest.mark.parametrize("strategy", ["recent", "weighted"])
@@ -142,7 +172,7 @@ def test_workers_share_a_step_whatever_their_number(strategy):
     windows = windows_of(histories)
     data = DataConfig(batch_size=10, seed=3, sampling_strategy=strategy)
 
-    def rows_of(world_size):
+    def rows_of_steps(world_size):
         """Per step: the multiset of (input, labels) rows over all workers, and the announced target count."""
         per_rank = [
             list(batches.iter_steps(windows, data, MODEL, 30, 2, rank, world_size, 20, torch.device("cpu")))
@@ -153,21 +183,18 @@ def test_workers_share_a_step_whatever_their_number(strategy):
         for steps in zip(*per_rank, strict=True):
             rows, targets = [], 0
             for batch in (batch for step in steps for batch in step.batches):
-                full = torch.zeros_like(batch.tokens)
-                full.scatter_add_(1, batch.query, batch.labels)
-                for tokens, labels in zip(batch.tokens.tolist(), full.tolist(), strict=True):
-                    start = sum(token == 0 for token in tokens)
-                    rows.append((tuple(tokens[start:]), tuple(labels[start:])))
-                    targets += sum(label > 0 for label in labels)
+                for row, answers in rows_of(batch):
+                    rows.append((row, answers))
+                    targets += sum(label > 0 for label in answers)
             assert {step.num_targets for step in steps} == {targets}
             assert {step.num_tokens for step in steps} == {sum(len(tokens) for tokens, _ in rows)}
             result.append(sorted(rows))
         return result
 
-    alone = rows_of(1)
+    alone = rows_of_steps(1)
     assert sum(len(rows) for rows in alone) == 43
-    assert rows_of(2) == alone
-    assert rows_of(1) == alone  # drawn again, the same
+    assert rows_of_steps(2) == alone
+    assert rows_of_steps(1) == alone  # drawn again, the same
 
 
 def test_a_worker_without_users_still_takes_the_step():

@@ -23,7 +23,7 @@ from benchmarks.common import (
 from benchmarks.ours import model_config, windows_of
 from benchmarks.plain import PlainBERT4Rec, plain_loss
 from benchmarks.prepare import descendants, write_ratings
-from bert4rec.batches import Batch, last_items, mask_items, trim
+from bert4rec.batches import last_items, mask_items, pack
 from bert4rec.model import BERT4Rec
 
 pytestmark = pytest.mark.unit
@@ -86,9 +86,9 @@ def test_training_flops_are_those_torch_counts_where_nothing_is_padding():
     num_users, length, num_items = 3, 6, 11
     model = BERT4Rec(model_config(workload), num_items)
     tokens = torch.randint(1, num_items + 1, (num_users, length))
-    query = torch.arange(length).expand(num_users, length)
+    batch = pack(tokens, tokens, torch.device("cpu"))
     with torch.nn.attention.sdpa_kernel(torch.nn.attention.SDPBackend.MATH):
-        counted = count_flops(lambda: model(tokens, query, tokens).backward())
+        counted = count_flops(lambda: model(batch).backward())
     needed = training_flops(workload, num_users * length, num_users * length**2, num_items)
     assert counted == needed
 
@@ -98,11 +98,10 @@ def test_scoring_flops_are_those_torch_counts_where_nothing_is_padding():
     num_users, num_items = 3, 11
     model = BERT4Rec(model_config(workload), num_items).eval()
     tokens = torch.randint(1, num_items + 1, (num_users, 6))
-    last = torch.full((num_users, 1), 5)
-    wanted = torch.ones_like(last, dtype=torch.bool)
+    batch = pack(tokens, None, torch.device("cpu"))
 
     def score():
-        states = model.project(model.encode(tokens, last, wanted))
+        states = model.project(model.encode(batch))
         torch.nn.functional.linear(states, *model.output_weights())
 
     with torch.inference_mode(), torch.nn.attention.sdpa_kernel(torch.nn.attention.SDPBackend.MATH):
@@ -133,8 +132,8 @@ def test_plain_implementation_has_our_arithmetic():
     padded[:, -tokens.shape[1] :] = tokens
     padded_labels = torch.zeros_like(padded)
     padded_labels[:, -labels.shape[1] :] = labels
-    batch: Batch = trim(tokens, labels, torch.device("cpu"))
-    expected = ours(*batch) / (labels > 0).sum()
+    rows = torch.argsort((tokens > 0).sum(1), descending=True)
+    expected = ours(pack(tokens[rows], labels[rows], torch.device("cpu"))) / (labels > 0).sum()
     torch.testing.assert_close(plain_loss(plain(padded), padded_labels), expected)
 
 

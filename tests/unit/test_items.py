@@ -97,8 +97,7 @@ def test_a_masked_position_does_not_see_its_items_metadata(fusion):
         torch.manual_seed(0)
         model = BERT4Rec(config_of(fusion), NUM_ITEMS, metadata=data).eval()
         tokens = torch.tensor([[1, 3, NUM_ITEMS + 1]])  # item 4 stands under the mask
-        query = torch.tensor([[2]])
-        return model.encode(tokens, query, query > 0)
+        return model.encode(batches.pack(tokens, None, torch.device("cpu")))
 
     changed = metadata([*GENRES[:3], [1], *GENRES[4:]], [*DIRECTORS[:3], [], *DIRECTORS[4:]])
     changed.titles[3] += 1
@@ -119,7 +118,7 @@ def test_each_fusion_trains_and_scores_the_same_after_a_round_trip(tmp_path, fus
     losses = []
     for epoch in range(30):
         (step,) = batches.iter_steps(windows, DataConfig(), config, NUM_ITEMS, epoch, 0, 1, 10_000, torch.device("cpu"))
-        loss = sum(model(*batch) for batch in step.batches) / step.num_targets
+        loss = sum(model(batch) for batch in step.batches) / step.num_targets
         optimizer.zero_grad()
         loss.backward()
         optimizer.step()
@@ -155,7 +154,7 @@ def test_an_item_without_interactions_keeps_a_zero_embedding_and_can_be_scored()
         for batch in step.batches:
             assert not ((batch.tokens == 5) | (batch.tokens == 6)).any()
         optimizer.zero_grad()
-        sum(model(*batch) for batch in step.batches).backward()
+        sum(model(batch) for batch in step.batches).backward()
         optimizer.step()
     assert not model.items.embedding.weight[5:7].any()
     scores = score_next(model.eval(), windows)(0, NUM_ITEMS)

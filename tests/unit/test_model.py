@@ -9,7 +9,7 @@ from bert4rec.model import BERT4Rec
 from bert4rec.storage import InputError
 from tests import reference
 from tests.datasets import random_histories
-from tests.unit.test_batches import windows_of
+from tests.unit.test_batches import rows_of, windows_of
 
 pytestmark = pytest.mark.unit
 
@@ -28,36 +28,34 @@ def make_model(**settings):
     return model
 
 
-def everywhere(tokens):
-    query = torch.arange(tokens.shape[1]).expand(tokens.shape)
-    return query, tokens > 0
+def packed(tokens):
+    """A batch that asks for the states of all real positions."""
+    return batches.pack(tokens, tokens, torch.device("cpu"))
 
 
 @pytest.mark.parametrize("num_layers", [1, 3])
 def test_hidden_states_equal_the_slow_network(num_layers):
     model = make_model(num_layers=num_layers)
-    histories = list(random_histories(8, NUM_ITEMS).values())
-    tokens = torch.tensor(reference.last_items(histories, 12))
-    got = model.encode(tokens, *everywhere(tokens))
-    expected = torch.cat([reference.hidden_states(model, history) for history in histories])
-    torch.testing.assert_close(got, expected, rtol=1e-4, atol=1e-5)
+    histories = sorted(random_histories(30, NUM_ITEMS).values(), key=len, reverse=True)
+    batch = packed(torch.tensor(reference.last_items(histories, 12)))
+    assert len({group.length for group in batch.groups}) > 1
+    assert any(group.is_padded for group in batch.groups)
+    expected = torch.cat([reference.hidden_states(model, history[-12:]) for history in histories])
+    torch.testing.assert_close(model.encode(batch), expected, rtol=1e-4, atol=1e-5)
 
 
 def test_padding_on_the_left_changes_nothing():
     model = make_model()
     tokens = torch.tensor([[3, 9, 4, 31]])
-    padded = torch.cat([torch.zeros(1, 6, dtype=torch.int64), tokens], dim=1)
-    torch.testing.assert_close(
-        model.encode(tokens, *everywhere(tokens)), model.encode(padded, *everywhere(padded)), rtol=1e-5, atol=1e-6
-    )
+    padded = torch.tensor([[1, 2, 3, 4, 5], [0, 3, 9, 4, 31]])
+    assert [group.is_padded for group in packed(padded).groups] == [True]
+    torch.testing.assert_close(model.encode(packed(padded))[5:], model.encode(packed(tokens)), rtol=1e-5, atol=1e-6)
 
 
 def test_attention_goes_both_ways():
     model = make_model()
     first, second = torch.tensor([[3, 9, 4]]), torch.tensor([[3, 9, 5]])
-    assert not torch.allclose(
-        model.encode(first, *everywhere(first))[0], model.encode(second, *everywhere(second))[0], atol=1e-3
-    )
+    assert not torch.allclose(model.encode(packed(first))[0], model.encode(packed(second))[0], atol=1e-3)
 
 
 @pytest.mark.parametrize("share_embeddings", [True, False])
@@ -70,15 +68,15 @@ def test_a_step_has_the_loss_and_gradients_of_the_slow_way(share_embeddings):
 
     (step,) = batches.iter_steps(windows, data, model.config, NUM_ITEMS, 0, 0, 1, 40, device)
     assert len(step.batches) > 2
-    total = sum(model(*batch) for batch in step.batches) / step.num_targets
+    total = sum(model(batch) for batch in step.batches) / step.num_targets
     total.backward()
     fast = {name: parameter.grad.clone() for name, parameter in model.named_parameters()}
 
     (whole,) = batches.iter_steps(windows, data, model.config, NUM_ITEMS, 0, 0, 1, 10**9, device)
     (batch,) = whole.batches
-    labels = torch.zeros_like(batch.tokens).scatter_add_(1, batch.query, batch.labels)
+    rows, labels = zip(*rows_of(batch), strict=True)
     model.zero_grad()
-    slow = reference.loss(model, batch.tokens.tolist(), labels.tolist())
+    slow = reference.loss(model, rows, labels)
     slow.backward()
     torch.testing.assert_close(total, slow, rtol=1e-5, atol=1e-6)
     for name, parameter in model.named_parameters():
@@ -90,8 +88,8 @@ def test_a_step_has_the_loss_and_gradients_of_the_slow_way(share_embeddings):
 
 def test_no_target_adds_no_loss_and_breaks_nothing():
     model = make_model()
-    none = torch.zeros(2, 1, dtype=torch.int64)
-    loss = model(torch.tensor([[1, 2], [0, 3]]), none, none)
+    tokens = torch.tensor([[1, 2], [0, 3]])
+    loss = model(batches.pack(tokens, torch.zeros_like(tokens), torch.device("cpu")))
     assert loss.item() == 0
     loss.backward()
     assert all(parameter.grad is None or not parameter.grad.any() for parameter in model.parameters())
@@ -112,9 +110,7 @@ def test_saved_and_read_again_it_scores_the_same(tmp_path, share_embeddings):
     again = BERT4Rec.from_pretrained(str(tmp_path / "m"))
     assert (again.num_items, again.catalogue, again.config) == (NUM_ITEMS, "catalogue", model.config)
     tokens = torch.tensor([[3, 9, 4, 31]])
-    torch.testing.assert_close(
-        again.encode(tokens, *everywhere(tokens)), model.encode(tokens, *everywhere(tokens)), rtol=0, atol=0
-    )
+    torch.testing.assert_close(again.encode(packed(tokens)), model.encode(packed(tokens)), rtol=0, atol=0)
 
 
 def test_a_damaged_model_directory_is_named(tmp_path):
