@@ -171,6 +171,13 @@ def weighted_items(windows: Windows, max_len: int, generator: torch.Generator) -
     return tokens
 
 
+def window_items(windows: Windows, max_len: int, generator: torch.Generator) -> Tensor:
+    """[B, L] int64 tokens; of a history longer than `max_len`, that many that follow one another, drawn evenly."""
+    spare = (windows.lengths - max_len).clamp(min=0)
+    left_out = (torch.rand(len(windows), generator=generator, dtype=torch.float64) * (spare + 1)).long()
+    return last_items(Windows(windows.items, windows.start, windows.end - left_out), max_len)
+
+
 def mask_items(
     tokens: Tensor, model: ModelConfig, num_items: int, generator: torch.Generator, num_new_items: int = 0
 ) -> tuple[Tensor, Tensor]:
@@ -293,6 +300,8 @@ def iter_steps(
         chosen = windows.users(users)
         if data.sampling_strategy == "weighted":
             tokens = weighted_items(chosen, model.max_len, generator)
+        elif data.sampling_strategy == "window":
+            tokens = window_items(chosen, model.max_len, generator)
         else:
             tokens = last_items(chosen, model.max_len)
         masked, labels = mask_items(tokens, model, num_items, generator, num_new_items)

@@ -28,9 +28,9 @@ class DataConfig(_Group):
     """Users with fewer interactions are left out of training and validation (they still get recommendations)."""
     use_full_data: bool = False
     """Train on every interaction: no validation, no early stopping, the best epoch is the one of least train_loss."""
-    sampling_strategy: Literal["recent", "weighted"] = "recent"
-    """Of a history longer than max_len: the last max_len items, or max_len drawn anew each epoch without replacement,
-    probability rising linearly with recency, order kept."""
+    sampling_strategy: Literal["recent", "weighted", "window"] = "recent"
+    """Of a history longer than max_len: the last max_len items; or, drawn anew each epoch, max_len without replacement,
+    probability rising linearly with recency, order kept; or max_len that follow one another."""
     include_new_items: bool = False
     """Give items that have metadata but no interactions a place in the catalogue, so that they can be recommended;
     needs model.output_features=fused."""
@@ -110,6 +110,15 @@ class TrainingConfig(_Group):
     """Learning rate after the warm-up: constant, or falling to zero at num_epochs."""
     warmup_epochs: float = Field(0.0, ge=0)
     """Epochs in which the learning rate rises linearly to lr; fractions are allowed."""
+    loss: Literal["cross-entropy", "sampled-softmax", "gbce"] = "cross-entropy"
+    """Over all items; or, for large catalogues, over num_negatives drawn ones: softmax with log-Q correction, or
+    generalised binary cross-entropy (Petrov and Macdonald 2023, arXiv 2308.07192)."""
+    num_negatives: int = Field(256, ge=1)
+    """Items drawn for each forward pass, shared by its targets; of the sampled losses."""
+    negative_sampling: Literal["uniform", "popularity"] = "uniform"
+    """Negatives drawn evenly, or (sampled-softmax) in proportion to the interactions in the training data."""
+    gbce_t: float = Field(0.75, ge=0, le=1)
+    """Calibration t of gbce: 0 is plain binary cross-entropy, 1 takes all overconfidence of the sampling away."""
     gradient_clip_val: float | None = Field(None, gt=0)
     """Largest norm of the gradient of a step; none by default."""
     monitor_metric: str = "val_ndcg@10"
@@ -130,6 +139,12 @@ class TrainingConfig(_Group):
     """Arithmetic of the forward and backward pass."""
     max_failures: int = Field(3, ge=0)
     """Times that training restarts from the last checkpoint after a worker or its node died."""
+
+    @model_validator(mode="after")
+    def _negatives_suit_the_loss(self) -> Self:
+        if self.negative_sampling == "popularity" and self.loss != "sampled-softmax":
+            raise ValueError("training.negative_sampling=popularity is for training.loss=sampled-softmax")
+        return self
 
 
 class EvaluationConfig(_Group):

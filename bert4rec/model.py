@@ -18,7 +18,7 @@ from bert4rec import storage
 from bert4rec.batches import Batch, Group
 from bert4rec.config import ModelConfig
 from bert4rec.dataset import PADDING
-from bert4rec.functions import Dropout, linear_cross_entropy
+from bert4rec.functions import Dropout, Loss, linear_cross_entropy
 from bert4rec.items import ItemVectors, Metadata
 from bert4rec.storage import InputError
 
@@ -119,6 +119,7 @@ class BERT4Rec(nn.Module):
         self.num_items = num_items
         self.num_new_items = num_new_items
         self.catalogue = catalogue
+        self.loss: Loss = linear_cross_entropy  # another one is set by who trains
         self.held_out = 0  # last items of each user that training did not see; set by who trains
         self.metadata_shape = metadata.shape if isinstance(metadata, Metadata) else metadata or {}
         width = config.hidden_units
@@ -183,12 +184,12 @@ class BERT4Rec(nn.Module):
         return weights, self.output_bias
 
     def forward(self, batch: Batch) -> Tensor:
-        """Sum of the cross-entropy over all targets."""
+        """Sum of the loss over all targets."""
         weights, bias = self.output_weights()
         known = self.num_items - self.num_new_items  # an item that is never a target would only learn to be avoided
         states = self.project(self.encode(batch))  # (N, D)
         labels = batch.labels[batch.labels != PADDING]
-        return linear_cross_entropy(states, weights[:known], bias[:known], labels - 1)
+        return self.loss(states, weights[:known], bias[:known], labels - 1)
 
     def save_pretrained(self, directory: str) -> None:
         """Write a model directory: weights and architecture, nothing that needs Ray or pickle to be read."""

@@ -27,6 +27,7 @@ from bert4rec import storage, workers
 from bert4rec.batches import Windows, training_windows
 from bert4rec.config import Config
 from bert4rec.dataset import Manifest, PreparedDataset
+from bert4rec.functions import make_loss
 from bert4rec.items import Metadata
 from bert4rec.loop import make_optimizer, train_epoch, validate
 from bert4rec.model import BERT4Rec
@@ -234,6 +235,9 @@ def _run_epochs(config: Config, dataset: PreparedDataset, reporter: Reporter) ->
             f"{dataset.path}: none of {manifest.num_users} users has data.min_interactions="
             f"{config.data.min_interactions} interactions; nothing to train on"
         )
+
+    counts = torch.bincount(windows.flat()[1], minlength=model.num_items + 1)[1 : model.num_items + 1].float()
+    model.loss = make_loss(training, counts[: model.num_items - model.num_new_items])
 
     state: dict[str, Any] = {"epoch": 0, "history": [], "best": None, "improvements": 0, "validations_since_best": 0}
     checkpoint = ray.train.get_checkpoint()

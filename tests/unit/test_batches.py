@@ -132,6 +132,16 @@ def test_weighted_sampling_mixes_long_and_short_histories():
         assert items == [item for item in history if item in items]
 
 
+def test_windows_of_long_histories_follow_one_another_and_are_drawn_evenly():
+    windows = windows_of([list(range(1, 8))] * 30_000 + [[8, 9]])
+    drawn = batches.window_items(windows, 5, seeded())
+    assert drawn[-1].tolist() == [0, 0, 0, 8, 9]
+    assert (drawn[:-1].diff(dim=1) == 1).all()
+    for first in (1, 2, 3):
+        share = (drawn[:-1, 0] == first).float().mean().item()
+        assert abs(share - 1 / 3) < 4 * (2 / 9 / 30_000) ** 0.5
+
+
 def test_append_mask_keeps_room_for_the_mask():
     got = batches.append_mask(windows_of([[1, 2, 3, 4], [5]]), 3, num_items=9)
     assert got.tolist() == [[3, 4, 10], [0, 5, 10]]
@@ -166,7 +176,7 @@ def test_pack_keeps_every_row_and_label_and_pads_little():
     assert last.labels.all()
 
 
-@pytest.mark.parametrize("strategy", ["recent", "weighted"])
+@pytest.mark.parametrize("strategy", ["recent", "weighted", "window"])
 def test_workers_share_a_step_whatever_their_number(strategy):
     histories = list(random_histories(43, 30, longest=15).values())
     windows = windows_of(histories)
