@@ -46,6 +46,9 @@ class Workload:
     threads: int = 1
     seed: int = 42
     topk: int = 10
+    device: str = "cpu"
+    precision: str = "32-true"
+    """Of ours; see training.precision."""
 
     @property
     def num_heads(self) -> int:

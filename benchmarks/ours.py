@@ -33,16 +33,16 @@ def model_config(workload: Workload) -> ModelConfig:
 def train(workload: Workload, histories: Histories) -> dict[str, float]:
     """The loop of a training worker, over as many epochs as the time takes."""
     data = DataConfig(batch_size=workload.batch_size, use_full_data=True, min_interactions=2, seed=workload.seed)
-    training = TrainingConfig()
+    training = TrainingConfig.model_validate({"precision": workload.precision})
+    device = torch.device(workload.device)
     num_items = len(histories.item_ids)
     windows = training_windows(windows_of(histories), data)
-    model = BERT4Rec(model_config(workload), num_items).train()
+    model = BERT4Rec(model_config(workload), num_items).to(device).train()
     optimizer = make_optimizer(model, training)
-    scaler = torch.amp.GradScaler("cpu", enabled=False)  # type: ignore[attr-defined]
-    cpu = torch.device("cpu")
+    scaler = torch.amp.GradScaler(device.type, enabled=workload.precision == "16-mixed")  # type: ignore[attr-defined]
     meter, epoch, waited, is_over = Meter(workload.seconds), 0, 0.0, False
     while not is_over:
-        steps = iter_steps(windows, data, model.config, num_items, epoch, 0, 1, PASS_TOKENS["cpu"], cpu)
+        steps = iter_steps(windows, data, model.config, num_items, epoch, 0, 1, PASS_TOKENS[device.type], device)
         epoch += 1
         while not is_over:
             began = time.perf_counter()
@@ -53,6 +53,7 @@ def train(workload: Workload, histories: Histories) -> dict[str, float]:
             train_step(model, step, optimizer, scaler, training)
             if meter.warmup_steps > 0:
                 waited = 0.0
+            _wait(device)
             is_over = meter.add(torch.cat([(rows > 0).sum(1) for batch in step.batches for rows in batch.rectangles()]))
     result = meter.result()
     return {**result, "input_share": waited / result["seconds"]}
@@ -60,14 +61,16 @@ def train(workload: Workload, histories: Histories) -> dict[str, float]:
 
 def recommend(workload: Workload, histories: Histories) -> dict[str, float]:
     """From histories to arrays of original ids, for all users."""
-    model = BERT4Rec(model_config(workload), len(histories.item_ids)).eval()
+    device = torch.device(workload.device)
+    model = BERT4Rec(model_config(workload), len(histories.item_ids)).to(device).eval()
     began = time.perf_counter()
     windows = windows_of(histories)
     columns: list[tuple[np.ndarray, np.ndarray, np.ndarray]] = []
     for users in torch.split(torch.arange(len(windows)), workload.batch_size):
-        seen = windows.users(users)
+        seen = windows.users(users).to(device)
         scores = score_next(model, seen)
-        values, items = top_k(scores, Exclusions.of(seen), len(users), model.num_items, workload.topk)
+        values, items = top_k(scores, Exclusions.of(seen, device=device), len(users), model.num_items, workload.topk)
+        values, items = values.cpu(), items.cpu()
         found = torch.isfinite(values)
         row = torch.nonzero(found)[:, 0]
         columns.append(
@@ -78,16 +81,25 @@ def recommend(workload: Workload, histories: Histories) -> dict[str, float]:
     return {"seconds": seconds, "users": len(windows), "rows": len(rows[0])}
 
 
-def matrix_peak(seconds: float) -> dict[str, float]:
-    """FLOP/s of the best of square float32 products, 1024 to 4096 wide."""
+def matrix_peak(workload: Workload) -> dict[str, float]:
+    """FLOP/s of the best of square products, 1024 to 4096 wide (to 8192 on a GPU), in the precision of training."""
+    dtype = {"32-true": torch.float32, "16-mixed": torch.float16, "bf16-mixed": torch.bfloat16}[workload.precision]
+    device = torch.device(workload.device)
+    widths = (1024, 2048, 4096) if device.type == "cpu" else (2048, 4096, 8192)
     best = 0.0
-    for width in (1024, 2048, 4096):
-        a, b, out = torch.randn(width, width), torch.randn(width, width), torch.empty(width, width)
-        end = time.perf_counter() + seconds / 3
+    for width in widths:
+        a, b, out = (torch.randn(width, width, device=device, dtype=dtype) for _ in range(3))
+        end = time.perf_counter() + workload.seconds / len(widths)
         while (began := time.perf_counter()) < end:
             torch.mm(a, b, out=out)
+            _wait(device)
             best = max(best, 2 * width**3 / (time.perf_counter() - began))
     return {"flops": best}
+
+
+def _wait(device: torch.device) -> None:
+    if device.type == "cuda":
+        torch.cuda.synchronize()
 
 
 def main() -> None:
@@ -95,7 +107,7 @@ def main() -> None:
     torch.set_num_threads(workload.threads)
     torch.manual_seed(workload.seed)
     if workload.task == "peak":
-        report(**matrix_peak(workload.seconds))
+        report(**matrix_peak(workload))
     else:
         report(**{"training": train, "recommend": recommend}[workload.task](workload, Histories.load(workload.data)))
 

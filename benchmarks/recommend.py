@@ -35,7 +35,10 @@ def main() -> None:
     parser.add_argument("--max-len", type=int, help=f"default: 200, and 50 for {SYNTHETIC_SHORT}")
     parser.add_argument("--repeats", type=int, default=3, help="rounds in which each implementation has its turn")
     parser.add_argument("--peers", choices=("rectools", "none"), default="rectools")
+    parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu", help="cuda: ours alone")
     args = parser.parse_args()
+    if args.device == "cuda":
+        args.peers = "none"
 
     name = f"synthetic, seed {args.seed}" if args.items else args.data
     histories = synthetic_histories(args.users, args.items, 50, args.seed) if args.items else None
@@ -56,6 +59,7 @@ def main() -> None:
                 batch_size=OUR_BATCH_SIZE,
                 threads=args.threads,
                 seed=args.seed,
+                device=args.device,
             )
             flops = scoring_flops(workload, histories.lengths, len(histories.item_ids))
             rows += _measure(workload, contenders, args.repeats, flops)

@@ -31,7 +31,13 @@ def main() -> None:
     parser.add_argument("--repeats", type=int, default=3, help="rounds in which each implementation has its turn")
     parser.add_argument("--seconds", type=float, default=10, help="measured in each turn, after the warm-up")
     parser.add_argument("--peers", default="rectools,plain", help=f"of {','.join(PEERS)}")
+    parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu", help="cuda: ours alone")
+    parser.add_argument("--precision", choices=("32-true", "bf16-mixed"), default="32-true", help="of ours, on cuda")
     args = parser.parse_args()
+    if args.device == "cuda":
+        args.peers = ""
+    elif args.precision != "32-true":
+        parser.error("--precision is for --device cuda: the peers on the CPU compute in float32")
     peers = [name for name in args.peers.split(",") if name]
     if unknown := set(peers) - set(PEERS):
         parser.error(f"unknown peers {', '.join(sorted(unknown))}; expected some of {', '.join(PEERS)}")
@@ -54,13 +60,15 @@ def main() -> None:
                     seconds=args.seconds,
                     threads=args.threads,
                     seed=args.seed,
+                    device=args.device,
+                    precision=args.precision,
                 )
                 rows += _measure(workload, contenders, args.repeats, len(histories.item_ids))
     notes = [
         f"Data: {args.data}, {histories}; {1 - real.mean() / max_len:.0%} padding at max_len {max_len}. "
-        f"2 layers, mask 0.2, dropout 0.2, float32, {args.threads} threads; seed {args.seed}; medians of "
-        f"{args.repeats} turns of at least {args.seconds:g} s, in turn. Tokens are real ones; useful FLOP: "
-        "`training_flops` in benchmarks/common.py; peak: best square float32 product in the same call; memory: of the "
+        f"2 layers, mask 0.2, dropout 0.2, {args.device}, {args.precision}, {args.threads} threads; "
+        f"seed {args.seed}; medians of {args.repeats} turns of at least {args.seconds:g} s, in turn. Tokens are real ones; useful FLOP: "
+        "`training_flops` in benchmarks/common.py; peak: best square product in the same call; memory: of the "
         "whole process, its libraries included; input: share of the time in which training waits for its next step.",
     ]
     publish("benchmarks.training", notes, rows, args.output)
