@@ -65,11 +65,11 @@ def main() -> None:
                 )
                 rows += _measure(workload, contenders, args.repeats, len(histories.item_ids))
     notes = [
-        f"Data: {args.data}, {histories}; {1 - real.mean() / max_len:.0%} padding at max_len {max_len}. "
-        f"2 layers, mask 0.2, dropout 0.2, {args.device}, {args.precision}, {args.threads} threads; "
-        f"seed {args.seed}; medians of {args.repeats} turns of at least {args.seconds:g} s, in turn. Tokens are real ones; useful FLOP: "
-        "`training_flops` in benchmarks/common.py; peak: best square product in the same call; memory: of the "
-        "whole process, its libraries included; input: share of the time in which training waits for its next step.",
+        f"Data: {args.data}, {histories}; {1 - real.mean() / max_len:.0%} padding at max_len {max_len}. 2 layers, mask "
+        f"0.2, dropout 0.2, {args.device}, {args.precision}, {args.threads} threads; seed {args.seed}; medians of "
+        f"{args.repeats} turns of at least {args.seconds:g} s, in turn. Tokens are real ones; useful FLOP: "
+        "`training_flops` in benchmarks/common.py; peak: best square product in the same call; memory: of the whole "
+        "process, its libraries included; input: share of the time in which training waits for its next step.",
     ]
     publish("benchmarks.training", notes, rows, args.output)
 
