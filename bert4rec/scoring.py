@@ -141,10 +141,12 @@ def top_k(
     device = exclusions.seen_row.device
     if device.type == "cpu":
         score_bytes = min(score_bytes, CPU_BLOCK_BYTES)
-    values = torch.full((num_users, k), -torch.inf, device=device)
     items = torch.zeros((num_users, k), dtype=torch.int64, device=device)
+    values = torch.empty(0, device=device)
     for low, high in item_blocks(num_users, num_items, score_bytes):
         block = exclude(scores(low, high), exclusions, low)
+        if low == 0:
+            values = block.new_full((num_users, k), -torch.inf)
         better = (block.amax(1) > values[:, -1]).nonzero().flatten()  # soon that is true of few users
         best = block[better].topk(min(k, high - low), dim=1)
         both = torch.cat([values[better], best.values], dim=1)
