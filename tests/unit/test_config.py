@@ -40,6 +40,8 @@ def test_overrides_win_over_the_file(tmp_path):
         ("training.monitor_metric=val_ndcg10", ["val_ndcg10", "did you mean val_ndcg@10"]),
         ("data.min_interactions=1", ["min_interactions=1", "larger than data.holdout=1"]),
         ("hidden_units=64", ["'hidden_units=64'", "group.key=value"]),
+        ("evaluation.protocols=[all, top-100]", ["evaluation.protocols.1='top-100'", "uniform-100"]),
+        ("data.split_time=1", ["data.split_time=1", "share below 1", "Unix time"]),
         ("run.name=a/b", ["run.name='a/b'", "pattern"]),
     ],
 )
@@ -72,7 +74,12 @@ def test_prepared_path_depends_on_the_input_alone():
     path = load_config(None, ["data.data_dir=/d/x"]).prepared_path
     assert path == load_config(None, ["data.data_dir=/d/x", "model.max_len=7", "data.seed=3"]).prepared_path
     assert path != load_config(None, ["data.data_dir=/e/x"]).prepared_path
-    assert path != load_config(None, ["data.data_dir=/d/x", "data.data_file=b.csv"]).prepared_path
+    assert path == load_config(None, ["data.data_dir=/d/x", "data.split_time=0.8"]).prepared_path
+    others = ["data.data_file=b.csv", "data.min_item_interactions=5", "data.split=temporal", "data.split_time=0.8"]
+    paths = [load_config(None, ["data.data_dir=/d/x", *others[place:]]).prepared_path for place in range(4)]
+    assert len(set(paths)) == 4
+    assert load_config(None, ["data.data_dir=/d/x", "data.split=temporal"]).prepared_path not in paths
+    assert load_config(None, ["data.split=temporal", "data.min_interactions=1"]).data.min_interactions == 1
 
 
 def test_every_key_is_described():
