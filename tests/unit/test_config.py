@@ -1,9 +1,13 @@
+from pathlib import Path
+
 import pytest
 
 from bert4rec.config import Config, load_config
 from bert4rec.storage import InputError
 
 pytestmark = pytest.mark.unit
+
+CONFIGS = Path(__file__).parents[2] / "configs"
 
 
 def test_defaults_are_those_of_the_documentation():
@@ -80,6 +84,25 @@ def test_prepared_path_depends_on_the_input_alone():
     assert len(set(paths)) == 4
     assert load_config(None, ["data.data_dir=/d/x", "data.split=temporal"]).prepared_path not in paths
     assert load_config(None, ["data.split=temporal", "data.min_interactions=1"]).data.min_interactions == 1
+
+
+@pytest.mark.parametrize(
+    ("name", "max_len", "dropout", "mask"),
+    [("ml-1m", 200, 0.2, 0.2), ("ml-20m", 200, 0.2, 0.2), ("steam", 50, 0.5, 0.4), ("beauty", 50, 0.2, 0.6)],
+)
+def test_presets_are_the_papers(name, max_len, dropout, mask):
+    config = load_config(str(CONFIGS / f"{name}.yaml"))
+    model = config.model
+    assert (model.hidden_units, model.num_heads, model.num_layers) == (256, 4, 2)
+    assert (model.max_len, model.dropout_rate, model.random_mask_prob) == (max_len, dropout, mask)
+    assert (config.data.holdout, config.data.min_item_interactions) == (2, 5)
+    assert config.data_name == name
+
+
+@pytest.mark.parametrize("path", sorted(CONFIGS.glob("*.yaml")), ids=lambda path: path.stem)
+def test_every_config_loads(path):
+    """And names the data that it is for."""
+    assert path.stem.startswith(load_config(str(path)).data_name)
 
 
 def test_every_key_is_described():
