@@ -219,9 +219,9 @@ def test_a_dataset_of_another_split_is_prepared_again(tmp_path):
 
 
 def test_a_temporal_split_that_cannot_be(tmp_path):
-    data = write(tmp_path / "data", no_time_csv="user,item\n1,5\n", few_csv="user,item,time\n1,5,7\n1,6,8.5\n2,6,9\n")
+    data = write(tmp_path / "data", untimed_csv="user,item\n1,5\n", few_csv="user,item,time\n1,5,7\n1,6,8.5\n2,6,9\n")
     for name, split_time, message in (
-        ("no.time.csv", 0.9, "no column time, which data.split=temporal needs"),
+        ("untimed.csv", 0.9, "no column time, which data.split=temporal needs"),
         ("few.csv", 8, r"data.split_time=8 gives 0 interactions for training, 1 for validation and 2 for test"),
         ("few.csv", 2000, r"data.split_time=2000 gives .* and 0 for test, none of which may be 0; .* from 7 to 9"),
     ):
