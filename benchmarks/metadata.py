@@ -78,7 +78,7 @@ def _with_and_without(variants: list[str], seeds: list[int], common: list[str]) 
             config = load_config(PRESET, [*common, "data.holdout=2", f"data.seed={seed}", *VARIANTS[variant]])
             prepare(config.data, config.prepared_path)
             result = train(config, config.prepared_path)
-            metrics = evaluate(config, config.prepared_path, result.best_checkpoint)["BERT4Rec"]
+            metrics = evaluate(config, config.prepared_path, result.best_checkpoint).protocols["all"]["BERT4Rec"]
             ndcg.append(metrics["ndcg@10"])
             hit.append(metrics["hr@10"])
             seconds.append(result.seconds)

@@ -4,7 +4,7 @@ Shapes: B users, L positions, M queried positions a user, T interactions in all,
 Sequences are padded on the left, so that the last column is always the latest position.
 """
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import NamedTuple, Self
 
@@ -114,30 +114,56 @@ class Windows:
         return Windows(self.items, self.start, torch.maximum(self.end - count, self.start))
 
 
-def training_users(windows: Windows, data: DataConfig) -> Tensor:
-    """Indices of the users that are trained on and validated: those with data.min_interactions or more."""
-    return torch.nonzero(windows.lengths >= data.min_interactions).flatten()
+Before = Mapping[str, np.ndarray]
+"""[N] each user's interactions before each cut-off of the prepared dataset (`Sequences.before`)."""
 
 
-def training_windows(windows: Windows, data: DataConfig) -> Windows:
-    """What training may see: the training users' histories without the holdout."""
-    kept = windows.users(training_users(windows, data))
-    return kept if data.use_full_data else kept.without_last(data.holdout)
+def training_windows(windows: Windows, data: DataConfig, before: Before | None = None) -> Windows:
+    """What training may see, of users with data.min_interactions or more: what is not held out, or, in a temporal
+    split, what lies before the validation cut-off (where those interactions must be as many)."""
+    if data.split == "leave-one-out" or data.use_full_data:
+        kept = windows.users(torch.nonzero(windows.lengths >= data.min_interactions).flatten())
+        return kept if data.use_full_data else kept.without_last(data.holdout)
+    known = windows_before(windows, "validation", before)
+    return known.users(torch.nonzero(known.lengths >= data.min_interactions).flatten())
 
 
-def held_out(windows: Windows, data: DataConfig, split: str) -> tuple[Windows, Tensor]:
-    """Histories and targets of the training users for `split`, "validation" or "test".
+def held_out_users(windows: Windows, data: DataConfig, split: str, before: Before | None = None) -> Tensor:
+    """[N] indices of the users who have a target in `split`, "validation" or "test".
+
+    Those with data.min_interactions or more; in a temporal split, with as many before its cut-off, and another one
+    after it, which for "validation" must lie before the test cut-off.
+    """
+    if data.split == "leave-one-out":
+        return torch.nonzero(windows.lengths >= data.min_interactions).flatten()
+    known = windows_before(windows, split, before).lengths
+    until = windows_before(windows, "test", before).lengths if split == "validation" else windows.lengths
+    return torch.nonzero((known >= data.min_interactions) & (until > known)).flatten()
+
+
+def held_out(windows: Windows, data: DataConfig, split: str, before: Before | None = None) -> tuple[Windows, Tensor]:
+    """Histories and targets of `held_out_users`.
 
     Returns
     -------
     histories : Windows
         What stands before the target; for "test" the validation item is part of it.
     targets : Tensor
-        [N] int64 tokens: the last item, or for "validation" with holdout 2 the last but one.
+        [N] int64 tokens: the last item, or for "validation" with holdout 2 the last but one; in a temporal split the
+        first one after the cut-off.
     """
-    after = data.holdout - 1 if split == "validation" else 0
-    visible = windows.users(training_users(windows, data)).without_last(after)
-    return visible.without_last(1), visible.items[visible.end - 1].long()
+    users = held_out_users(windows, data, split, before)
+    if data.split == "temporal":
+        histories = windows_before(windows, split, before).users(users)
+    else:
+        histories = windows.users(users).without_last(data.holdout if split == "validation" else 1)
+    return histories, histories.items[histories.end].long()
+
+
+def windows_before(windows: Windows, cutoff: str, before: Before | None) -> Windows:
+    """Each history up to a cut-off of the prepared dataset."""
+    assert before is not None, "a temporal split needs the interactions before its cut-offs"
+    return Windows(windows.items, windows.start, windows.start + torch.tensor(before[cutoff], dtype=torch.int64))
 
 
 def last_items(windows: Windows, max_len: int) -> Tensor:

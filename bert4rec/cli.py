@@ -89,8 +89,11 @@ def checkpoint_and_output(config: Config, checkpoint: str | None = None) -> tupl
 def table_of_metrics(rows: dict[str, dict[str, float]]) -> str:
     """Metrics side by side, a column for each of `rows`."""
     names = list(next(iter(rows.values())))
-    lines = [f"{'':<10}" + "".join(f"{system:>13}" for system in rows)]
-    lines += [f"{name:<10}" + "".join(f"{metrics[name]:>13.4f}" for metrics in rows.values()) for name in names]
+    first = max(10, *(len(name) for name in names))
+    lines = [" " * first + "".join(f"  {system:>11}" for system in rows)]
+    for name in names:
+        cells = (f"  {metrics[name]:>{max(11, len(system))}.4f}" for system, metrics in rows.items())
+        lines.append(f"{name:<{first}}" + "".join(cells))
     return "\n".join(lines)
 
 

@@ -36,14 +36,27 @@ class DataConfig(_Group):
     needs model.output_features=fused."""
     memory_mb: int = Field(4096, ge=1)
     """MiB of a training worker for the interactions; more are read from its local disk, with the same result."""
+    min_item_interactions: int = Field(0, ge=0)
+    """Leave items with fewer interactions out of the data, then users with fewer, again until none is left to leave out
+    (the k-core; published tables on MovieLens-1M use 5); such users get no recommendations. 0: every item and user."""
+    split: Literal["leave-one-out", "temporal"] = "leave-one-out"
+    """What is kept from training: each user's last items (data.holdout), or all from a moment on (data.split_time)."""
+    split_time: float = Field(0.9, gt=0)
+    """Test cut-off of data.split=temporal: a Unix time, or, below 1, the share of interactions before it."""
     holdout: Literal[1, 2] = 1
     """Last items of each user kept from training: 1 gives train / validation, 2 train / validation / test."""
     seed: int = Field(42, ge=0)
     """Seed of the weights, the order of users, the masks and dropout."""
 
     @model_validator(mode="after")
+    def _split_time_is_a_time_or_a_share(self) -> Self:
+        if self.split_time == 1:
+            raise ValueError("data.split_time=1 leaves nothing to test on; expected a share below 1, or a Unix time")
+        return self
+
+    @model_validator(mode="after")
     def _leaves_something_to_train_on(self) -> Self:
-        if self.min_interactions <= self.holdout and not self.use_full_data:
+        if self.min_interactions <= self.holdout and self.split == "leave-one-out" and not self.use_full_data:
             raise ValueError(
                 f"data.min_interactions={self.min_interactions} must be larger than data.holdout={self.holdout}, "
                 "or a user has nothing left to train on"
@@ -147,13 +160,28 @@ class TrainingConfig(_Group):
         return self
 
 
+Protocol = Literal["all", "all-with-seen", "popularity-100", "uniform-100"]
+Baseline = Literal["popularity", "popularity-7-days", "item-knn", "ease"]
+
+
 class EvaluationConfig(_Group):
-    """How validation and `jobs.evaluate` rank."""
+    """How validation and `jobs.evaluate` rank (docs/evaluation.md)."""
 
     exclude_seen: bool = True
-    """Leave the user's seen items out of the ranking, as recommendation does."""
+    """Leave the user's seen items out of the ranking, as recommendation does; false turns protocol all into
+    all-with-seen."""
     split: Literal["auto", "validation", "test"] = "auto"
-    """Target that `jobs.evaluate` ranks; auto: test where data.holdout is 2, else validation."""
+    """Target that `jobs.evaluate` ranks; auto: test where data.holdout is 2 or data.split temporal, else validation."""
+    protocols: tuple[Protocol, ...] = Field(("all",), min_length=1)
+    """What `jobs.evaluate` ranks the target among: all items but the seen ones (all), all items (all-with-seen), 100
+    items that the user never had, drawn by popularity (popularity-100) or uniformly (uniform-100)."""
+    seed: int = Field(42, ge=0)
+    """Seed of the drawn items: the same ones for every model."""
+    baselines: tuple[Baseline, ...] = ("popularity",)
+    """What `jobs.evaluate` ranks beside the model: popularity, that of the last 7 days, and two item-item models."""
+    max_baseline_items: int = Field(20_000, ge=1)
+    """Largest catalogue for ease, whose memory and time grow with its square (12 bytes each) and cube; a larger one
+    leaves it out, which is said."""
 
 
 class InferenceConfig(_Group):
@@ -268,6 +296,10 @@ class Config(_Group):
         source = {"data_dir": storage.absolute(self.data.data_dir), "data_file": self.data.data_file}
         if self.data.include_new_items:
             source["new_items"] = "included"
+        if self.data.min_item_interactions:
+            source["min_item_interactions"] = str(self.data.min_item_interactions)
+        if self.data.split == "temporal":
+            source["split_time"] = str(self.data.split_time)
         name = f"{self.data_name}-{storage.fingerprint(source)[:8]}"
         return storage.join(storage.absolute(self.run.storage_path), "prepared", name)
 

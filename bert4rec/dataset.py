@@ -2,6 +2,7 @@
 
 sequences/*.parquet: a row a user, sorted by user id over the files in name order.
     user, items list<int32> in time order, last_year int16 or null
+    before_NAME int32, a column for each of the manifest's cut-offs: how many of the items came before it
 items.parquet: a row an item, in token order.
     index int32, item, count int64, year int16 or null, title or null,
     genres list<int32>, director int32 or null, writers list<int32>
@@ -12,7 +13,7 @@ into the manifest's vocabularies. Ids are int64 or strings, as they came.
 """
 
 import tempfile
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import Literal, NamedTuple, Self
 
 import numpy as np
@@ -46,9 +47,22 @@ class Manifest(BaseModel):
     num_new_items: int = 0
     """Items without interactions, the last tokens (data.include_new_items)."""
     include_new_items: bool = False
+    min_item_interactions: int = 0
+    """Of the k-core that this is (data.min_item_interactions), 0 where all items and users are in."""
+    num_core_items: int = 0
+    """Items that are not in the k-core."""
+    num_core_users: int = 0
+    """Users that are not."""
+    num_core_interactions: int = 0
+    """Interactions that are not."""
     num_interactions: int
-    """After the exact duplicates were dropped."""
+    """After the exact duplicates, and what is not in the k-core, were dropped."""
     num_duplicates: int
+    split_time: float | None = None
+    """Of a temporal split (data.split_time)."""
+    cutoffs: dict[str, int] = {}
+    """Unix times; of a temporal split validation and test, and with the prefix recent_ seven days before each; else
+    recent_last, seven days before the last interaction."""
     has_time: bool
     catalogue: str
     """Fingerprint of the item ids in token order and of all metadata."""
@@ -63,8 +77,9 @@ class Manifest(BaseModel):
 
     @property
     def fingerprint(self) -> str:
-        """Of the input files and the catalogue made of them, hence of the whole dataset."""
-        return storage.fingerprint([self.format_version, self.catalogue, *(f.model_dump() for f in self.inputs)])
+        """Of the input files, the catalogue made of them and the split, hence of the whole dataset."""
+        made_of = [self.format_version, self.catalogue, *(f.model_dump() for f in self.inputs)]
+        return storage.fingerprint([*made_of, self.min_item_interactions, self.cutoffs])
 
 
 @dataclass(frozen=True)
@@ -81,6 +96,8 @@ class Sequences:
     """[N] int16 year of the last interaction, meaningful where has_last_year."""
     has_last_year: np.ndarray
     """[N] bool."""
+    before: dict[str, np.ndarray] = field(default_factory=dict)
+    """[N] int32 interactions before each of the manifest's cut-offs."""
 
     @classmethod
     def from_table(cls, table: pa.Table) -> Self:
@@ -95,6 +112,11 @@ class Sequences:
             offsets=offsets - offsets[0],
             last_year=year.fill_null(0).to_numpy(),
             has_last_year=year.is_valid().to_numpy(zero_copy_only=False),
+            before={
+                name.removeprefix("before_"): table[name].to_numpy()
+                for name in table.column_names
+                if name.startswith("before_")
+            },
         )
 
     def __len__(self) -> int:
@@ -209,6 +231,7 @@ class PreparedDataset:
             offsets=np.append(0, np.cumsum(lengths)),
             last_year=np.concatenate([part.last_year for part in parts]),
             has_last_year=np.concatenate([part.has_last_year for part in parts]),
+            before={name: np.concatenate([part.before[name] for part in parts]) for name in self.manifest.cutoffs},
         )
 
     def parts(self) -> list["Part"]:

@@ -10,7 +10,7 @@ import torch
 import torch.distributed
 from torch import Tensor, nn
 
-from bert4rec.batches import Step, Windows, held_out, iter_steps
+from bert4rec.batches import Before, Step, Windows, held_out, iter_steps
 from bert4rec.config import Config, TrainingConfig
 from bert4rec.metrics import RankCounts
 from bert4rec.model import BERT4Rec
@@ -144,11 +144,11 @@ def train_epoch(
     }
 
 
-def validate(model: BERT4Rec, sequences: Windows, config: Config) -> dict[str, float]:
+def validate(model: BERT4Rec, sequences: Windows, config: Config, before: Before | None = None) -> dict[str, float]:
     """Metrics over all users; each worker ranks its share, and the counts of ranks are summed, which is exact."""
     rank, world_size = _rank_and_world_size()
     device = model.output_bias.device
-    histories, targets = held_out(sequences, config.data, "validation")
+    histories, targets = held_out(sequences, config.data, "validation", before)
     mine = torch.arange(rank, len(histories), world_size)
     ranks = RankCounts.empty(model.num_items)
     token_counts = torch.zeros(model.num_items + 1, dtype=torch.int64)

@@ -1,4 +1,4 @@
-"""Ranking metrics as counts of ranks: whole numbers, so that sums over workers and batches are exact."""
+"""Metrics of counts of ranks and of recommended items: whole numbers, so that sums over workers are exact."""
 
 from dataclasses import dataclass
 
@@ -53,3 +53,49 @@ def mrr(ranks: RankCounts) -> float:
     """MRR: the mean of 1 / rank, without a cut-off."""
     counts = ranks.counts[:-1].double()
     return float((counts / torch.arange(1, len(counts) + 1, dtype=torch.float64)).sum()) / ranks.num_users
+
+
+def coverage(recommended: Tensor) -> float:
+    """The share of the catalogue that is recommended to anyone; `recommended` [V] counts each item's appearances."""
+    return int((recommended > 0).sum()) / len(recommended)
+
+
+def gini(recommended: Tensor) -> float:
+    """Gini coefficient of the items' appearances [V]: 0 where all have as many, near 1 where one item has all."""
+    ascending = recommended.double().sort().values
+    place = torch.arange(1, len(ascending) + 1, dtype=torch.float64)
+    return float(((2 * place - len(ascending) - 1) * ascending).sum() / (len(ascending) * ascending.sum()))
+
+
+def mean_popularity_rank(recommended: Tensor, popularity: Tensor) -> float:
+    """Mean over all appearances [V] of the item's place by falling training count [V], from 1; ties share a mean."""
+    _, group, size = torch.unique(-popularity, return_inverse=True, return_counts=True)
+    place = (torch.cumsum(size, 0) - (size - 1) / 2)[group].double()
+    return float((recommended * place).sum() / recommended.sum())
+
+
+def novelty(recommended: Tensor, popularity: Tensor) -> float:
+    """Mean over all appearances [V] of the item's self-information, -log2 of its share of training interactions [V].
+
+    An item without any counts as one with one.
+    """
+    information = -torch.log2(popularity.clamp(min=1).double() / popularity.sum())
+    return float((recommended * information).sum() / recommended.sum())
+
+
+def popularity_lift(recommended: Tensor, popularity: Tensor) -> float:
+    """How much larger the mean popularity [V] of what is recommended [V] is than that of what users interact with."""
+    popularity = popularity.double()
+    usual = (popularity * popularity).sum() / popularity.sum()
+    return float((recommended * popularity).sum() / recommended.sum() / usual) - 1
+
+
+def popularity_thirds(popularity: Tensor) -> Tensor:
+    """[V] int64: 0 (head) for the most popular items with a third of all training interactions [V], 2 (tail) for the
+    least popular ones with a third, 1 for those between; an item belongs where its middle interaction lies."""
+    order = torch.argsort(-popularity, stable=True)
+    ends = torch.cumsum(popularity[order].double(), 0)
+    middle = ends - popularity[order].double() / 2
+    third = torch.empty(len(popularity), dtype=torch.int64)
+    third[order] = torch.clamp((3 * middle / ends[-1]).long(), max=2)
+    return third

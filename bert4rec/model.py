@@ -121,6 +121,7 @@ class BERT4Rec(nn.Module):
         self.catalogue = catalogue
         self.loss: Loss = linear_cross_entropy  # another one is set by who trains
         self.held_out = 0  # last items of each user that training did not see; set by who trains
+        self.trained_before: int | None = None  # Unix time of a temporal split, from which on it saw none
         self.metadata_shape = metadata.shape if isinstance(metadata, Metadata) else metadata or {}
         width = config.hidden_units
         self.items = ItemVectors(config, num_items, self.metadata_shape)
@@ -201,6 +202,7 @@ class BERT4Rec(nn.Module):
             "num_items": self.num_items,
             "num_new_items": self.num_new_items,
             "held_out": self.held_out,
+            "trained_before": self.trained_before,
             "catalogue": self.catalogue,
             "model": self.config.model_dump(),
             "metadata": self.metadata_shape,
@@ -226,6 +228,7 @@ class BERT4Rec(nn.Module):
                 content["num_new_items"],
             )
             model.held_out = content["held_out"]
+            model.trained_before = content.get("trained_before")
             model.load_state_dict(safetensors.torch.load(storage.read_bytes(storage.join(directory, WEIGHTS))))
         except FileNotFoundError:
             raise InputError(f"{directory}: {WEIGHTS} is missing; this is no whole model directory") from None

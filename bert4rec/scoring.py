@@ -182,3 +182,24 @@ def rank_of_target(
         block = exclude(scores(low, high), exclusions, low) if kept is None else kept
         rank += (block >= target_score).sum(1)  # the target itself is among them: ranks start at 1
     return torch.where(target_score[:, 0] == -torch.inf, num_items + 1, rank)
+
+
+@torch.inference_mode()
+def rank_among(
+    scores: Scorer, candidates: Tensor, targets: Tensor, num_items: int, score_bytes: int = DEFAULT_SCORE_BYTES
+) -> Tensor:
+    """[B] int64 rank, from 1, of each target token [B] among itself and its candidates; equal scores rank before it.
+
+    Parameters
+    ----------
+    candidates : Tensor
+        [B, C] int64 items, counted from 0, without the target; -1 for none.
+    """
+    wanted = torch.cat([(targets - 1)[:, None], candidates], dim=1)  # (B, 1+C)
+    found = torch.full(wanted.shape, -torch.inf, device=wanted.device)
+    for low, high in item_blocks(len(targets), num_items, score_bytes):
+        block = scores(low, high)
+        inside = (wanted >= low) & (wanted < high)
+        found = torch.where(inside, block.gather(1, (wanted - low).clamp(0, high - low - 1)), found)
+    rank = ((found >= found[:, :1]) & (wanted >= 0)).sum(1)  # the target itself is among them
+    return torch.where(found[:, 0] == -torch.inf, num_items + 1, rank)

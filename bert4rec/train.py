@@ -24,8 +24,8 @@ from ray.train import Checkpoint, CheckpointConfig, FailureConfig, ScalingConfig
 from ray.train.torch import TorchConfig, TorchTrainer, prepare_model
 
 from bert4rec import storage, workers
-from bert4rec.batches import Windows, training_windows
-from bert4rec.config import Config
+from bert4rec.batches import Windows, held_out_users, training_windows
+from bert4rec.config import Config, EvaluationConfig
 from bert4rec.dataset import Manifest, PreparedDataset
 from bert4rec.functions import make_loss
 from bert4rec.items import Metadata
@@ -174,7 +174,7 @@ def _what_shapes_the_result(config: Config) -> dict[str, Any]:
         exclude={
             "data": {"data_dir", "data_file", "memory_mb"},
             "training": {"accelerator", "cpus_per_worker", "max_failures"},
-            "evaluation": {"split"},
+            "evaluation": set(EvaluationConfig.model_fields) - {"exclude_seen"},
         },
     )
     settings = {f"{group}.{key}": value for group, fields in keys.items() for key, value in fields.items()}
@@ -227,13 +227,23 @@ def _run_epochs(config: Config, dataset: PreparedDataset, reporter: Reporter) ->
     manifest = dataset.manifest
     metadata = _metadata(config, dataset)
     model = BERT4Rec(config.model, manifest.num_items, manifest.catalogue, metadata, manifest.num_new_items)
-    model.held_out = 0 if config.data.use_full_data else config.data.holdout
-    sequences = Windows.from_sequences(dataset.sequences(config.data.memory_mb))
-    windows = training_windows(sequences, config.data)
+    if config.data.split == "temporal" and not config.data.use_full_data:
+        model.trained_before = manifest.cutoffs["validation"]
+    else:
+        model.held_out = 0 if config.data.use_full_data else config.data.holdout
+    read = dataset.sequences(config.data.memory_mb)
+    sequences = Windows.from_sequences(read)
+    windows = training_windows(sequences, config.data, read.before)
     if len(windows) == 0:
         raise InputError(
             f"{dataset.path}: none of {manifest.num_users} users has data.min_interactions="
             f"{config.data.min_interactions} interactions; nothing to train on"
+        )
+    if not config.data.use_full_data and len(held_out_users(sequences, config.data, "validation", read.before)) == 0:
+        raise InputError(
+            f"{dataset.path}: no user has data.min_interactions={config.data.min_interactions} interactions before the "
+            f"validation cut-off and another one before the test cut-off (data.split_time={config.data.split_time:g}); "
+            "nothing to validate on"
         )
 
     counts = torch.bincount(windows.flat()[1], minlength=model.num_items + 1)[1 : model.num_items + 1].float()
@@ -270,7 +280,7 @@ def _run_epochs(config: Config, dataset: PreparedDataset, reporter: Reporter) ->
         if state["epoch"] % training.val_check_interval and state["epoch"] < training.num_epochs:
             continue
         if not config.data.use_full_data:
-            metrics |= validate(model, sequences, config)
+            metrics |= validate(model, sequences, config, read.before)
         _note_best(state, metrics, config.monitor)
         _report(model, state, optimizer, scaler, metrics, config.monitor)
         if rank == 0:

@@ -1,18 +1,62 @@
-"""Model and popularity on the held-out items: `python -m jobs.evaluate [--config FILE] [group.key=value ...]`."""
+"""Model and baselines on the held-out items: `python -m jobs.evaluate [--config FILE] [group.key=value ...]`."""
 
+import os
+from dataclasses import asdict
+
+from bert4rec import storage
 from bert4rec.cli import checkpoint_and_output, run_job, table_of_metrics
 from bert4rec.config import Config
-from bert4rec.evaluate import evaluate, evaluated_split
+from bert4rec.evaluate import RECOMMENDED, Evaluation, evaluate
+
+EVALUATION = "evaluation.json"
+RANKED = {
+    "all": "all items ranked without the user's seen ones",
+    "all-with-seen": "all items ranked with the user's seen ones",
+    "popularity-100": "ranked among 100 items drawn by popularity, none of the user's own",
+    "uniform-100": "ranked among 100 items drawn uniformly, none of the user's own",
+}
 
 
-def evaluate_model(config: Config, checkpoint: str | None = None) -> None:
-    """Print the metrics of `checkpoint` (default: the config's) beside popularity's."""
+def evaluate_model(config: Config, checkpoint: str | None = None) -> Evaluation:
+    """Print the metrics of `checkpoint` (default: the config's) beside the baselines', and write them beside it."""
     checkpoint = checkpoint or checkpoint_and_output(config)[0]
-    metrics = evaluate(config, config.prepared_path, checkpoint)
-    seen = "without" if config.evaluation.exclude_seen else "with"
-    print(f"{evaluated_split(config)} split, all items ranked {seen} the user's seen ones, {checkpoint}")
-    print(table_of_metrics(metrics))
+    result = evaluate(config, config.prepared_path, checkpoint)
+    for note in result.notes:
+        print(f"note: {note}")
+    print(f"{_held_out(result)}; {result.num_users:,} users, {result.num_items:,} items, {checkpoint}")
+    print(f"dataset {result.dataset}, fingerprint {result.fingerprint}")
+    for protocol, rows in result.protocols.items():
+        print(f"\nprotocol {protocol}: {RANKED[protocol]}\n{table_of_metrics(rows)}")
+    print(f"\nthe first {RECOMMENDED} of each user\n{table_of_metrics(result.beyond_accuracy)}")
+    first = next(iter(result.protocols))
+    for groups, name in ((result.by_history_length, "items before it"), (result.by_target_popularity, "popularity")):
+        print(f"\nndcg@10 by the target's {name}, protocol {first}\n{_table_of_groups(groups[first])}")
+    path = storage.join(os.path.dirname(checkpoint.rstrip("/")), EVALUATION)
+    storage.write_json(path, asdict(result))
+    print(f"\nevaluation: {path}")
+    return result
+
+
+def _held_out(result: Evaluation) -> str:
+    data = result.data
+    if data["split"] == "temporal":
+        what = f"first interaction from {data['cutoffs'][result.split]} (Unix time) on"
+    else:
+        what = "last item but one" if result.split == "validation" and data["holdout"] == 2 else "last item"
+    core = f" of the {data['min_item_interactions']}-core" if data["min_item_interactions"] else ""
+    return f"{result.split} split: each user's {what}{core}"
+
+
+def _table_of_groups(groups: dict[str, dict[str, dict[str, float]]]) -> str:
+    """A line for each group that has users: how many, and NDCG@10 of each system."""
+    systems = list(next(iter(groups.values())))
+    filled = [(group, rows) for group, rows in groups.items() if rows[systems[0]]["num_users"]]
+    lines = [f"{'':<10}{'users':>13}" + "".join(f"  {system:>11}" for system in systems)]
+    for group, rows in filled:
+        cells = "".join(f"  {rows[system]['ndcg@10']:>{max(11, len(system))}.4f}" for system in systems)
+        lines.append(f"{group:<10}{rows[systems[0]]['num_users']:>13,}{cells}")
+    return "\n".join(lines)
 
 
 if __name__ == "__main__":
-    run_job("Rank each user's held-out item among all items.", evaluate_model)
+    run_job("Rank each user's held-out item by the model and by baselines.", evaluate_model)

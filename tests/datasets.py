@@ -18,8 +18,9 @@ def write_dataset(
     last_years: list[int | None] | None = None,
     catalogue: str = "test",
     genres: list[list[int]] | None = None,
+    before: dict[str, list[int]] | None = None,
 ) -> str:
-    """Histories of tokens by user id; items have ids 100+token and titles "film TOKEN"."""
+    """Histories of tokens by user id; items have ids 100+token and titles "film TOKEN"; cut-offs at 1000, 1001, …"""
     (path / "sequences").mkdir(parents=True)
     users = sorted(histories)
     sequences = pa.table(
@@ -27,6 +28,7 @@ def write_dataset(
             "user": pa.array(users, pa.int64()),
             "items": pa.array([histories[user] for user in users], pa.list_(pa.int32())),
             "last_year": pa.array(last_years or [None] * len(users), pa.int16()),
+            **{f"before_{name}": pa.array(counts, pa.int32()) for name, counts in (before or {}).items()},
         }
     )
     pq.write_table(sequences, path / "sequences" / "part-00000.parquet")
@@ -52,6 +54,7 @@ def write_dataset(
         num_items=num_items,
         num_interactions=int(counts.sum()),
         num_duplicates=0,
+        cutoffs={name: 1000 + place for place, name in enumerate(before or {})},
         has_time=last_years is not None,
         catalogue=catalogue,
         genres=[f"genre {value}" for value in sorted({value for values in genres or none for value in values})],

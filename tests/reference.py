@@ -108,14 +108,16 @@ class PreparedTwin(NamedTuple):
     num_duplicates: int
 
 
-def prepared_with_pandas(data_dir, data_file="train_ratings.csv"):
-    """The prepared dataset of one CSV file and its metadata, in the original ids and names."""
+def prepared_with_pandas(data_dir, data_file="train_ratings.csv", k=0):
+    """The prepared dataset of the k-core of one CSV file and its metadata, in the original ids and names."""
     ratings = pd.read_csv(os.path.join(data_dir, data_file), dtype={"user": str, "item": str}, keep_default_na=False)
     for column in ("user", "item"):
         ratings[column] = ids_as_they_are_kept(list(ratings[column]))
-    has_time, num_rows = "time" in ratings, len(ratings)
+    has_time, num_duplicates = "time" in ratings, 0
     if has_time:
+        num_duplicates = int(ratings.duplicated(["user", "item", "time"]).sum())
         ratings = ratings.drop_duplicates(["user", "item", "time"]).sort_values("time", kind="stable")
+    ratings = k_core(ratings, k)
     users = []
     for user, rows in ratings.groupby("user"):
         year = datetime.fromtimestamp(rows["time"].iloc[-1], UTC).year if has_time else None
@@ -142,7 +144,7 @@ def prepared_with_pandas(data_dir, data_file="train_ratings.csv"):
         )
         for item in order
     ]
-    return PreparedTwin(sorted(users), items, num_rows - len(ratings))
+    return PreparedTwin(sorted(users), items, num_duplicates)
 
 
 def ids_as_they_are_kept(ids):
@@ -161,3 +163,60 @@ def metadata_rows(data_dir, name):
         return []
     with open(path, newline="", encoding="utf-8") as file:
         return [tuple(row) for row in csv.reader(file, delimiter="\t", quoting=csv.QUOTE_NONE)][1:]
+
+
+def negatives(weights, own, user, seed, count):
+    """The `count` items (from 0) of largest log(weight) + Gumbel noise, without tokens `own`, largest first."""
+
+    def mix(number):
+        number = (number ^ (number >> 30)) * 0xBF58476D1CE4E5B9 % 2**64
+        number = (number ^ (number >> 27)) * 0x94D049BB133111EB % 2**64
+        return number ^ (number >> 31)
+
+    keys = {}
+    for item, weight in enumerate(weights):
+        if weight > 0 and item + 1 not in own:
+            bits = mix((mix((mix(seed) + user) % 2**64) + item * 0x9E3779B97F4A7C15) % 2**64)
+            uniform = ((bits >> 11) + 0.5) * 2**-53
+            keys[item] = math.log(weight) - math.log(-math.log(uniform))
+    return sorted(keys, key=lambda item: -keys[item])[:count]
+
+
+def item_knn(histories, num_items, num_neighbours):
+    """[V, V] cosine of two items' sets of users, in each row only the largest; of equal ones the first."""
+    users = [{n for n, items in enumerate(histories) if token in items} for token in range(1, num_items + 1)]
+    result = [[0.0] * num_items for _ in range(num_items)]
+    for i, ours in enumerate(users):
+        cosine = {
+            j: len(ours & theirs) / math.sqrt(len(ours) * len(theirs))
+            for j, theirs in enumerate(users)
+            if j != i and ours & theirs
+        }
+        for j in sorted(cosine, key=lambda j: (-cosine[j], j))[:num_neighbours]:
+            result[i][j] = cosine[j]
+    return result
+
+
+def ease(histories, num_items, l2):
+    """[V, V]: column j is the ridge regression of item j's users on all other items' users."""
+    matrix = torch.zeros(len(histories), num_items, dtype=torch.float64)
+    for row, items in enumerate(histories):
+        matrix[row, [token - 1 for token in items]] = 1
+    result = torch.zeros(num_items, num_items, dtype=torch.float64)
+    for j in range(num_items):
+        others = [i for i in range(num_items) if i != j]
+        x, y = matrix[:, others], matrix[:, j]
+        penalty = l2 * torch.eye(len(others), dtype=torch.float64)
+        result[others, j] = torch.linalg.solve(x.T @ x + penalty, x.T @ y)
+    return result
+
+
+def k_core(ratings, k):
+    """Rows of a DataFrame without rare items, then users, until nothing changes."""
+    while k:
+        kept = ratings[ratings.groupby("item")["item"].transform("size") >= k]
+        kept = kept[kept.groupby("user")["user"].transform("size") >= k]
+        if len(kept) == len(ratings):
+            break
+        ratings = kept
+    return ratings

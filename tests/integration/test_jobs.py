@@ -49,6 +49,11 @@ def test_pipeline_from_ratings_to_titles(data_dir, tmp_path):
     assert "prepared 320 interactions of 40 users with 20 items" in done.stdout
     assert any(line.startswith("ndcg@10") and len(line.split()) == 3 for line in lines)
     assert "mean gates: item 0." in done.stdout
+    evaluation = json.loads(next(tmp_path.glob("*/evaluation.json")).read_text())
+    shown = next(line.split() for line in lines if line.startswith("ndcg@10"))
+    assert [f"{evaluation['protocols']['all'][system]['ndcg@10']:.4f}" for system in evaluation["beyond_accuracy"]] == (
+        shown[1:]
+    )
     assert "400 recommendations for 40 users" in done.stdout
     assert sum(line.startswith("user ") for line in lines) == 5
     assert "    Film " in done.stdout

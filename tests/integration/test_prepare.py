@@ -5,6 +5,7 @@ import json
 import re
 
 import numpy as np
+import pandas as pd
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
@@ -14,7 +15,7 @@ from bert4rec.config import DataConfig
 from bert4rec.dataset import PreparedDataset
 from bert4rec.prepare import prepare
 from bert4rec.storage import InputError
-from tests.reference import prepared_with_pandas
+from tests.reference import k_core, prepared_with_pandas
 
 pytestmark = [pytest.mark.integration, pytest.mark.usefixtures("ray_session")]
 
@@ -71,8 +72,8 @@ def items_of(dataset):
     ]
 
 
-def assert_is_twin(dataset, data_dir, data_file="train_ratings.csv"):
-    twin = prepared_with_pandas(data_dir, data_file)
+def assert_is_twin(dataset, data_dir, data_file="train_ratings.csv", k=0):
+    twin = prepared_with_pandas(data_dir, data_file, k)
     assert users_of(dataset) == twin.users
     assert items_of(dataset) == twin.items
     manifest = dataset.manifest
@@ -123,6 +124,110 @@ def test_the_result_depends_on_neither_chunks_nor_ranges(tmp_path, monkeypatch):
     assert items_of(pieces) == items_of(whole)
     assert pieces.manifest.catalogue == whole.manifest.catalogue
     assert_is_twin(pieces, data)
+
+
+def skewed_ratings(num_rows, seed=0):
+    """CSV of users and items of which some are common and some rare; whole seconds, many of them the same."""
+    rng = np.random.default_rng(seed)
+    pairs = zip(
+        *(rng.geometric(share, num_rows) for share in (0.02, 0.05)), rng.integers(0, 900, num_rows), strict=True
+    )
+    return "user,item,time\n" + "".join(f"{user},{item},{10**9 + 3600 * hour}\n" for user, item, hour in pairs)
+
+
+@pytest.mark.parametrize("pieces", [False, True])
+def test_the_k_core_equals_the_pandas_twin(tmp_path, monkeypatch, pieces):
+    if pieces:
+        monkeypatch.setattr(prepare_module, "CHUNK_BYTES", 3000)
+        monkeypatch.setattr(prepare_module, "RANGE_ROWS", 200)
+        monkeypatch.setattr(prepare_module, "_SHARD_ROWS", 1)
+    data = write(tmp_path / "data", train_ratings_csv=skewed_ratings(2000))
+    whole = prepared_with_pandas(data)
+    config = DataConfig(data_dir=str(data), min_item_interactions=6)
+    prepare(config, str(tmp_path / "out"))
+    dataset = PreparedDataset(str(tmp_path / "out"))
+    assert (len(dataset.sequence_files) > 3) == pieces
+    assert_is_twin(dataset, data, k=6)
+    manifest = dataset.manifest
+    assert manifest.min_item_interactions == 6
+    assert manifest.num_core_users == len(whole.users) - manifest.num_users > 20
+    assert manifest.num_core_items == len(whole.items) - manifest.num_items > 20
+    missing = sum(len(items) for _, items, _ in whole.users) - manifest.num_interactions
+    assert manifest.num_core_interactions == missing > 100
+    assert f"{missing:,} interactions" in manifest.notes[-1]
+    lines = []
+    prepare(config, str(tmp_path / "out"), lines.append)
+    assert lines == ["up to date: the input files have not changed"]
+
+
+def test_a_core_of_nothing_is_one_message(tmp_path):
+    data = write(tmp_path / "data", train_ratings_csv="user,item\n1,5\n1,6\n2,5\n")
+    with pytest.raises(InputError, match=r"train_ratings\.csv: data\.min_item_interactions=3 leaves no interaction"):
+        prepare(DataConfig(data_dir=str(data), min_item_interactions=3), str(tmp_path / "out"))
+
+
+def test_an_item_outside_the_core_is_not_new(tmp_path):
+    """Items 5 and 6 make the 2-core; 7 has one interaction and a title, 8 a title alone."""
+    data = write(
+        tmp_path / "data",
+        train_ratings_csv="user,item\n1,5\n1,6\n2,5\n2,6\n2,7\n",
+        titles_tsv="item\ttitle\n7\tSeven\n8\tEight\n",
+    )
+    config = DataConfig(data_dir=str(data), min_item_interactions=2, include_new_items=True)
+    manifest = prepare(config, str(tmp_path / "out"))
+    assert PreparedDataset(str(tmp_path / "out")).items().ids.to_pylist() == [5, 6, 8]
+    assert (manifest.num_new_items, manifest.num_core_items) == (1, 1)
+
+
+@pytest.mark.parametrize(("split_time", "k"), [(0.8, 0), (0.55, 4), (1_001_000_000, 0)])
+def test_temporal_cut_offs_equal_the_slow_way(tmp_path, monkeypatch, split_time, k):
+    monkeypatch.setattr(prepare_module, "CHUNK_BYTES", 3000)
+    monkeypatch.setattr(prepare_module, "RANGE_ROWS", 200)
+    monkeypatch.setattr(prepare_module, "_SHARD_ROWS", 1)
+    monkeypatch.setattr(prepare_module, "_SEARCHED_TIMES", 5)
+    data = write(tmp_path / "data", train_ratings_csv=skewed_ratings(1500, seed=4))
+    config = DataConfig(data_dir=str(data), split="temporal", split_time=split_time, min_item_interactions=k)
+    cutoffs = prepare(config, str(tmp_path / "out")).cutoffs
+
+    kept = k_core(pd.read_csv(data / "train_ratings.csv").drop_duplicates(), k)
+    times = np.sort(kept["time"])
+    test = int(split_time) if split_time > 1 else times[int(split_time * len(times))]
+    before_test = (times < test).sum()
+    validation = times[before_test**2 // len(times)]
+    week = 7 * 24 * 3600
+    assert cutoffs == {
+        "validation": validation,
+        "test": test,
+        "recent_validation": validation - week,
+        "recent_test": test - week,
+    }
+    sequences = PreparedDataset(str(tmp_path / "out")).sequences()
+    for name, cutoff in cutoffs.items():
+        expected = kept["time"].lt(cutoff).groupby(kept["user"]).sum()
+        assert sequences.before[name].tolist() == expected[sequences.users.to_pylist()].tolist()
+    assert 0 < sequences.before["recent_test"].sum() < sequences.before["test"].sum() < len(kept)
+
+
+def test_a_dataset_of_another_split_is_prepared_again(tmp_path):
+    data = write(tmp_path / "data", train_ratings_csv=skewed_ratings(300))
+    prints = set()
+    for options in ({}, {"split": "temporal"}, {"split": "temporal", "split_time": 0.8}, {"min_item_interactions": 2}):
+        manifest = prepare(DataConfig(data_dir=str(data), **options), str(tmp_path / "out"))
+        prints.add(manifest.fingerprint)
+        assert ("test" in manifest.cutoffs) == ("split" in options)
+    assert len(prints) == 4
+
+
+def test_a_temporal_split_that_cannot_be(tmp_path):
+    data = write(tmp_path / "data", untimed_csv="user,item\n1,5\n", few_csv="user,item,time\n1,5,7\n1,6,8.5\n2,6,9\n")
+    for name, split_time, message in (
+        ("untimed.csv", 0.9, "no column time, which data.split=temporal needs"),
+        ("few.csv", 8, r"data.split_time=8 gives 0 interactions for training, 1 for validation and 2 for test"),
+        ("few.csv", 2000, r"data.split_time=2000 gives .* and 0 for test, none of which may be 0; .* from 7 to 9"),
+    ):
+        config = DataConfig(data_dir=str(data), data_file=name, split="temporal", split_time=split_time)
+        with pytest.raises(InputError, match=message):
+            prepare(config, str(tmp_path / "out"))
 
 
 def test_several_files_are_read_in_name_order(tmp_path):

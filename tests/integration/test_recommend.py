@@ -1,5 +1,4 @@
 import csv
-import math
 
 import pyarrow.parquet as pq
 import pytest
@@ -103,25 +102,6 @@ def test_finished_parts_of_a_killed_job_are_kept(tmp_path, dataset_path, checkpo
     assert (tmp_path / "out" / "recommendations.csv").read_bytes() == (
         tmp_path / "whole" / "recommendations.csv"
     ).read_bytes()
-
-
-def test_evaluate_equals_the_slow_way(dataset_path, checkpoint, model):
-    config = load_config(None, ["data.min_interactions=4", "data.holdout=2", "inference.batch_size=77"])
-    users = [history for history in HISTORIES.values() if len(history) >= 4]
-    counts = [sum(history[:-2].count(token) for history in users) for token in range(1, NUM_ITEMS + 1)]
-    ranks = {"BERT4Rec": [], "popularity": []}
-    for history in users:
-        excluded = {token - 1 for token in history[:-1]}
-        scores = reference.logits(model, [*history[:-1][-(model.config.max_len - 1) :], NUM_ITEMS + 1])[-1].tolist()
-        ranks["BERT4Rec"].append(reference.rank(scores, history[-1] - 1, excluded))
-        ranks["popularity"].append(reference.rank(counts, history[-1] - 1, excluded))
-    got = evaluate(config, dataset_path, checkpoint)
-    for system, expected in ranks.items():
-        assert got[system]["hr@5"] == pytest.approx(sum(rank <= 5 for rank in expected) / len(expected))
-        assert got[system]["mrr"] == pytest.approx(sum(1 / rank for rank in expected) / len(expected))
-        assert got[system]["ndcg@10"] == pytest.approx(
-            sum(1 / math.log2(1 + rank) for rank in expected if rank <= 10) / len(expected)
-        )
 
 
 def test_what_cannot_be_scored_is_one_message(tmp_path, dataset_path, checkpoint):

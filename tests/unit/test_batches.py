@@ -1,5 +1,6 @@
 import itertools
 
+import numpy as np
 import pytest
 import torch
 
@@ -67,6 +68,24 @@ def test_splits_by_hand():
 
     full = DataConfig(min_interactions=1, use_full_data=True)
     assert batches.training_windows(windows, full).lengths.tolist() == [4, 2, 3]
+
+
+def test_temporal_splits_by_hand():
+    """Of the first user one is trained on, the second has too few for training, yet enough for the test; the third has
+    no target in between; the fourth none in the test, the fifth neither."""
+    windows = windows_of([[1, 2, 3, 4], [5, 6, 7, 8], [9, 10, 11], [12, 13, 14], [15, 16]])
+    before = {"validation": np.array([2, 1, 2, 2, 2]), "test": np.array([3, 3, 2, 3, 2])}
+    data = DataConfig(split="temporal", min_interactions=2, holdout=2)
+    assert batches.training_windows(windows, data, before).flat()[1].tolist() == [1, 2, 9, 10, 12, 13, 15, 16]
+    history, target = batches.held_out(windows, data, "validation", before)
+    assert (batches.last_items(history, 9).tolist(), target.tolist()) == ([[1, 2], [12, 13]], [3, 14])
+    history, target = batches.held_out(windows, data, "test", before)
+    assert batches.last_items(history, 9).tolist() == [[1, 2, 3], [5, 6, 7], [0, 9, 10]]
+    assert target.tolist() == [4, 8, 11]
+    assert batches.held_out_users(windows, data, "test", before).tolist() == [0, 1, 2]
+
+    full = DataConfig(split="temporal", min_interactions=3, use_full_data=True)
+    assert batches.training_windows(windows, full, before).lengths.tolist() == [4, 4, 3, 3]
 
 
 def test_masking_frequencies():

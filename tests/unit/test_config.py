@@ -1,9 +1,13 @@
+from pathlib import Path
+
 import pytest
 
 from bert4rec.config import Config, load_config
 from bert4rec.storage import InputError
 
 pytestmark = pytest.mark.unit
+
+CONFIGS = Path(__file__).parents[2] / "configs"
 
 
 def test_defaults_are_those_of_the_documentation():
@@ -40,6 +44,8 @@ def test_overrides_win_over_the_file(tmp_path):
         ("training.monitor_metric=val_ndcg10", ["val_ndcg10", "did you mean val_ndcg@10"]),
         ("data.min_interactions=1", ["min_interactions=1", "larger than data.holdout=1"]),
         ("hidden_units=64", ["'hidden_units=64'", "group.key=value"]),
+        ("evaluation.protocols=[all, top-100]", ["evaluation.protocols.1='top-100'", "uniform-100"]),
+        ("data.split_time=1", ["data.split_time=1", "share below 1", "Unix time"]),
         ("run.name=a/b", ["run.name='a/b'", "pattern"]),
     ],
 )
@@ -72,7 +78,31 @@ def test_prepared_path_depends_on_the_input_alone():
     path = load_config(None, ["data.data_dir=/d/x"]).prepared_path
     assert path == load_config(None, ["data.data_dir=/d/x", "model.max_len=7", "data.seed=3"]).prepared_path
     assert path != load_config(None, ["data.data_dir=/e/x"]).prepared_path
-    assert path != load_config(None, ["data.data_dir=/d/x", "data.data_file=b.csv"]).prepared_path
+    assert path == load_config(None, ["data.data_dir=/d/x", "data.split_time=0.8"]).prepared_path
+    others = ["data.data_file=b.csv", "data.min_item_interactions=5", "data.split=temporal", "data.split_time=0.8"]
+    paths = [load_config(None, ["data.data_dir=/d/x", *others[place:]]).prepared_path for place in range(4)]
+    assert len(set(paths)) == 4
+    assert load_config(None, ["data.data_dir=/d/x", "data.split=temporal"]).prepared_path not in paths
+    assert load_config(None, ["data.split=temporal", "data.min_interactions=1"]).data.min_interactions == 1
+
+
+@pytest.mark.parametrize(
+    ("name", "max_len", "dropout", "mask"),
+    [("ml-1m", 200, 0.2, 0.2), ("ml-20m", 200, 0.2, 0.2), ("steam", 50, 0.5, 0.4), ("beauty", 50, 0.2, 0.6)],
+)
+def test_presets_are_the_papers(name, max_len, dropout, mask):
+    config = load_config(str(CONFIGS / f"{name}.yaml"))
+    model = config.model
+    assert (model.hidden_units, model.num_heads, model.num_layers) == (256, 4, 2)
+    assert (model.max_len, model.dropout_rate, model.random_mask_prob) == (max_len, dropout, mask)
+    assert (config.data.holdout, config.data.min_item_interactions) == (2, 5)
+    assert config.data_name == name
+
+
+@pytest.mark.parametrize("path", sorted(CONFIGS.glob("*.yaml")), ids=lambda path: path.stem)
+def test_every_config_loads(path):
+    """And names the data that it is for."""
+    assert path.stem.startswith(load_config(str(path)).data_name)
 
 
 def test_every_key_is_described():

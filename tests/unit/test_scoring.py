@@ -7,7 +7,7 @@ import torch
 
 from bert4rec.dataset import ItemTable, Sequences
 from bert4rec.metrics import RankCounts, hit_rate, mrr, ndcg
-from bert4rec.scoring import Exclusions, item_blocks, next_item_states, rank_of_target, score_next, top_k
+from bert4rec.scoring import Exclusions, item_blocks, next_item_states, rank_among, rank_of_target, score_next, top_k
 from tests import reference
 from tests.datasets import random_histories
 from tests.unit.test_batches import windows_of
@@ -96,6 +96,14 @@ def test_rank_of_target_equals_the_slow_way(score_bytes):
 def test_all_scores_equal_means_the_last_rank():
     ranks = rank_of_target(lambda low, high: torch.zeros(2, high - low), Exclusions.of(None), torch.tensor([1, 5]), 5)
     assert ranks.tolist() == [5, 5]
+
+
+@pytest.mark.parametrize("score_bytes", [10**9, 4 * 4 * 2])
+def test_rank_among_by_hand(score_bytes):
+    scores = torch.tensor([[5.0, 4, 3, 2, 1], [1, 1, 1, 1, 1], [-torch.inf, 0, 0, 0, 0], [1, 2, 3, 4, 5]])
+    candidates = torch.tensor([[0, 3], [0, 4], [1, 2], [-1, -1]])  # one above; both equal; no score; nobody else
+    ranks = rank_among(lambda low, high: scores[:, low:high], candidates, torch.tensor([3, 3, 1, 1]), 5, score_bytes)
+    assert ranks.tolist() == [2, 3, 6, 1]
 
 
 def test_item_blocks_cover_the_catalogue_within_the_memory():
