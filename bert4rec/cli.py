@@ -27,12 +27,15 @@ from bert4rec.train import RUN
 DEFAULT_CONFIG = Path(__file__).parent.parent / "configs" / "ml-100k.yaml"
 
 
-def run_job(description: str, work: Callable[[Config], object]) -> None:
+def run_job(
+    description: str, work: Callable[[Config], object], needs_ray: Callable[[Config], bool] = lambda config: True
+) -> None:
     """Parse the command line, start or join Ray, do the work, and exit: 0 done, 1 failed, 2 the input is unusable."""
     arguments = _parser(description).parse_intermixed_args()
     try:
         config = _load(arguments.config, arguments.overrides)
-        start_ray(arguments.verbose)
+        if needs_ray(config):
+            start_ray(arguments.verbose)
         work(config)
     except InputError as error:
         sys.exit(_fail(str(error), 2))

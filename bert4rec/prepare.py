@@ -264,11 +264,12 @@ def _merge(num_items: int, *shards: pa.Table) -> tuple[pa.Table, tuple[np.ndarra
         time = None
         code = code[np.argsort(user, kind="stable")]
     ends = np.cumsum(np.bincount(user, minlength=len(ascending)))
+    last_year = pa.nulls(len(ends), pa.int16()) if time is None else pa.array(interactions.year_of(time[ends - 1]))
     sequences = pa.table(
         {
             "user": users.dictionary.take(pa.array(ascending)),
             "items": pa.ListArray.from_arrays(pa.array(np.append(0, ends), pa.int32()), pa.array(code)),
-            "last_year": pa.nulls(len(ends), pa.int16()) if time is None else pa.array(_year(time[ends - 1])),
+            "last_year": last_year,
         }
     )
     return sequences, (np.bincount(code, minlength=num_items), len(ends))
@@ -284,12 +285,6 @@ def _is_duplicate(user: np.ndarray, time: np.ndarray, code: np.ndarray) -> np.nd
     tied, moment = tied[order], moment[order]
     duplicate[tied[1:]] = (moment[1:] == moment[:-1]) & (code[tied[1:]] == code[tied[:-1]])
     return duplicate
-
-
-def _year(seconds: np.ndarray) -> np.ndarray:
-    """[N] int16, UTC calendar year of Unix seconds."""
-    year: np.ndarray = np.floor(seconds).astype("datetime64[s]").astype("datetime64[Y]").astype(np.int64) + 1970
-    return year.astype(np.int16)
 
 
 def _write_range(path: str, number: int, sequences: pa.Table, token_of_code: np.ndarray) -> tuple[str, int]:

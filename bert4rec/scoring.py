@@ -114,6 +114,16 @@ def score_next(model: BERT4Rec, histories: Windows) -> Scorer:
     return lambda low, high: (states @ weights[low:high].t()).add_(bias[low:high])  # linear() fills in the bias first
 
 
+@torch.inference_mode()
+def score_similar(model: BERT4Rec, items: Tensor) -> Scorer:
+    """Cosine of the input vectors of `items` [B], counted from 0, with those of all items."""
+    every = torch.arange(1, model.num_items + 1, device=model.output_bias.device)
+    vectors = F.normalize(model.items(every), dim=1)
+    # A new item without any metadata has nothing to be compared by.
+    unknown = model.get_buffer("unrankable")
+    return lambda low, high: F.linear(vectors[items], vectors[low:high]).masked_fill(unknown[low:high], -torch.inf)
+
+
 def item_blocks(num_users: int, num_items: int, score_bytes: int) -> Iterator[tuple[int, int]]:
     """Ranges of items such that a float32 block of `num_users` rows takes at most `score_bytes`."""
     width = max(1, score_bytes // (4 * max(num_users, 1)))
