@@ -1,7 +1,8 @@
 """Training on Ray Train: the driver, and the worker's loop around `loop.py`.
 
 The run's directory is Ray Train's own (`<storage_path>/<run name>`): the best and the last checkpoint, each a model
-directory, `config.yaml` (the settings, as `--config` takes them), and `run.json`, written last.
+directory with its catalogue and card, `config.yaml` (the settings, as `--config` takes them), and `run.json`, written
+last.
 """
 
 import hashlib
@@ -25,8 +26,9 @@ from ray.train.torch import TorchConfig, TorchTrainer, prepare_model
 
 from bert4rec import storage, workers
 from bert4rec.batches import Windows, training_windows
+from bert4rec.card import CARD, model_card
 from bert4rec.config import Config
-from bert4rec.dataset import Manifest, PreparedDataset
+from bert4rec.dataset import ITEMS, Manifest, PreparedDataset
 from bert4rec.functions import make_loss
 from bert4rec.items import Metadata
 from bert4rec.loop import make_optimizer, train_epoch, validate
@@ -272,7 +274,7 @@ def _run_epochs(config: Config, dataset: PreparedDataset, reporter: Reporter) ->
         if not config.data.use_full_data:
             metrics |= validate(model, sequences, config)
         _note_best(state, metrics, config.monitor)
-        _report(model, state, optimizer, scaler, metrics, config.monitor)
+        _report(model, state, optimizer, scaler, metrics, config, dataset)
         if rank == 0:
             reporter.record(metrics)
             last_validation = _summary(metrics, config.monitor)
@@ -319,10 +321,11 @@ def _report(
     optimizer: torch.optim.Optimizer,
     scaler: Any,  # noqa: ANN401
     metrics: dict[str, float],
-    monitor: str,
+    config: Config,
+    dataset: PreparedDataset,
 ) -> None:
     """Report the metrics, and from rank 0 a checkpoint: a model directory and the state to resume from."""
-    name = checkpoint_name(metrics, monitor)
+    name = checkpoint_name(metrics, config.monitor)
     # What Ray keeps the best checkpoint by: of equal epochs the first is best, as early stopping has it.
     metrics = {**metrics, "improvement": 0 if state["validations_since_best"] else state["improvements"]}
     if ray.train.get_context().get_world_rank() > 0:
@@ -330,6 +333,10 @@ def _report(
         return
     with tempfile.TemporaryDirectory() as directory:
         model.save_pretrained(directory)
+        # The catalogue and the card make the directory one that can be handed over.
+        storage.write_bytes(storage.join(directory, ITEMS), storage.read_bytes(storage.join(dataset.path, ITEMS)))
+        card = model_card(model, config, dataset.manifest, dataset.items(), metrics, name)
+        storage.write_bytes(storage.join(directory, CARD), card.encode())
         resume = {**state, "optimizer": optimizer.state_dict(), "scaler": scaler.state_dict()}
         torch.save(resume, os.path.join(directory, STATE))
         ray.train.report(metrics, checkpoint=Checkpoint.from_directory(directory), checkpoint_dir_name=name)
