@@ -44,6 +44,7 @@ def choose_users(sequences: Sequences, users: Sequence[int | str], source: str) 
             f"inference.users: not in {source}: {', '.join(unknown[:5])}{' …' if len(unknown) > 5 else ''}; "
             "histories of new users go into a file for inference.users_file"
         )
+    place = place[np.sort(np.unique(place, return_index=True)[1])]  # each once
     lengths = sequences.lengths[place]
     ends = np.cumsum(lengths)
     flat = np.arange(ends[-1]) + np.repeat(sequences.offsets[place] - (ends - lengths), lengths)

@@ -167,7 +167,10 @@ def load(checkpoint: str, device: str = "cpu") -> Recommender:
     model = BERT4Rec.from_pretrained(checkpoint).to(device)
     path = storage.join(checkpoint, ITEMS)
     if not storage.exists(path):
-        raise InputError(f"{checkpoint}: {ITEMS} is missing, which has the ids and titles of the model's items")
+        raise InputError(
+            f"{checkpoint}: {ITEMS} is missing, which has the ids and titles of the model's items; "
+            "copy it from the prepared dataset that the model was trained on"
+        )
     items = read_items(path)
     if len(items.ids) != model.num_items:
         raise InputError(f"{path}: has {len(items.ids):,} items, the model {model.num_items:,}; the copy is damaged")

@@ -10,6 +10,7 @@ import json
 import os
 import tempfile
 import time
+from contextlib import ExitStack
 from dataclasses import asdict, dataclass
 from typing import Any
 
@@ -36,6 +37,7 @@ from bert4rec.model import BERT4Rec
 from bert4rec.progress import Progress, Reporter
 from bert4rec.storage import InputError
 from bert4rec.tensorboard import TensorBoardLog
+from bert4rec.tracking import MLflowLog
 from bert4rec.vectors import read_vectors
 
 RUN = "run.json"
@@ -93,7 +95,16 @@ def train(config: Config, dataset_path: str) -> TrainResult:
     os.environ.setdefault("RAY_TRAIN_HEALTH_CHECK_INTERVAL_S", "0.2")
     began = time.monotonic()
     log = TensorBoardLog(run_path)
-    with Progress("training", config.training.num_epochs, "epochs", log.record) as reporter:
+    mlflow = MLflowLog(config, run_path, name) if config.run.mlflow_uri else None
+
+    def record(metrics: dict[str, float]) -> None:
+        log.record(metrics)
+        if mlflow is not None:
+            mlflow.record(metrics)
+
+    with ExitStack() as unless_trained, Progress("training", config.training.num_epochs, "epochs", record) as reporter:
+        if mlflow is not None:
+            unless_trained.callback(mlflow.close, None)
         trainer = TorchTrainer(
             _train_worker,
             train_loop_config={"config": config, "dataset_path": dataset_path, "reporter": reporter},
@@ -117,8 +128,9 @@ def train(config: Config, dataset_path: str) -> TrainResult:
             ),
         )
         result = trainer.fit()
-    if isinstance(result.return_value, str):
-        raise InputError(result.return_value)
+        if isinstance(result.return_value, str):
+            raise InputError(result.return_value)
+        unless_trained.pop_all()
     history = result.return_value
     best, _ = result.best_checkpoints[-1]
     best_name = os.path.basename(best.path)
@@ -131,6 +143,8 @@ def train(config: Config, dataset_path: str) -> TrainResult:
         seconds=time.monotonic() - began,
     )
     log.close(config, manifest, trained.best_metrics)
+    if mlflow is not None:
+        mlflow.close(trained.best_metrics)
     # Names, not paths: a run's directory may be moved.
     names = {key: os.path.basename(getattr(trained, key)) for key in ("best_checkpoint", "last_checkpoint")}
     storage.write_json(storage.join(run_path, RUN), asdict(trained) | names)

@@ -31,6 +31,7 @@ def recommend_users(config: Config) -> None:
         shown = len(sequences) if inference.users is not None else min(len(sequences), SHOWN_NEW_USERS)
         _show_users(recommender, sequences, ranked, shown)
         if inference.output_path:
+            print()
             _say_what_was_written(config, write_few(ranked, inference, checkpoint, output_path))
         elif shown < len(sequences):
             print(f"\n… and {len(sequences) - shown:,} more users; inference.output_path=DIR writes them all")
