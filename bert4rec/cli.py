@@ -35,6 +35,8 @@ def run_job(
     try:
         config = _load(arguments.config, arguments.overrides)
         if needs_ray(config):
+            if not arguments.verbose:
+                _keep_native_messages_off_the_terminal()
             start_ray(arguments.verbose)
         work(config)
     except InputError as error:
@@ -130,8 +132,6 @@ def _load(path: str | None, overrides: list[str]) -> Config:
 def start_ray(verbose: bool = False) -> None:
     """Join the cluster of RAY_ADDRESS (as in a submitted job), else start Ray on this machine."""
     level = logging.INFO if verbose else logging.ERROR
-    if not verbose:
-        _keep_native_messages_off_the_terminal()
     address = os.environ.get("RAY_ADDRESS") or "local"
     try:
         ray.init(address=address, log_to_driver=verbose, logging_level=level)
