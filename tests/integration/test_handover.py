@@ -104,12 +104,3 @@ def test_every_example_of_the_guide(tmp_path):
     assert f"| val_ndcg@10 | {trained['best_metrics']['val_ndcg@10']:.4f} |" in card
     (there / "model").rename(there / trained["best_checkpoint"])
     assert len(films_of(run(there, sys.executable, "-c", re.search(r"```python\n(.*?)```", card, re.S).group(1)))) == 5
-
-
-def test_a_few_users_mistakes_are_one_line_and_exit_code_2(tmp_path):
-    done = subprocess.run(
-        [sys.executable, "-m", "jobs.recommend", "inference.users=[]"], cwd=ROOT, capture_output=True, text=True
-    )
-    assert done.returncode == 2
-    assert done.stderr.count("\n") == 1
-    assert "inference.users" in done.stderr
