@@ -27,12 +27,17 @@ from bert4rec.train import RUN
 DEFAULT_CONFIG = Path(__file__).parent.parent / "configs" / "ml-100k.yaml"
 
 
-def run_job(description: str, work: Callable[[Config], object]) -> None:
+def run_job(
+    description: str, work: Callable[[Config], object], needs_ray: Callable[[Config], bool] = lambda config: True
+) -> None:
     """Parse the command line, start or join Ray, do the work, and exit: 0 done, 1 failed, 2 the input is unusable."""
     arguments = _parser(description).parse_intermixed_args()
     try:
         config = _load(arguments.config, arguments.overrides)
-        start_ray(arguments.verbose)
+        if needs_ray(config):
+            if not arguments.verbose:
+                _keep_native_messages_off_the_terminal()
+            start_ray(arguments.verbose)
         work(config)
     except InputError as error:
         sys.exit(_fail(str(error), 2))
@@ -130,8 +135,6 @@ def _load(path: str | None, overrides: list[str]) -> Config:
 def start_ray(verbose: bool = False) -> None:
     """Join the cluster of RAY_ADDRESS (as in a submitted job), else start Ray on this machine."""
     level = logging.INFO if verbose else logging.ERROR
-    if not verbose:
-        _keep_native_messages_off_the_terminal()
     address = os.environ.get("RAY_ADDRESS") or "local"
     try:
         ray.init(address=address, log_to_driver=verbose, logging_level=level)

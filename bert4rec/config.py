@@ -5,7 +5,7 @@ import os
 from typing import Any, Literal, Self
 
 import yaml
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
 
 from bert4rec import storage
 from bert4rec.storage import InputError
@@ -205,6 +205,34 @@ class InferenceConfig(_Group):
     """Files to write."""
     output_path: str | None = None
     """Directory of the results; default: `recommendations` beside the run's checkpoints."""
+    users: tuple[int | str, ...] | None = Field(None, min_length=1)
+    """Only these users, as [1, 2]: their recommendations are printed with titles, and written if output_path is set."""
+    users_file: str | None = None
+    """The same for new users, whom the data do not have: a CSV or Parquet file `user,item[,time]` of histories."""
+    similar_to: tuple[int | str, ...] | None = Field(None, min_length=1)
+    """Print, for each of these items, as [50, 100], the topk most similar ones: cosine of the model's item vectors."""
+
+    @field_validator("users", "similar_to", mode="before")
+    @classmethod
+    def _one_is_a_list_of_one(cls, value: object) -> object:
+        return (value,) if isinstance(value, int | str) else value
+
+    @property
+    def is_for_few(self) -> bool:
+        """Whether something else is wanted than recommendations for every user of the data."""
+        return not (self.users is None and self.users_file is None and self.similar_to is None)
+
+
+class ExportConfig(_Group):
+    """The model as a program of its own (`jobs.export`)."""
+
+    formats: tuple[Literal["torch", "onnx"], ...] = Field(("torch", "onnx"), min_length=1)
+    """torch: a program of torch.export, model.pt2; onnx: model.onnx, which needs the extra `export`."""
+    topk: int | None = Field(None, ge=1)
+    """The program gives that many items a history, those in it left out if inference.exclude_seen; default: the scores
+    of all items."""
+    output_path: str | None = None
+    """Directory of the result; default: `export` beside the run's checkpoints."""
 
 
 class EmbeddingConfig(_Group):
@@ -241,6 +269,9 @@ class RunConfig(_Group):
     continues, and finishes, the same run."""
     storage_path: str = "runs"
     """Root of prepared datasets and runs: local, or a URI that all nodes reach."""
+    mlflow_uri: str | None = None
+    """MLflow tracking server, or a database as sqlite:///mlflow.db, to log training to besides TensorBoard; needs the
+    extra `mlflow`."""
 
 
 class Config(_Group):
@@ -252,6 +283,7 @@ class Config(_Group):
     evaluation: EvaluationConfig = EvaluationConfig()
     embedding: EmbeddingConfig = EmbeddingConfig()
     inference: InferenceConfig = InferenceConfig()
+    export: ExportConfig = ExportConfig()
     run: RunConfig = RunConfig()
 
     @model_validator(mode="after")

@@ -26,6 +26,7 @@ from bert4rec import storage
 from bert4rec.storage import InputError
 
 PADDING = 0
+ITEMS = "items.parquet"
 
 
 class InputFile(BaseModel):
@@ -258,20 +259,9 @@ class PreparedDataset:
 
     def items(self) -> ItemTable:
         """The catalogue."""
-        table = _read_parquet(storage.join(self.path, "items.parquet")).combine_chunks()
-        year = _one_chunk(table["year"])
-        return ItemTable(
-            ids=_one_chunk(table["item"]),
-            count=table["count"].to_numpy(),
-            year=year.fill_null(0).to_numpy(),
-            has_year=year.is_valid().to_numpy(zero_copy_only=False),
-            title=_one_chunk(table["title"]),
-            listed={
-                "genre": (len(self.manifest.genres), Ragged.from_column(_one_chunk(table["genres"]))),
-                "director": (len(self.manifest.directors), Ragged.from_column(_one_chunk(table["director"]))),
-                "writer": (len(self.manifest.writers), Ragged.from_column(_one_chunk(table["writers"]))),
-            },
-        )
+        manifest = self.manifest
+        sizes = {"genre": len(manifest.genres), "director": len(manifest.directors), "writer": len(manifest.writers)}
+        return read_items(storage.join(self.path, ITEMS), sizes)
 
     def _check_files(self) -> None:
         for name, size in self.manifest.files.items():
@@ -285,9 +275,23 @@ class PreparedDataset:
                 )
 
 
-def _read_parquet(path: str) -> pa.Table:
+def read_items(path: str, sizes: dict[str, int] | None = None) -> ItemTable:
+    """The catalogue of an items.parquet; without the `sizes` of the vocabularies it has no lists of their values."""
     filesystem, inner = storage.open_store(path)
-    return pq.read_table(inner, filesystem=filesystem)
+    table = pq.read_table(inner, filesystem=filesystem).combine_chunks()
+    year = _one_chunk(table["year"])
+    columns = {"genre": "genres", "director": "director", "writer": "writers"}
+    return ItemTable(
+        ids=_one_chunk(table["item"]),
+        count=table["count"].to_numpy(),
+        year=year.fill_null(0).to_numpy(),
+        has_year=year.is_valid().to_numpy(zero_copy_only=False),
+        title=_one_chunk(table["title"]),
+        listed={
+            feature: (size, Ragged.from_column(_one_chunk(table[columns[feature]])))
+            for feature, size in (sizes or {}).items()
+        },
+    )
 
 
 def _one_chunk(column: pa.ChunkedArray) -> pa.Array:

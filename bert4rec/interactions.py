@@ -119,6 +119,12 @@ def read_chunk(chunk: Chunk, int_users: bool = False, int_items: bool = False) -
             yield pa.Table.from_batches([batch])
 
 
+def year_of(seconds: np.ndarray) -> np.ndarray:
+    """[N] int16, UTC calendar year of Unix seconds."""
+    year: np.ndarray = np.floor(seconds).astype("datetime64[s]").astype("datetime64[Y]").astype(np.int64) + 1970
+    return year.astype(np.int16)
+
+
 def check_chunk(chunk: Chunk) -> ChunkSummary:
     """Parse and check a chunk, and sum it up.
 

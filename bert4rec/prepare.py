@@ -424,12 +424,6 @@ def _is_duplicate(user: np.ndarray, time: np.ndarray, code: np.ndarray) -> np.nd
     return duplicate
 
 
-def _year(seconds: np.ndarray) -> np.ndarray:
-    """[N] int16, UTC calendar year of Unix seconds."""
-    year: np.ndarray = np.floor(seconds).astype("datetime64[s]").astype("datetime64[Y]").astype(np.int64) + 1970
-    return year.astype(np.int16)
-
-
 def _write_range(
     path: str, number: int, sequences: pa.Table, token_of_code: np.ndarray, cutoffs: dict[str, int]
 ) -> tuple[str, int]:
@@ -443,7 +437,7 @@ def _write_range(
     }
     if "times" in sequences.column_names:
         times = sequences["times"].combine_chunks().values.to_numpy()
-        columns["last_year"] = pa.array(_year(times[offsets[1:] - 1]))
+        columns["last_year"] = pa.array(interactions.year_of(times[offsets[1:] - 1]))
         for name, cutoff in cutoffs.items():
             count = np.diff(np.append(0, np.cumsum(times < cutoff))[offsets])
             columns[f"before_{name}"] = pa.array(count, pa.int32())

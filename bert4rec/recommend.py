@@ -13,15 +13,14 @@ import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.csv
 import pyarrow.parquet as pq
-import torch
 
 from bert4rec import storage
-from bert4rec.batches import Windows
 from bert4rec.config import Config, InferenceConfig
 from bert4rec.dataset import Part, PreparedDataset
 from bert4rec.model import WEIGHTS, BERT4Rec
 from bert4rec.progress import Progress, Reporter
-from bert4rec.scoring import Exclusions, load_for, score_next, top_k
+from bert4rec.recommender import Ranked, Recommender
+from bert4rec.scoring import load_for
 from bert4rec.storage import InputError
 from bert4rec.workers import for_scoring, map_parts
 
@@ -58,11 +57,7 @@ def recommend(config: Config, dataset_path: str, checkpoint: str, output_path: s
     dataset = PreparedDataset(dataset_path)
     load_for(dataset, checkpoint)  # a wrong model is found here, not in an actor
     check_request(inference, dataset, output_path)
-    identity = {
-        "dataset": dataset.manifest.fingerprint,
-        "model": hashlib.sha256(storage.read_bytes(storage.join(checkpoint, WEIGHTS))).hexdigest(),
-        "settings": inference.model_dump(mode="json", exclude={"checkpoint_path", "output_path", "num_workers"}),
-    }
+    identity = {"dataset": dataset.manifest.fingerprint, **_identity(checkpoint, inference)}
     manifest_path = storage.join(output_path, storage.MANIFEST)
     if storage.exists(manifest_path) and (manifest := storage.read_json(manifest_path)).get("identity") == identity:
         print(f"{output_path} is up to date")
@@ -80,6 +75,27 @@ def recommend(config: Config, dataset_path: str, checkpoint: str, output_path: s
         counted = _publish(work, output_path, parts, inference)
         storage.commit(output_path, {"identity": identity, "checkpoint": checkpoint, "counts": counted})
     return RecommendResult(output_path=output_path, seconds=time.monotonic() - began, **counted)
+
+
+def write_few(ranked: list[Ranked], inference: InferenceConfig, checkpoint: str, output_path: str) -> RecommendResult:
+    """Write what a few users got in the same form, in their order; what `output_path` holds is replaced."""
+    began = time.monotonic()
+    identity = {"users": [batch.table["user"].to_pylist() for batch in ranked], **_identity(checkpoint, inference)}
+    work = _open_work(output_path, identity)
+    part = Part(0, 0, sum(batch.num_users for batch in ranked))
+    _write_part(work, part, ranked, inference)
+    counted = _publish(work, output_path, [part], inference)
+    storage.commit(output_path, {"identity": identity, "checkpoint": checkpoint, "counts": counted})
+    return RecommendResult(output_path=output_path, seconds=time.monotonic() - began, **counted)
+
+
+def _identity(checkpoint: str, inference: InferenceConfig) -> dict[str, Any]:
+    """The model and the settings that results depend on."""
+    elsewhere = {"checkpoint_path", "output_path", "num_workers", "users", "users_file", "similar_to"}
+    return {
+        "model": hashlib.sha256(storage.read_bytes(storage.join(checkpoint, WEIGHTS))).hexdigest(),
+        "settings": inference.model_dump(mode="json", exclude=elsewhere),
+    }
 
 
 def check_request(inference: InferenceConfig, dataset: PreparedDataset, output_path: str) -> None:
@@ -113,55 +129,35 @@ class _Recommender:
         reporter: Reporter,
     ) -> None:
         self.inference, self.work, self.reporter = inference, work, reporter
-        self.device = torch.device("cuda" if use_gpu else "cpu")
         self.dataset = PreparedDataset(dataset_path)
-        self.items = self.dataset.items()
-        self.model = BERT4Rec.from_pretrained(checkpoint).to(self.device)
+        model = BERT4Rec.from_pretrained(checkpoint).to("cuda" if use_gpu else "cpu")
+        self.recommender = Recommender(model, self.dataset.items())
 
     def __call__(self, part: Part) -> dict[str, list[int]]:
-        """Write a part's files; its counts come last and mark it as whole."""
-        sequences = self.dataset.read_part(part)
-        windows = Windows.from_sequences(sequences)
-        tables, num_short = [], 0
-        for users in torch.split(torch.arange(len(windows)), self.inference.batch_size):
-            histories = windows.users(users).to(self.device)
-            exclusions = Exclusions.of(
-                histories if self.inference.exclude_seen else None,
-                future_of=(self.items, sequences, users) if self.inference.exclude_future else None,
-                device=self.device,
-            )
-            values, items = top_k(
-                score_next(self.model, histories),
-                exclusions,
-                len(users),
-                self.model.num_items,
-                self.inference.topk,
-                self.inference.score_memory_mb * 2**20,
-            )
-            found = torch.isfinite(values).cpu()  # (B, K)
-            num_short += int((found.sum(1) < self.inference.topk).sum())
-            row, place = torch.nonzero(found, as_tuple=True)
-            tables.append(
-                pa.table(
-                    {
-                        "user": sequences.users.take(pa.array(users[row].numpy())),
-                        "item": self.items.ids.take(pa.array(items.cpu()[found].numpy())),
-                        "rank": (place + 1).to(torch.int32).numpy(),
-                        "score": values.cpu()[found].numpy(),
-                    }
-                )
-            )
-            self.reporter.advance(len(users))
-        table = pa.concat_tables(tables)
-        filesystem, work = storage.open_store(self.work)
-        if "parquet" in self.inference.formats:
-            pq.write_table(table, _part_path(work, part, "parquet"), filesystem=filesystem)
-        if "csv" in self.inference.formats:
-            with filesystem.open_output_stream(_part_path(work, part, "csv"), compression=None) as stream:
-                _write_csv(table.select(["user", "item"]), stream)
-        counts = {"num_users": len(windows), "num_rows": len(table), "num_short_users": num_short}
-        storage.write_json(_part_path(self.work, part, "json"), counts)
-        return {name: [count] for name, count in counts.items()}
+        """Score a part and write its files; their counts."""
+        ranked = []
+        for batch in self.recommender.rank(self.dataset.read_part(part), self.inference):
+            ranked.append(batch)
+            self.reporter.advance(batch.num_users)
+        return {name: [count] for name, count in _write_part(self.work, part, ranked, self.inference).items()}
+
+
+def _write_part(work: str, part: Part, ranked: list[Ranked], inference: InferenceConfig) -> dict[str, int]:
+    """Write a part's files; its counts come last and mark it as whole."""
+    table = pa.concat_tables([batch.table for batch in ranked])
+    filesystem, inner = storage.open_store(work)
+    if "parquet" in inference.formats:
+        pq.write_table(table, _part_path(inner, part, "parquet"), filesystem=filesystem)
+    if "csv" in inference.formats:
+        with filesystem.open_output_stream(_part_path(inner, part, "csv"), compression=None) as stream:
+            _write_csv(table.select(["user", "item"]), stream)
+    counts = {
+        "num_users": sum(batch.num_users for batch in ranked),
+        "num_rows": len(table),
+        "num_short_users": sum(batch.num_short_users for batch in ranked),
+    }
+    storage.write_json(_part_path(work, part, "json"), counts)
+    return counts
 
 
 def _part_path(work: str, part: Part, suffix: str) -> str:

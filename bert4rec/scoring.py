@@ -9,6 +9,7 @@ from dataclasses import dataclass
 
 import numpy as np
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from bert4rec.batches import Windows, append_mask, by_length, pack
@@ -112,6 +113,16 @@ def score_next(model: BERT4Rec, histories: Windows) -> Scorer:
     states = next_item_states(model, histories)
     weights, bias = (tensor.detach() for tensor in model.output_weights())
     return lambda low, high: (states @ weights[low:high].t()).add_(bias[low:high])  # linear() fills in the bias first
+
+
+@torch.inference_mode()
+def score_similar(model: BERT4Rec, items: Tensor) -> Scorer:
+    """Cosine of the input vectors of `items` [B], counted from 0, with those of all items."""
+    every = torch.arange(1, model.num_items + 1, device=model.output_bias.device)
+    vectors = F.normalize(model.items(every), dim=1)
+    # A new item without any metadata has nothing to be compared by.
+    unknown = model.get_buffer("unrankable")
+    return lambda low, high: F.linear(vectors[items], vectors[low:high]).masked_fill(unknown[low:high], -torch.inf)
 
 
 def item_blocks(num_users: int, num_items: int, score_bytes: int) -> Iterator[tuple[int, int]]:

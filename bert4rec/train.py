@@ -1,7 +1,8 @@
 """Training on Ray Train: the driver, and the worker's loop around `loop.py`.
 
 The run's directory is Ray Train's own (`<storage_path>/<run name>`): the best and the last checkpoint, each a model
-directory, `config.yaml` (the settings, as `--config` takes them), and `run.json`, written last.
+directory with its catalogue and card, `config.yaml` (the settings, as `--config` takes them), and `run.json`, written
+last.
 """
 
 import hashlib
@@ -9,6 +10,7 @@ import json
 import os
 import tempfile
 import time
+from contextlib import ExitStack
 from dataclasses import asdict, dataclass
 from typing import Any
 
@@ -25,8 +27,9 @@ from ray.train.torch import TorchConfig, TorchTrainer, prepare_model
 
 from bert4rec import storage, workers
 from bert4rec.batches import Windows, held_out_users, training_windows
+from bert4rec.card import CARD, model_card
 from bert4rec.config import Config, EvaluationConfig
-from bert4rec.dataset import Manifest, PreparedDataset
+from bert4rec.dataset import ITEMS, Manifest, PreparedDataset
 from bert4rec.functions import make_loss
 from bert4rec.items import Metadata
 from bert4rec.loop import make_optimizer, train_epoch, validate
@@ -34,6 +37,7 @@ from bert4rec.model import BERT4Rec
 from bert4rec.progress import Progress, Reporter
 from bert4rec.storage import InputError
 from bert4rec.tensorboard import TensorBoardLog
+from bert4rec.tracking import MLflowLog
 from bert4rec.vectors import read_vectors
 
 RUN = "run.json"
@@ -91,7 +95,16 @@ def train(config: Config, dataset_path: str) -> TrainResult:
     os.environ.setdefault("RAY_TRAIN_HEALTH_CHECK_INTERVAL_S", "0.2")
     began = time.monotonic()
     log = TensorBoardLog(run_path)
-    with Progress("training", config.training.num_epochs, "epochs", log.record) as reporter:
+    mlflow = MLflowLog(config, run_path, name) if config.run.mlflow_uri else None
+
+    def record(metrics: dict[str, float]) -> None:
+        log.record(metrics)
+        if mlflow is not None:
+            mlflow.record(metrics)
+
+    with ExitStack() as unless_trained, Progress("training", config.training.num_epochs, "epochs", record) as reporter:
+        if mlflow is not None:
+            unless_trained.callback(mlflow.close, None)
         trainer = TorchTrainer(
             _train_worker,
             train_loop_config={"config": config, "dataset_path": dataset_path, "reporter": reporter},
@@ -115,8 +128,9 @@ def train(config: Config, dataset_path: str) -> TrainResult:
             ),
         )
         result = trainer.fit()
-    if isinstance(result.return_value, str):
-        raise InputError(result.return_value)
+        if isinstance(result.return_value, str):
+            raise InputError(result.return_value)
+        unless_trained.pop_all()
     history = result.return_value
     best, _ = result.best_checkpoints[-1]
     best_name = os.path.basename(best.path)
@@ -129,6 +143,8 @@ def train(config: Config, dataset_path: str) -> TrainResult:
         seconds=time.monotonic() - began,
     )
     log.close(config, manifest, trained.best_metrics)
+    if mlflow is not None:
+        mlflow.close(trained.best_metrics)
     # Names, not paths: a run's directory may be moved.
     names = {key: os.path.basename(getattr(trained, key)) for key in ("best_checkpoint", "last_checkpoint")}
     storage.write_json(storage.join(run_path, RUN), asdict(trained) | names)
@@ -282,7 +298,7 @@ def _run_epochs(config: Config, dataset: PreparedDataset, reporter: Reporter) ->
         if not config.data.use_full_data:
             metrics |= validate(model, sequences, config, read.before)
         _note_best(state, metrics, config.monitor)
-        _report(model, state, optimizer, scaler, metrics, config.monitor)
+        _report(model, state, optimizer, scaler, metrics, config, dataset)
         if rank == 0:
             reporter.record(metrics)
             last_validation = _summary(metrics, config.monitor)
@@ -329,10 +345,11 @@ def _report(
     optimizer: torch.optim.Optimizer,
     scaler: Any,  # noqa: ANN401
     metrics: dict[str, float],
-    monitor: str,
+    config: Config,
+    dataset: PreparedDataset,
 ) -> None:
     """Report the metrics, and from rank 0 a checkpoint: a model directory and the state to resume from."""
-    name = checkpoint_name(metrics, monitor)
+    name = checkpoint_name(metrics, config.monitor)
     # What Ray keeps the best checkpoint by: of equal epochs the first is best, as early stopping has it.
     metrics = {**metrics, "improvement": 0 if state["validations_since_best"] else state["improvements"]}
     if ray.train.get_context().get_world_rank() > 0:
@@ -340,6 +357,10 @@ def _report(
         return
     with tempfile.TemporaryDirectory() as directory:
         model.save_pretrained(directory)
+        # The catalogue and the card make the directory one that can be handed over.
+        storage.write_bytes(storage.join(directory, ITEMS), storage.read_bytes(storage.join(dataset.path, ITEMS)))
+        card = model_card(model, config, dataset.manifest, dataset.items(), metrics, name)
+        storage.write_bytes(storage.join(directory, CARD), card.encode())
         resume = {**state, "optimizer": optimizer.state_dict(), "scaler": scaler.state_dict()}
         torch.save(resume, os.path.join(directory, STATE))
         ray.train.report(metrics, checkpoint=Checkpoint.from_directory(directory), checkpoint_dir_name=name)

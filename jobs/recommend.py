@@ -1,24 +1,107 @@
-"""Top-k for every user: `python -m jobs.recommend [--config FILE] [group.key=value ...]`."""
+"""Top-k for every user, or for a few: `python -m jobs.recommend [--config FILE] [group.key=value ...]`."""
 
 from bert4rec.cli import checkpoint_and_output, run_job
 from bert4rec.config import Config
+from bert4rec.dataset import PreparedDataset, Sequences
+from bert4rec.histories import choose_users, users_of_dataset, users_of_file
 from bert4rec.progress import duration
-from bert4rec.recommend import CSV, PARQUET, recommend
+from bert4rec.recommend import CSV, PARQUET, RecommendResult, check_request, recommend, write_few
+from bert4rec.recommender import Ranked, Recommender, device_for
+from bert4rec.scoring import load_for
+
+SHOWN_NEW_USERS, SHOWN_HISTORY = 10, 5
+
+
+def recommend_users(config: Config) -> None:
+    """What the config asks for: all users, or a few, or items similar to some."""
+    if not config.inference.is_for_few:
+        recommend_all(config)
+        return
+    inference = config.inference
+    checkpoint, output_path = checkpoint_and_output(config)
+    dataset = PreparedDataset(config.prepared_path)
+    if inference.output_path:
+        check_request(inference, dataset, output_path)
+    model = load_for(dataset, checkpoint).to(device_for(config.training.accelerator))
+    recommender = Recommender(model, dataset.items())
+    print(f"model: {checkpoint}")
+    if inference.users is not None or inference.users_file is not None:
+        sequences = _few_users(config, dataset, recommender)
+        ranked = list(recommender.rank(sequences, inference))
+        shown = len(sequences) if inference.users is not None else min(len(sequences), SHOWN_NEW_USERS)
+        _show_users(recommender, sequences, ranked, shown)
+        if inference.output_path:
+            print()
+            _say_what_was_written(config, write_few(ranked, inference, checkpoint, output_path))
+        elif shown < len(sequences):
+            print(f"\n… and {len(sequences) - shown:,} more users; inference.output_path=DIR writes them all")
+    for item in inference.similar_to or ():
+        _show_similar(recommender, item, inference.topk)
 
 
 def recommend_all(config: Config, checkpoint: str | None = None) -> str:
     """Write recommendations from `checkpoint` (default: the config's); the output directory."""
     checkpoint, output_path = checkpoint_and_output(config, checkpoint)
-    result = recommend(config, config.prepared_path, checkpoint, output_path)
+    _say_what_was_written(config, recommend(config, config.prepared_path, checkpoint, output_path))
+    return output_path
+
+
+def _say_what_was_written(config: Config, result: RecommendResult) -> None:
     rate = f", {result.num_users / result.seconds:,.0f} users/s" if result.seconds > 1 else ""
     print(
         f"{result.num_rows:,} recommendations for {result.num_users:,} users in {duration(result.seconds)}{rate}; "
         f"{result.num_short_users:,} users have fewer than {config.inference.topk}"
     )
     names = {"parquet": PARQUET, "csv": CSV}
-    print("\n".join(f"{form}: {output_path}/{names[form]}" for form in config.inference.formats))
-    return output_path
+    print("\n".join(f"{form}: {result.output_path}/{names[form]}" for form in config.inference.formats))
+
+
+def _few_users(config: Config, dataset: PreparedDataset, recommender: Recommender) -> Sequences:
+    users, path = config.inference.users, config.inference.users_file
+    if path is None:
+        return users_of_dataset(dataset, users or ())
+    sequences, notes = users_of_file(path, recommender.items)
+    for note in notes:
+        print(f"note: {path}: {note}")
+    return sequences if users is None else choose_users(sequences, users, path)
+
+
+def _show_users(recommender: Recommender, sequences: Sequences, ranked: list[Ranked], count: int) -> None:
+    """The last items and the recommendations of the first `count` users."""
+    ids, titles = recommender.items.ids.to_pylist(), recommender.items.title.to_pylist()
+    title_of = {item: title or "" for item, title in zip(ids, titles, strict=True)}
+    rows: dict[int | str, list[tuple[int | str, float]]] = {}
+    for batch in ranked:
+        for row in batch.table.to_pylist() if len(rows) < count else ():
+            rows.setdefault(row["user"], []).append((row["item"], row["score"]))
+    for place, user in enumerate(sequences.users[:count].to_pylist()):
+        history = sequences.items[sequences.offsets[place] : sequences.offsets[place + 1]]
+        plural = "s" * (len(history) > 1)
+        print(f"\nuser {user}, {len(history)} interaction{plural}" + ("; the last:" if len(history) > 1 else ":"))
+        for token in history[-SHOWN_HISTORY:]:
+            print(f"{'':>4}{ids[token - 1]!s:>10}  {title_of[ids[token - 1]]}")
+        print("  recommended:" if user in rows else "  recommended: nothing, as every item is seen or of a later year")
+        _show_table("score", [(item, title_of[item], score) for item, score in rows.get(user, [])])
+
+
+def _show_similar(recommender: Recommender, item: int | str, topk: int) -> None:
+    similar = recommender.similar(item, topk)
+    title = recommender.items.title[int(recommender.tokens([item])[0])].as_py()
+    print(f"\nsimilar to item {item}{f', {title}' if title else ''}:")
+    _show_table("cosine", list(similar.fillna({"title": ""}).itertuples(index=False, name=None)))
+
+
+def _show_table(value: str, rows: list[tuple[int | str, str, float]]) -> None:
+    """Rank, item, value and title; the title last, as it may be long."""
+    width = max([10, *(len(str(item)) for item, _, _ in rows)])
+    print(f"{'rank':>6}{'item':>{width + 2}}{value:>9}  title")
+    for rank, (item, title, number) in enumerate(rows, 1):
+        print(f"{rank:>6}{item!s:>{width + 2}}{number:>9.3f}  {title}")
 
 
 if __name__ == "__main__":
-    run_job("Write the top items of every user.", recommend_all)
+    run_job(
+        "Write the top items of every user, or print them for a few (inference.users, users_file, similar_to).",
+        recommend_users,
+        needs_ray=lambda config: not config.inference.is_for_few,
+    )

@@ -1,4 +1,5 @@
 import shutil
+import sys
 import time
 
 import numpy as np
@@ -6,13 +7,14 @@ import pyarrow.parquet as pq
 import pytest
 import torch
 
-from bert4rec import embed
 from bert4rec.config import load_config
 from bert4rec.embed import embed_titles, read_texts
 from bert4rec.encoders import find_model, identify
 from bert4rec.storage import InputError
 from bert4rec.vectors import read_vectors
 from jobs.embed import embed_items
+
+embed = sys.modules["bert4rec.embed"]  # `bert4rec.embed` is the function
 
 pytestmark = [pytest.mark.integration, pytest.mark.usefixtures("ray_session")]
 

@@ -3,6 +3,7 @@ import gzip
 import itertools
 import json
 import re
+import sys
 
 import numpy as np
 import pandas as pd
@@ -10,12 +11,13 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from bert4rec import prepare as prepare_module
 from bert4rec.config import DataConfig
 from bert4rec.dataset import PreparedDataset
 from bert4rec.prepare import prepare
 from bert4rec.storage import InputError
 from tests.reference import k_core, prepared_with_pandas
+
+prepare_module = sys.modules["bert4rec.prepare"]  # `bert4rec.prepare` is the function
 
 pytestmark = [pytest.mark.integration, pytest.mark.usefixtures("ray_session")]
 

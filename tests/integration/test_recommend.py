@@ -1,4 +1,5 @@
 import csv
+import sys
 
 import pyarrow.parquet as pq
 import pytest
@@ -84,7 +85,7 @@ def test_finished_parts_of_a_killed_job_are_kept(tmp_path, dataset_path, checkpo
         raise KeyboardInterrupt
 
     with monkeypatch.context() as patch:
-        patch.setattr("bert4rec.recommend._publish", die)
+        patch.setattr(sys.modules["bert4rec.recommend"], "_publish", die)
         with pytest.raises(KeyboardInterrupt):
             recommend(config, dataset_path, checkpoint, str(tmp_path / "out"))
     assert [path.name for path in (tmp_path / "out").iterdir()] == ["_unfinished"]
@@ -93,7 +94,8 @@ def test_finished_parts_of_a_killed_job_are_kept(tmp_path, dataset_path, checkpo
     before = (parts / "part-00000.csv").stat().st_mtime_ns
     seen = {}
     monkeypatch.setattr(
-        "bert4rec.recommend._publish",
+        sys.modules["bert4rec.recommend"],
+        "_publish",
         lambda *arguments: seen.update(mtime=(parts / "part-00000.csv").stat().st_mtime_ns) or publish(*arguments),
     )
     recommend(config, dataset_path, checkpoint, str(tmp_path / "out"))

@@ -6,7 +6,7 @@ import pytest
 
 pytestmark = pytest.mark.unit
 
-WITH_RAY = {"cli", "embed", "evaluate", "prepare", "progress", "recommend", "train", "workers"}
+WITH_RAY = {"api", "cli", "embed", "evaluate", "prepare", "progress", "recommend", "train", "workers"}
 
 
 def test_the_core_imports_without_ray():
@@ -22,3 +22,25 @@ def test_the_core_imports_without_ray():
         text=True,
     )
     assert done.stdout == "False\n", done.stderr
+
+
+def test_the_package_imports_what_is_used():
+    """Its functions stay functions when the modules of their names are imported, before or after."""
+    code = """
+import sys
+import bert4rec.storage
+from bert4rec import BERT4Rec, load, load_config
+config = load_config(None, ["model.max_len=7"])
+print(config.model.max_len, load.__module__, "ray" in sys.modules)
+import bert4rec.train
+from bert4rec import embed, evaluate, prepare, recommend, train
+import bert4rec.evaluate
+print([getattr(bert4rec, step.__name__).__module__ for step in (prepare, embed, train, evaluate, recommend)])
+print(bert4rec.storage.__name__, hasattr(bert4rec, "nothing"), set(bert4rec.__all__) <= set(dir(bert4rec)))
+"""
+    done = subprocess.run([sys.executable, "-c", code], cwd=Path(__file__).parents[2], capture_output=True, text=True)
+    assert done.stdout.splitlines() == [
+        "7 bert4rec.recommender False",
+        str(["bert4rec.api"] * 5),
+        "bert4rec.storage False True",
+    ], done.stderr

@@ -1,0 +1,97 @@
+"""The five steps as functions of a config, for notebooks and programs; `bert4rec` itself offers them.
+
+Each joins the cluster of RAY_ADDRESS, or starts Ray on this machine, unless Ray is there already.
+"""
+
+from bert4rec.cli import checkpoint_and_output, start_ray
+from bert4rec.config import Config, DataConfig
+from bert4rec.embed import EmbedResult, embed_titles, read_texts
+from bert4rec.evaluate import Evaluation
+from bert4rec.evaluate import evaluate as _evaluate
+from bert4rec.movielens import ensure_ml_100k
+from bert4rec.prepare import prepare as _prepare
+from bert4rec.recommend import RecommendResult
+from bert4rec.recommend import recommend as _recommend
+from bert4rec.train import TrainResult
+from bert4rec.train import train as _train
+
+
+def prepare(config: Config) -> str:
+    """Write the prepared dataset of config.data, unless it is there already; its directory.
+
+    MovieLens-100K is fetched if config.data.data_dir is the default and not there.
+
+    Raises
+    ------
+    InputError
+        If an input file is missing or cannot be used.
+    """
+    _begin()
+    _fetch(config)
+    manifest = _prepare(config.data, config.prepared_path, report=print)
+    for note in manifest.notes:
+        print(f"note: {note}")
+    return config.prepared_path
+
+
+def embed(config: Config) -> EmbedResult:
+    """Write the title embeddings of config.embedding, which training then uses (`model.use_title_emb`).
+
+    Raises
+    ------
+    InputError
+        If there are no titles, or the encoder cannot be had.
+    """
+    _begin()
+    _fetch(config)
+    return embed_titles(config, read_texts(config.data.data_dir, config.embedding.with_genres))
+
+
+def train(config: Config, path: str) -> TrainResult:
+    """Train on the prepared dataset at `path`; goes on with, or returns, what was done before with the same config.
+
+    Raises
+    ------
+    InputError
+        If there is no such dataset, or it cannot be trained on like that.
+    """
+    _begin()
+    return _train(config, path)
+
+
+def evaluate(config: Config, path: str, checkpoint: str) -> Evaluation:
+    """Metrics of a model directory, and of the baselines, on the held-out items of the prepared dataset at `path`.
+
+    Raises
+    ------
+    InputError
+        If the model is one of other data, or was trained on what it would be judged by.
+    """
+    _begin()
+    return _evaluate(config, path, checkpoint)
+
+
+def recommend(config: Config, path: str, checkpoint: str, output_path: str | None = None) -> RecommendResult:
+    """Write the top items of every user of the prepared dataset at `path` as Parquet and CSV.
+
+    Without `output_path` they go to config.inference.output_path, or to `recommendations` beside the model directory.
+
+    Raises
+    ------
+    InputError
+        If the model is one of other data, or the result cannot be written.
+    """
+    _begin()
+    return _recommend(config, path, checkpoint, output_path or checkpoint_and_output(config, checkpoint)[1])
+
+
+def _begin() -> None:
+    import ray
+
+    if not ray.is_initialized():
+        start_ray()
+
+
+def _fetch(config: Config) -> None:
+    if config.data.data_dir == DataConfig.model_fields["data_dir"].default:
+        ensure_ml_100k(config.data.data_dir)

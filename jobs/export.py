@@ -1,0 +1,42 @@
+"""Trained model -> programs that need none of this: `python -m jobs.export [--config FILE] [group.key=value ...]`."""
+
+import os
+
+from bert4rec import storage
+from bert4rec.cli import checkpoint_and_output, run_job
+from bert4rec.config import Config
+from bert4rec.export import ScoringFunction, check_onnx, export_program, write_catalogue, write_onnx, write_torch
+from bert4rec.recommender import load
+from bert4rec.storage import InputError
+
+WRITERS = {"torch": write_torch, "onnx": write_onnx}
+
+
+def export_model(config: Config) -> str:
+    """Write the config's model in each of `export.formats`; the directory."""
+    if "onnx" in config.export.formats:
+        check_onnx()
+    checkpoint, _ = checkpoint_and_output(config)
+    run = os.path.dirname(checkpoint.rstrip("/"))
+    output_path = storage.absolute(config.export.output_path or storage.join(run, "export"))
+    storage.check_writable(output_path)
+    recommender = load(checkpoint)
+    topk, num_items = config.export.topk, recommender.model.num_items
+    if topk is not None and topk > num_items:
+        raise InputError(f"export.topk={topk} is larger than the catalogue, which has {num_items} items")
+    program = export_program(ScoringFunction(recommender.model, topk, config.inference.exclude_seen))
+    print(f"model: {checkpoint}\nhistory [users, length] int64 -> " + _outputs(topk, num_items))
+    for form in config.export.formats:
+        print(f"{form}: {WRITERS[form](program, output_path)}")
+    print(f"tokens of items: {write_catalogue(recommender.items, output_path)}")
+    return output_path
+
+
+def _outputs(topk: int | None, num_items: int) -> str:
+    if topk is None:
+        return f"scores [users, {num_items}] float32, the first of token 1"
+    return f"scores [users, {topk}] float32, items [users, {topk}] int64 tokens"
+
+
+if __name__ == "__main__":
+    run_job("Export the scoring function with torch.export and as ONNX.", export_model, needs_ray=lambda config: False)
