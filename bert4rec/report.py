@@ -351,13 +351,12 @@ def _recommended_section(
         {
             "title": "Most recommended",
             "caption": "with the number of users that it is recommended to, and of its interactions",
-            "columns": ["", "released", "users", "of all", "interactions"],
+            "columns": ["", "released", "users", "interactions"],
             "rows": [
                 [
                     names[i],
                     str(items.year[i]) if items.has_year[i] else "",
-                    f"{recommended[i]:,}",
-                    f"{recommended[i] / users:.1%}",
+                    f"{recommended[i]:,} ({recommended[i] / users:.0%})",
                     f"{items.count[i]:,}",
                 ]
                 for i in top
