@@ -134,6 +134,7 @@ def start_ray(verbose: bool = False) -> None:
     if not verbose:
         _keep_native_messages_off_the_terminal()
     address = os.environ.get("RAY_ADDRESS") or "local"
+    print("starting Ray" if address == "local" else f"joining Ray at {address}")
     try:
         ray.init(address=address, log_to_driver=verbose, logging_level=level)
     except ConnectionError as error:

@@ -22,6 +22,7 @@ class Line:
         self._done = self._skipped = 0.0
         self._began = self._shown = time.monotonic()
         self._started: float | None = None
+        self._advanced = 0.0
         self._between = seconds_between_lines
         self._is_terminal = sys.stdout.isatty() and os.environ.get("TERM") != "dumb"
 
@@ -36,6 +37,7 @@ class Line:
             self.start(amount)
         else:
             self._done += amount
+            self._advanced = time.monotonic()
 
     def skip(self, amount: float) -> None:
         """`amount` was done in an earlier run."""
@@ -61,10 +63,12 @@ class Line:
         if self._started is None:
             return f"{self.stage}: starting"
         done = self._skipped + self._done
-        rate = self._done / max(time.monotonic() - self._started, 1e-9)
+        # Of the time to the last report: what has been done since is not known yet.
+        rate = self._done / max(self._advanced - self._started, 1e-9)
         parts = [f"{min(done / max(self.total, 1e-9), 1):.0%}"]
         if rate:
-            parts.append(f"{duration((self.total - done) / rate)} left")
+            left = (self.total - done) / rate - (time.monotonic() - self._advanced)
+            parts.append(f"{duration(max(left, 0))} left")
         if self.text:
             parts.append(self.text)
         elif rate:

@@ -38,6 +38,9 @@ _CATEGORIES = {"type": "category"}
 _BINS = sorted({round(2 ** (half / 2)) for half in range(80)})
 
 
+Metrics = dict[str, float]
+
+
 @dataclass(frozen=True)
 class Recommendations:
     """What `jobs.recommend` wrote: directory of Parquet parts, a file each of `PreparedDataset.parts`."""
@@ -79,7 +82,7 @@ def render(
     run : dict or None
         `history` (metrics of each validated epoch) and `best_metrics`; None while training is not finished.
     evaluation : dict or None
-        What `jobs.evaluate` wrote.
+        What `jobs.evaluate` wrote: metrics by protocol and system, in groups of users, and beyond accuracy.
     recommendations : Recommendations or str
         A string says why there are none.
     """
@@ -216,7 +219,7 @@ def _data_section(config: Config, dataset: PreparedDataset, items: ItemTable, us
         if unknown:
             section.missing.append(f"Items without a year of release: {unknown:,}.")
     else:
-        section.missing.append("No years of release: there is no years.tsv, or titles without a year in them.")
+        section.missing.append("No item has a year of release.")
     years, counts = np.unique(users.last_year[users.last_year != 0], return_counts=True)
     if len(years) > 1:
         bars = go.Bar(
@@ -281,25 +284,46 @@ def _metrics_section(evaluation: dict[str, Any] | None) -> Section:
     if evaluation is None:
         section.missing.append("Not evaluated: python -m jobs.evaluate ranks held-out items beside baselines.")
         return section
-    for title, systems in _tables(evaluation):
+    protocols: dict[str, dict[str, Metrics]] = evaluation["protocols"]
+    section.text = (
+        f"Each user's held-out item of the {evaluation['split']} split, {evaluation['num_users']:,} users, "
+        f"{evaluation['num_items']:,} items. What each protocol ranks is in docs/evaluation.md."
+    )
+    escaped = {html.escape(protocol): systems for protocol, systems in protocols.items()}
+    for metric in ("ndcg@10", "hr@10"):
+        caption = "under each protocol" if len(protocols) > 1 else f"protocol {next(iter(protocols))}"
+        section.charts.append(_systems(_metric_title(metric), caption, escaped, metric))
+    for key, what in (("by_history_length", "length of history"), ("by_target_popularity", "popularity of the target")):
+        for protocol, groups in list(evaluation[key].items())[:1]:
+            users = {group: next(iter(systems.values()))["num_users"] for group, systems in groups.items()}
+            labelled = {
+                f"{html.escape(group)}<br>{users[group]:,} users": groups[group] for group in groups if users[group]
+            }
+            section.charts.append(_systems(f"NDCG@10 by {what}", f"protocol {protocol}", labelled, "ndcg@10"))
+    named = {f"Protocol {protocol}": systems for protocol, systems in protocols.items()}
+    for title, systems in (named | {"Beyond accuracy": evaluation["beyond_accuracy"]}).items():
         names = list(dict.fromkeys(name for metrics in systems.values() for name in metrics))
         rows = [[_metric_title(name), *(_number(metrics.get(name)) for metrics in systems.values())] for name in names]
-        section.tables.append({"title": title, "caption": "", "columns": ["", *systems], "rows": rows})
+        caption = "of the first ten items of each user" if title == "Beyond accuracy" else ""
+        section.tables.append({"title": title, "caption": caption, "columns": ["", *systems], "rows": rows})
+    section.missing += [note[0].upper() + note[1:] + "." for note in evaluation["notes"]]
     return section
 
 
-def _tables(content: dict[str, Any], path: tuple[str, ...] = ()) -> list[tuple[str, dict[str, dict[str, float]]]]:
-    """Every system -> metric -> number of nested objects, named by the keys that lead to it."""
-    systems = {
-        name: inner
-        for name, inner in content.items()
-        if isinstance(inner, dict) and inner and all(isinstance(value, int | float) for value in inner.values())
-    }
-    found = [(" · ".join(path), systems)] if systems else []
-    for name, inner in content.items():
-        if isinstance(inner, dict) and name not in systems:
-            found += _tables(inner, (*path, name))
-    return found
+def _systems(title: str, caption: str, groups: dict[str, dict[str, Metrics]], metric: str) -> dict[str, Any]:
+    """Bars of one metric: a group for each key of `groups`, in it a bar for each system."""
+    systems = list(dict.fromkeys(system for group in groups.values() for system in group))
+    bars = [
+        go.Bar(
+            x=list(groups),
+            y=[group.get(system, {}).get(metric) for group in groups.values()],
+            name=html.escape(system),
+            marker_color=_COLOURS[number % len(_COLOURS)],
+            hovertemplate="%{y:.4f}",
+        )
+        for number, system in enumerate(systems)
+    ]
+    return _chart(title, caption, bars, _CATEGORIES, bargap=0.25)
 
 
 def _recommended_section(

@@ -353,7 +353,5 @@ def _load_state(directory: str) -> dict[str, Any]:
 
 
 def _summary(metrics: dict[str, float], monitor: str) -> str:
-    text = f", train_loss {metrics['train_loss']:.4f}"
-    if monitor != "train_loss":
-        text += f", {monitor} {metrics[monitor]:.4f}"
-    return text
+    names = dict.fromkeys([monitor, "train_loss"])  # a narrow terminal cuts the end
+    return "".join(f", {name} {metrics[name]:.4f}" for name in names)

@@ -1,5 +1,7 @@
 """The commands of README.md and docs/*.md on a few users: settings made small, everything else as it is written."""
 
+from pathlib import Path
+
 import numpy as np
 import pandas as pd
 import pytest
@@ -66,4 +68,4 @@ def test_a_command_does_its_job(ray_session, films, runs, tmp_path, monkeypatch,
     if command.job == "recommend":
         output = recommend_all(config, best)
         assert len(pd.read_parquet(f"{output}/recommendations.parquet")) == 40 * config.inference.topk
-        assert "What is recommended" in open(report_run(best.rpartition("/")[0], prepared, output)).read()
+        assert "What is recommended" in Path(report_run(best.rpartition("/")[0], prepared, output)).read_text()

@@ -38,8 +38,10 @@ def test_rate_and_time_left_are_of_the_work_alone(clock):
     clock[0] += 10
     line.advance(20)
     assert str(line) == "scoring: 50%, 0:25 left, 2 users/s"
+    clock[0] += 5  # nothing is reported meanwhile
+    assert str(line) == "scoring: 50%, 0:20 left, 2 users/s"
     line.text = "epoch 1/2"
-    assert str(line) == "scoring: 50%, 0:25 left, epoch 1/2"
+    assert str(line) == "scoring: 50%, 0:20 left, epoch 1/2"
 
 
 def test_less_than_one_a_second(clock):

@@ -92,27 +92,40 @@ def test_recommendations_by_hand(dataset, tmp_path):
     assert len(read_block(page, "charts")) == page.count('role="img"')
 
 
-def test_metrics_of_every_system_and_protocol_are_shown(dataset):
-    evaluation = {
+def evaluation_of(systems, protocol="all", groups=("1-9", "10-49"), notes=()):
+    return {
         "split": "test",
-        "protocols": {
-            "all items": {"BERT4Rec": {"hr@10": 0.5, "ndcg@10": 0.25}, "popularity": {"hr@10": 0.125}},
-            "by length": {"1-9": {"BERT4Rec": {"hr@10": 0.75, "users": 3}}},
+        "num_users": 3,
+        "num_items": 5,
+        "protocols": {protocol: systems, "uniform-100": {name: {"hr@10": 0.875} for name in systems}},
+        "by_history_length": {
+            protocol: {group: {s: {"num_users": n, "ndcg@10": 0.5} for s in systems} for n, group in enumerate(groups)}
         },
+        "by_target_popularity": {protocol: {"head": {s: {"num_users": 3, "ndcg@10": 0.5} for s in systems}}},
+        "beyond_accuracy": {name: {"coverage": 0.375} for name in systems},
+        "notes": list(notes),
     }
-    tables = dict(report._tables(evaluation))
-    assert tables["protocols · all items"]["popularity"] == {"hr@10": 0.125}
-    assert tables["protocols · by length · 1-9"]["BERT4Rec"] == {"hr@10": 0.75, "users": 3}
-    page = report.render(load_config(), dataset, "run", RUN, evaluation, "none")
+
+
+def test_metrics_of_every_system_and_protocol_are_shown(dataset):
+    systems = {"BERT4Rec": {"hr@10": 0.5, "ndcg@10": 0.25}, "popularity": {"hr@10": 0.125}}
+    page = report.render(load_config(), dataset, "run", RUN, evaluation_of(systems, notes=["ease left out"]), "none")
     assert "<td>HR@10</td><td>0.5000</td><td>0.1250</td>" in page
     assert "<td>NDCG@10</td><td>0.2500</td><td></td>" in page
+    assert "<td>HR@10</td><td>0.8750</td><td>0.8750</td>" in page
+    assert "<td>coverage</td><td>0.3750</td><td>0.3750</td>" in page
+    assert "<li>Ease left out.</li>" in page
+    charts = dict(zip(titles_of(page), read_block(page, "charts"), strict=False))
+    assert charts["HR@10"]["data"][1]["y"] == [0.125, 0.875]
+    assert charts["NDCG@10"]["data"][1]["y"] == [None, None]
+    assert charts["NDCG@10 by length of history"]["data"][0]["x"] == ["10-49<br>1 users"]  # nobody is in the other
 
 
 def test_without_times_metadata_training_or_recommendations(tmp_path):
     dataset = PreparedDataset(write_dataset(tmp_path / "d", HISTORIES, 5))
     page = report.render(load_config(), dataset, "run", None, None, "No recommendations yet.")
     for words in (
-        "No years of release",
+        "No item has a year of release",
         "Training has not finished",
         "Not evaluated",
         "No later releases are filtered",
@@ -138,7 +151,14 @@ def test_what_others_wrote_is_text(dataset, tmp_path, monkeypatch):
     manifest = dataset.manifest.model_copy(update={"genres": [attack, attack], "notes": [attack]})
     monkeypatch.setattr(dataset, "manifest", manifest)
     given = write_recommendations(tmp_path / "r", [(1, 105, 1, 2.5)])
-    page = report.render(load_config(), dataset, attack, RUN, {attack: {attack: {attack: 1.0}}}, given)
+    page = report.render(
+        load_config(),
+        dataset,
+        attack,
+        RUN,
+        evaluation_of({attack: {attack: 1.0}}, attack, [attack] * 2, [attack]),
+        given,
+    )
     assert read_block(page, "browser")["items"]["0"] == [attack, 1990, [attack]]
     ours = page.replace(report.plotly.offline.get_plotlyjs(), "")
     assert "<img" not in ours
