@@ -295,10 +295,10 @@ def _metrics_section(evaluation: dict[str, Any] | None) -> Section:
         section.charts.append(_systems(_metric_title(metric), caption, escaped, metric))
     for key, what in (("by_history_length", "length of history"), ("by_target_popularity", "popularity of the target")):
         for protocol, groups in list(evaluation[key].items())[:1]:
-            users = {group: next(iter(systems.values()))["num_users"] for group, systems in groups.items()}
-            labelled = {
-                f"{html.escape(group)}<br>{users[group]:,} users": groups[group] for group in groups if users[group]
-            }
+            labelled = {}
+            for group, systems in groups.items():
+                if users := next(iter(systems.values()))["num_users"]:
+                    labelled[f"{html.escape(group)}<br>{users:,} users"] = systems
             section.charts.append(_systems(f"NDCG@10 by {what}", f"protocol {protocol}", labelled, "ndcg@10"))
     named = {f"Protocol {protocol}": systems for protocol, systems in protocols.items()}
     for title, systems in (named | {"Beyond accuracy": evaluation["beyond_accuracy"]}).items():

@@ -162,6 +162,7 @@ def test_what_others_wrote_is_text(dataset, tmp_path, monkeypatch):
     assert read_block(page, "browser")["items"]["0"] == [attack, 1990, [attack]]
     ours = page.replace(report.plotly.offline.get_plotlyjs(), "")
     assert "<img" not in ours
+    assert "<img" not in json.dumps(read_block(page, "charts"))  # as plotly reads it
     popularity = next(c for c in read_block(page, "charts") if c["layout"]["xaxis"].get("title") == {"text": "rank"})
     assert popularity["data"][0]["text"][0].startswith("&lt;/script&gt;&lt;img")
 
