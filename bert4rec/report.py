@@ -250,6 +250,7 @@ def _training_section(config: Config, run: dict[str, Any] | None) -> Section:
                 number,
                 mode="lines+markers" if len(epochs) < 40 else "lines",
                 visible=True if not visible or name in visible else "legendonly",
+                hovertemplate="%{y:,.4~r}",
             )
             for number, name in enumerate(names)
         ]
