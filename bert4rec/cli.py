@@ -2,9 +2,12 @@
 
 import argparse
 import csv
+import io
 import logging
 import os
+import shutil
 import sys
+import textwrap
 from collections.abc import Callable
 from pathlib import Path
 
@@ -15,11 +18,10 @@ os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")  # a warning th
 import pyarrow as pa
 import pyarrow.fs as pafs
 import ray
-import yaml
 from ray.exceptions import RayError
 from ray.train import TrainingFailedError
 
-from bert4rec import storage
+from bert4rec import reference, storage
 from bert4rec.config import Config, load_config
 from bert4rec.storage import InputError
 from bert4rec.train import RUN
@@ -31,6 +33,8 @@ def run_job(
     description: str, work: Callable[[Config], object], needs_ray: Callable[[Config], bool] = lambda config: True
 ) -> None:
     """Parse the command line, start or join Ray, do the work, and exit: 0 done, 1 failed, 2 the input is unusable."""
+    if isinstance(sys.stdout, io.TextIOWrapper):
+        sys.stdout.reconfigure(line_buffering=True)  # a job's log shows a line when it is printed
     arguments = _parser(description).parse_intermixed_args()
     try:
         config = _load(arguments.config, arguments.overrides)
@@ -103,24 +107,21 @@ def table_of_metrics(rows: dict[str, dict[str, float]]) -> str:
 
 
 def _parser(description: str) -> argparse.ArgumentParser:
+    width = min(shutil.get_terminal_size().columns, 120)
     keys = [
-        f"  {group}.{name}={_shown(field.default)}\n      {' '.join((field.description or '').split())}"
-        for group, section in Config.model_fields.items()
-        for name, field in section.annotation.model_fields.items()  # type: ignore[union-attr]
+        f"  {key.group}.{key.name}={key.default}  ({key.type})\n"
+        + textwrap.fill(key.meaning, width, initial_indent=6 * " ", subsequent_indent=6 * " ")
+        for key in reference.all_keys()
     ]
     parser = argparse.ArgumentParser(
         description=description,
-        epilog="keys and defaults:\n" + "\n".join(keys),
+        epilog="keys with their defaults (and types):\n" + "\n".join(keys),
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     parser.add_argument("--config", help="YAML file; without it and data.data_dir: configs/ml-100k.yaml")
     parser.add_argument("--verbose", action="store_true", help="show the messages of Ray and its workers")
     parser.add_argument("overrides", nargs="*", metavar="group.key=value", help="override a key of the config")
     return parser
-
-
-def _shown(value: object) -> str:
-    return yaml.safe_dump(list(value) if isinstance(value, tuple) else value, default_flow_style=True).split("\n")[0]
 
 
 def _load(path: str | None, overrides: list[str]) -> Config:
@@ -136,6 +137,7 @@ def start_ray(verbose: bool = False) -> None:
     """Join the cluster of RAY_ADDRESS (as in a submitted job), else start Ray on this machine."""
     level = logging.INFO if verbose else logging.ERROR
     address = os.environ.get("RAY_ADDRESS") or "local"
+    print("starting Ray" if address == "local" else f"joining Ray at {address}")
     try:
         ray.init(address=address, log_to_driver=verbose, logging_level=level)
     except ConnectionError as error:

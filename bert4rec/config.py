@@ -358,7 +358,9 @@ def load_config(path: str | None = None, overrides: list[str] | None = None) -> 
         key, equals, value = override.partition("=")
         group, dot, name = key.partition(".")
         if not (equals and dot and name):
-            raise InputError(f"{override!r} is no override; expected group.key=value, such as model.hidden_units=64")
+            raise InputError(
+                f"{override!r} is no override; expected group.key=value, such as model.hidden_units=64{_nearest(key)}"
+            )
         section = content.setdefault(group, {})
         section[name] = _parse_value(value)
     try:

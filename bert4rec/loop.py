@@ -85,7 +85,7 @@ def train_epoch(
     epoch: int,
     optimizer: torch.optim.Optimizer,
     scaler: Any,  # noqa: ANN401
-    on_step: Callable[[float], None] = lambda share: None,
+    on_step: Callable[[int, int, float], None] = lambda step, num_steps, tokens_per_second: None,
 ) -> dict[str, float]:
     """Train on every user once.
 
@@ -96,7 +96,7 @@ def train_epoch(
     epoch : int
         From 0; with the config's seed it decides all that is drawn.
     on_step : callable
-        Told, after each step, what share of the epoch it was.
+        Told, after each step, its number, how many the epoch has, and the epoch's rate so far.
 
     Returns
     -------
@@ -126,7 +126,7 @@ def train_epoch(
             group["lr"] = learning_rate(training, epoch + (index + 0.5) / num_steps)
         sums += train_step(model, step, optimizer, scaler, training, world_size)
         num_tokens += step.num_tokens
-        on_step(1 / num_steps)
+        on_step(index + 1, num_steps, num_tokens / (time.monotonic() - began))
     _all_reduce(sums)
     seconds = time.monotonic() - began
     loss, rate = float(sums[0] / sums[1].clamp(min=1)), float(optimizer.param_groups[0]["lr"])

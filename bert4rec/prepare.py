@@ -27,6 +27,7 @@ from bert4rec.config import DataConfig
 from bert4rec.dataset import InputFile, Manifest, PreparedDataset
 from bert4rec.interactions import Chunk, ChunkSummary
 from bert4rec.metadata import ascending, item_table, new_items, read_metadata
+from bert4rec.progress import track
 from bert4rec.storage import InputError
 
 CHUNK_BYTES = 32 << 20
@@ -137,7 +138,7 @@ def prepare(data: DataConfig, path: str, report: Callable[[str], None] = lambda 
     report(f"writing {core.num_users:,} users")
     storage.begin(path)
     ranges = [(path, number, table, token_of_code, cutoffs) for number, table in enumerate(core.tables)]
-    files = dict(_collect(_write_range, ranges))
+    files = dict(_collect(_write_range, ranges, "writing"))
     files["items.parquet"] = _write_parquet(storage.join(path, "items.parquet"), items)
     manifest = Manifest(
         num_users=core.num_users,
@@ -161,10 +162,10 @@ def prepare(data: DataConfig, path: str, report: Callable[[str], None] = lambda 
     return manifest
 
 
-def _collect(function: Callable[..., Any], arguments: Iterable[tuple[Any, ...]]) -> Iterator[Any]:
+def _collect(function: Callable[..., Any], arguments: Iterable[tuple[Any, ...]], stage: str) -> Iterator[Any]:
     """Results of Ray tasks, in order; an InputError of a task comes out as itself."""
     task = ray.remote(function)
-    for reference in [task.remote(*each) for each in arguments]:
+    for reference in track([task.remote(*each) for each in arguments], stage, "tasks"):
         try:
             yield ray.get(reference)
         except RayTaskError as error:
@@ -181,7 +182,7 @@ def _share(total: float, smallest: int, shard: int) -> int:
 def _scan(data_dir: str, names: list[str]) -> list[tuple[InputFile, list[Chunk]]]:
     sizes = [inputs.size_of(data_dir, name) for name in names]
     chunk_bytes = _share(sum(sizes), CHUNK_BYTES, _SHARD_ROWS * _ROW_BYTES)
-    return list(_collect(interactions.scan_interactions, [(data_dir, name, chunk_bytes) for name in names]))
+    return list(_collect(interactions.scan_interactions, [(data_dir, name, chunk_bytes) for name in names], "scanning"))
 
 
 def _up_to_date(path: str, identities: list[InputFile], data: DataConfig) -> Manifest | None:
@@ -222,7 +223,8 @@ def _check(path: str, chunks: list[Chunk]) -> _Summary:
     num_rows, int_users, int_items, bad = 0, True, True, Counter[str]()
     items, users = pa.array([], pa.string()), []
     first: tuple[Chunk, ChunkSummary] | None = None
-    for chunk, summary in zip(chunks, _collect(interactions.check_chunk, [(chunk,) for chunk in chunks]), strict=True):
+    checked = _collect(interactions.check_chunk, [(chunk,) for chunk in chunks], "checking")
+    for chunk, summary in zip(chunks, checked, strict=True):
         if first is None and (summary.error or summary.bad):
             first = chunk, summary
         bad += summary.bad
@@ -231,7 +233,7 @@ def _check(path: str, chunks: list[Chunk]) -> _Summary:
         items = pa.concat_arrays([items, summary.items]).unique()
         users.append(summary.user_sample)
     if first is not None:
-        raise next(_collect(interactions.explain, [(*first, bad)]))
+        raise next(_collect(interactions.explain, [(*first, bad)], "explaining"))
     if not num_rows:
         raise InputError(f"{path}: no data rows; expected interactions below the header")
     item_ids = items.cast(pa.int64()) if int_items else items
@@ -253,7 +255,7 @@ def _shuffle(chunks: list[Chunk], summary: _Summary) -> _Ranges:
     merge = ray.remote(_merge).options(num_returns=2)
     num_ranges = len(summary.boundaries) + 1
     shards: list[list[ray.ObjectRef]] = [[] for _ in range(num_ranges)]
-    for stream in [split.remote(chunk, known) for chunk in chunks]:
+    for stream in track([split.remote(chunk, known) for chunk in chunks], "splitting", "chunks"):
         for number, shard in enumerate(stream):  # in file order, which is kept for equal times
             shards[number % num_ranges].append(shard)
     ranges, totals = [], []
@@ -266,7 +268,7 @@ def _shuffle(chunks: list[Chunk], summary: _Summary) -> _Ranges:
 
 
 def _total(tables: list[ray.ObjectRef], totals: list[ray.ObjectRef]) -> _Ranges:
-    counts, num_users = zip(*(ray.get(total) for total in totals), strict=True)
+    counts, num_users = zip(*map(ray.get, track(totals, "sorting", "ranges")), strict=True)
     return _Ranges(tables, np.sum(counts, axis=0), sum(num_users))
 
 
@@ -309,7 +311,7 @@ def _cutoffs(ranges: _Ranges, data: DataConfig, source: str) -> dict[str, int]:
         If a temporal split leaves one of its three parts empty.
     """
     num_interactions = int(ranges.counts.sum())
-    spans = list(_collect(_span, [(table,) for table in ranges.tables]))
+    spans = list(_collect(_span, [(table,) for table in ranges.tables], "reading times"))
     first, last = min(low for low, _ in spans), max(high for _, high in spans)
     if data.split == "leave-one-out":
         return {"recent_last": math.floor(last) - RECENT_SECONDS}
@@ -342,7 +344,8 @@ def _time_of(ranges: _Ranges, rank: int, first: float, last: float) -> int:
 
 def _count_before(ranges: _Ranges, times: np.ndarray) -> np.ndarray:
     """[C] interactions before each of the ascending `times` [C]."""
-    total: np.ndarray = np.sum(list(_collect(_count_range_before, [(t, times) for t in ranges.tables])), axis=0)
+    tasks = [(table, times) for table in ranges.tables]
+    total: np.ndarray = np.sum(list(_collect(_count_range_before, tasks, "counting times")), axis=0)
     return total
 
 

@@ -1,12 +1,92 @@
-"""One live line for long work that runs in Ray workers: stage, share done, rate, time left."""
+"""One live line for long work: stage, share done, time left, rate or what the work itself says."""
 
+import os
+import shutil
 import sys
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Sequence
 from types import TracebackType
+from typing import TypeVar
 
 from ray.util.queue import Empty, Queue
+
+_Item = TypeVar("_Item")
+
+
+class Line:
+    """A stage's state, drawn again in place on a terminal; elsewhere a plain line now and then, ever more seldom."""
+
+    def __init__(self, stage: str, total: float, unit: str, seconds_between_lines: float = 10.0) -> None:
+        self.stage, self.total, self.unit, self.text = stage, total, unit, ""
+        self._done = self._skipped = 0.0
+        self._began = self._shown = time.monotonic()
+        self._started: float | None = None
+        self._advanced = 0.0
+        self._between = seconds_between_lines
+        self._is_terminal = sys.stdout.isatty() and os.environ.get("TERM") != "dumb"
+
+    def start(self, skipped: float = 0.0) -> None:
+        """What came before was start-up, and `skipped` was done in it: neither says anything of the rate."""
+        self._started = time.monotonic()
+        self._skipped += skipped
+
+    def advance(self, amount: float) -> None:
+        """`amount` more is done."""
+        if self._started is None:
+            self.start(amount)
+        else:
+            self._done += amount
+            self._advanced = time.monotonic()
+
+    def skip(self, amount: float) -> None:
+        """`amount` was done in an earlier run."""
+        self._skipped += amount
+
+    def show(self) -> None:
+        """Draw it, or print it if the last line is long enough ago."""
+        now = time.monotonic()
+        if self._is_terminal:
+            columns = shutil.get_terminal_size().columns - 1  # a line that wraps cannot be drawn over
+            text = str(self)
+            print(f"\r\x1b[2K{text if len(text) <= columns else f'{text[: columns - 1]}…'}", end="", flush=True)
+        elif now - self._shown >= max(self._between, (now - self._began) / 50):
+            self._shown = now
+            print(self, flush=True)
+
+    def end(self) -> None:
+        """Clear it: what came of the work is told by a line that stays."""
+        if self._is_terminal:
+            print("\r\x1b[2K", end="", flush=True)
+
+    def __str__(self) -> str:
+        if self._started is None:
+            return f"{self.stage}: starting"
+        done = self._skipped + self._done
+        # Of the time to the last report: what has been done since is not known yet.
+        rate = self._done / max(self._advanced - self._started, 1e-9)
+        parts = [f"{min(done / max(self.total, 1e-9), 1):.0%}"]
+        if rate:
+            left = (self.total - done) / rate - (time.monotonic() - self._advanced)
+            parts.append(f"{duration(max(left, 0))} left")
+        if self.text:
+            parts.append(self.text)
+        elif rate:
+            parts.append(f"{rate:,.0f} {self.unit}/s" if rate >= 1 else f"{1 / rate:,.1f} s/{self.unit.rstrip('s')}")
+        return f"{self.stage}: {', '.join(parts)}"
+
+
+def track(items: Sequence[_Item], stage: str, unit: str) -> Iterator[_Item]:
+    """The items in turn, with a line that says how far their reader is."""
+    line = Line(stage, len(items), unit)
+    line.start()
+    try:
+        for item in items:
+            line.show()
+            yield item
+            line.advance(1)
+    finally:
+        line.end()
 
 
 class Reporter:
@@ -49,15 +129,10 @@ class Progress:
     ) -> None:
         """`on_record` is called, in another thread, with what `Reporter.record` is given."""
         self._on_record = on_record
-        self.stage, self.total, self.unit = stage, total, unit
-        self._seconds_between_lines = seconds_between_lines
+        self._line = Line(stage, total, unit, seconds_between_lines)
         self._queue = Queue(actor_options={"num_cpus": 0})
         self._stop = threading.Event()
         self._thread = threading.Thread(target=self._print_reports, daemon=True)
-        self._done = self._skipped = 0.0
-        self._started: float | None = None
-        self._last_line = 0.0
-        self._text = ""
 
     def __enter__(self) -> Reporter:
         self._thread.start()
@@ -69,11 +144,11 @@ class Progress:
         self._stop.set()
         self._thread.join()
         self._queue.shutdown(force=True)
-        if sys.stdout.isatty() and self._last_line:
-            print()
+        self._line.end()
 
     def _print_reports(self) -> None:
         while True:
+            self._line.show()
             try:
                 kind, amount, text = self._queue.get(timeout=0.5)
             except Empty:
@@ -85,31 +160,11 @@ class Progress:
             if kind == "record":
                 if self._on_record is not None:
                     self._on_record(text)
-                continue
-            if kind == "skip":
-                self._skipped += amount
-                continue
-            if (
-                self._started is None
-            ):  # the first report: what came before it was start-up, and says nothing of the rate
-                self._started = time.monotonic()
-                self._skipped += amount
+            elif kind == "skip":
+                self._line.skip(amount)
             else:
-                self._done += amount
-            self._text = text or self._text
-            is_terminal = sys.stdout.isatty()
-            if is_terminal or time.monotonic() - self._last_line > self._seconds_between_lines:
-                self._last_line = time.monotonic()
-                print(f"\r\x1b[2K{self._line()}" if is_terminal else self._line(), end="" if is_terminal else "\n")
-                sys.stdout.flush()
-
-    def _line(self) -> str:
-        rate = self._done / max(time.monotonic() - (self._started or 0), 1e-9)
-        done = self._skipped + self._done
-        text = f"{self.stage}: {self._text + ', ' if self._text else ''}{min(done / self.total, 1):.0%}"
-        if rate:
-            text += f", {rate:,.{0 if rate >= 10 else 1}f} {self.unit}/s, {duration((self.total - done) / rate)} left"
-        return text
+                self._line.advance(amount)
+                self._line.text = text or self._line.text
 
 
 def duration(seconds: float) -> str:

@@ -283,9 +283,10 @@ def _run_epochs(config: Config, dataset: PreparedDataset, reporter: Reporter) ->
         optimizer.load_state_dict(optimizer_state)
         scaler.load_state_dict(scaler_state or {})
 
-    def on_step(share: float) -> None:
+    def on_step(step: int, num_steps: int, tokens_per_second: float) -> None:
         if rank == 0:
-            reporter.advance(share, f"epoch {state['epoch'] + 1} of at most {training.num_epochs}{last_validation}")
+            place = f"epoch {state['epoch'] + 1}/{training.num_epochs}, step {step}/{num_steps}"
+            reporter.advance(1 / num_steps, f"{place}, {tokens_per_second:,.0f} tokens/s{last_validation}")
 
     last_validation = ""
     while state["epoch"] < training.num_epochs and not _should_stop(config, state):
@@ -296,15 +297,16 @@ def _run_epochs(config: Config, dataset: PreparedDataset, reporter: Reporter) ->
         if state["epoch"] % training.val_check_interval and state["epoch"] < training.num_epochs:
             continue
         if not config.data.use_full_data:
+            if rank == 0:
+                reporter.advance(
+                    0, f"epoch {state['epoch']}/{training.num_epochs}, validating{last_validation}", always=True
+                )
             metrics |= validate(model, sequences, config, read.before)
         _note_best(state, metrics, config.monitor)
         _report(model, state, optimizer, scaler, metrics, config, dataset)
         if rank == 0:
             reporter.record(metrics)
             last_validation = _summary(metrics, config.monitor)
-            reporter.advance(
-                0, f"epoch {state['epoch']} of at most {training.num_epochs}{last_validation}", always=True
-            )
     history: list[dict[str, float]] = state["history"]
     return history
 
@@ -372,7 +374,5 @@ def _load_state(directory: str) -> dict[str, Any]:
 
 
 def _summary(metrics: dict[str, float], monitor: str) -> str:
-    text = f", train_loss {metrics['train_loss']:.4f}"
-    if monitor != "train_loss":
-        text += f", {monitor} {metrics[monitor]:.4f}"
-    return f"{text}, {metrics['tokens_per_second']:,.0f} tokens/s"
+    names = dict.fromkeys([monitor, "train_loss"])  # a narrow terminal cuts the end
+    return "".join(f", {name} {metrics[name]:.4f}" for name in names)

@@ -11,6 +11,7 @@ from jobs.embed import embed_items
 from jobs.evaluate import evaluate_model
 from jobs.prepare import prepare_dataset
 from jobs.recommend import recommend_all
+from jobs.report import report_run
 from jobs.train import train_model
 
 SHOWN_USERS, SHOWN_ITEMS = 5, 5
@@ -29,6 +30,8 @@ def run_pipeline(config: Config) -> None:
     output_path = recommend_all(config, result.best_checkpoint)
     if "parquet" in config.inference.formats:
         _show_users(dataset, output_path)
+    print()
+    report_run(result.run_path, dataset.path, output_path)
 
 
 def _show_users(dataset: PreparedDataset, output_path: str) -> None:
@@ -51,4 +54,4 @@ def _show_users(dataset: PreparedDataset, output_path: str) -> None:
 
 
 if __name__ == "__main__":
-    run_job("Prepare, train, evaluate and recommend.", run_pipeline)
+    run_job("Prepare, train, evaluate, recommend and report.", run_pipeline)

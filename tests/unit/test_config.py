@@ -46,6 +46,7 @@ def test_overrides_win_over_the_file(tmp_path):
         ("hidden_units=64", ["'hidden_units=64'", "group.key=value"]),
         ("evaluation.protocols=[all, top-100]", ["evaluation.protocols.1='top-100'", "uniform-100"]),
         ("data.split_time=1", ["data.split_time=1", "share below 1", "Unix time"]),
+        ("max_len=50", ["group.key=value", "did you mean model.max_len?"]),
         ("run.name=a/b", ["run.name='a/b'", "pattern"]),
     ],
 )

@@ -1,0 +1,110 @@
+"""A run as one HTML page: `python -m jobs.report [RUN] [--prepared DIR] [--recommendations DIR] [--output FILE]`."""
+
+import argparse
+import os
+import sys
+from typing import Any
+
+import pyarrow.fs as pafs
+
+from bert4rec import storage
+from bert4rec.cli import newest_run
+from bert4rec.config import Config, load_config
+from bert4rec.dataset import PreparedDataset
+from bert4rec.recommend import PARQUET
+from bert4rec.report import REPORT, Recommendations, render
+from bert4rec.storage import InputError
+from bert4rec.train import RUN, RUN_CONFIG, RUN_IDENTITY
+
+EVALUATION = "evaluation.json"
+
+
+def report_run(
+    run: str, prepared: str | None = None, recommendations: str | None = None, output: str | None = None
+) -> str:
+    """Write the page of the run directory `run`, by default as report.html in it; the page's path.
+
+    Raises
+    ------
+    InputError
+        If there is no such run, or its prepared dataset is not found.
+    """
+    run = storage.absolute(run)
+    if not storage.exists(storage.join(run, RUN_CONFIG)):
+        raise InputError(f"{run}: no run ({RUN_CONFIG} is missing); expected a directory that `jobs.train` made")
+    config = load_config(storage.join(run, RUN_CONFIG))
+    identity = storage.read_json(storage.join(run, RUN_IDENTITY))["dataset"]
+    dataset = _find_dataset(config, run, identity, prepared)
+    finished, evaluation = (_read_if_there(storage.join(run, name)) for name in (RUN, EVALUATION))
+    recommendations = recommendations or config.inference.output_path or storage.join(run, "recommendations")
+    page = render(
+        config,
+        dataset,
+        os.path.basename(run.rstrip("/")),
+        finished,
+        evaluation,
+        _find_recommendations(storage.absolute(recommendations), identity),
+    )
+    output = storage.absolute(output or storage.join(run, REPORT))
+    storage.write_bytes(output, page.encode())
+    print(f"report: {output}")
+    return output
+
+
+def _find_dataset(config: Config, run: str, identity: str, prepared: str | None) -> PreparedDataset:
+    """The dataset that the run was trained on, by its fingerprint; a run may have been moved with its neighbours."""
+    if prepared is not None:
+        places = [prepared]
+    else:
+        neighbours = storage.join(os.path.dirname(run.rstrip("/")), "prepared")
+        filesystem, inner = storage.open_store(neighbours)
+        found = filesystem.get_file_info(pafs.FileSelector(inner, allow_not_found=True))
+        places = [config.prepared_path, *(storage.join(neighbours, info.base_name) for info in found)]
+    for place in places:
+        if storage.is_complete(place) and (dataset := PreparedDataset(place)).manifest.fingerprint == identity:
+            return dataset
+    raise InputError(
+        f"{run}: its prepared dataset (fingerprint {identity}) is not at {' or '.join(dict.fromkeys(places))}; "
+        "run `python -m jobs.prepare` with the run's data options, or name its directory by --prepared"
+    )
+
+
+def _find_recommendations(path: str, identity: str) -> Recommendations | str:
+    """What is there, or why it cannot be shown."""
+    manifest = _read_if_there(storage.join(path, storage.MANIFEST))
+    if manifest is None or "identity" not in manifest:
+        return "No recommendations yet: python -m jobs.recommend writes them."
+    if manifest["identity"]["dataset"] != identity:
+        return "The recommendations are of other data: python -m jobs.recommend makes them again."
+    settings = manifest["identity"]["settings"]
+    if "parquet" not in settings["formats"]:
+        return "The recommendations have no Parquet files: inference.formats=[parquet] writes them."
+    return Recommendations(storage.join(path, PARQUET), settings, manifest["counts"]["num_short_users"])
+
+
+def _read_if_there(path: str) -> dict[str, Any] | None:
+    return storage.read_json(path) if storage.exists(path) else None
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(prog="python -m jobs.report", description="Write a run's report, one HTML page.")
+    parser.add_argument("run", nargs="?", help="directory of the run (default: the run in runs/ that finished last)")
+    parser.add_argument("--prepared", help="its prepared dataset (default: found by its fingerprint)")
+    parser.add_argument("--recommendations", help="what `jobs.recommend` wrote (default: recommendations in the run)")
+    parser.add_argument("--output", help=f"the file to write (default: {REPORT} in the run)")
+    return parser
+
+
+def main() -> int:
+    """Parse, report, and say what is wrong in one line."""
+    arguments = _parser().parse_args()
+    try:
+        report_run(arguments.run or newest_run("runs"), arguments.prepared, arguments.recommendations, arguments.output)
+    except InputError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
