@@ -23,6 +23,7 @@ from bert4rec import storage
 from bert4rec.config import Config, load_config
 from bert4rec.storage import InputError
 from bert4rec.train import RUN
+from bert4rec.workers import check_shared
 
 DEFAULT_CONFIG = Path(__file__).parent.parent / "configs" / "ml-100k.yaml"
 
@@ -33,6 +34,7 @@ def run_job(description: str, work: Callable[[Config], object]) -> None:
     try:
         config = _load(arguments.config, arguments.overrides)
         start_ray(arguments.verbose)
+        check_shared(config)
         work(config)
     except InputError as error:
         sys.exit(_fail(str(error), 2))
@@ -80,7 +82,7 @@ def checkpoint_and_output(config: Config, checkpoint: str | None = None) -> tupl
         run = storage.join(root, config.run.name) if config.run.name else newest_run(root)
         if not storage.exists(storage.join(run, RUN)):
             raise InputError(f"{run}: no finished training ({RUN} is missing); run `python -m jobs.train` first")
-        checkpoint = storage.join(run, str(storage.read_json(storage.join(run, RUN))["best_checkpoint"]))
+        checkpoint = storage.inside(run, str(storage.read_json(storage.join(run, RUN))["best_checkpoint"]))
     checkpoint = storage.absolute(checkpoint)
     output = config.inference.output_path or storage.join(os.path.dirname(checkpoint.rstrip("/")), "recommendations")
     return checkpoint, storage.absolute(output)

@@ -33,7 +33,7 @@ def evaluate(config: Config, dataset_path: str, checkpoint: str) -> dict[str, di
     InputError
         If the model belongs to another catalogue, or there is no user to evaluate.
     """
-    dataset = PreparedDataset(dataset_path)
+    dataset = PreparedDataset(dataset_path, verify=True)
     model = load_for(dataset, checkpoint)  # a wrong model is found here, not in an actor
     depth = config.data.holdout if evaluated_split(config) == "validation" else 1
     if depth > model.held_out:

@@ -5,7 +5,6 @@ What is wrong with a file is an `InputError` that names the file, the line, the 
 
 import csv
 import fnmatch
-import hashlib
 import posixpath
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -63,13 +62,7 @@ def size_of(data_dir: str, name: str) -> int:
 
 def hash_file(data_dir: str, name: str) -> InputFile:
     """Size and SHA-256 of a file."""
-    filesystem, inner = storage.open_store(storage.join(data_dir, name))
-    digest, size = hashlib.sha256(), 0
-    with filesystem.open_input_stream(inner, compression=None) as stream:
-        while block := stream.read(READ_BYTES):
-            digest.update(block)
-            size += len(block)
-    return InputFile(name=name, size=size, sha256=digest.hexdigest())
+    return InputFile(name=name, size=size_of(data_dir, name), sha256=storage.sha256(storage.join(data_dir, name)))
 
 
 def is_compressed(name: str) -> bool:

@@ -6,7 +6,9 @@ import time
 from collections.abc import Callable
 from types import TracebackType
 
+import ray
 from ray.util.queue import Empty, Queue
+from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
 
 class Reporter:
@@ -51,7 +53,9 @@ class Progress:
         self._on_record = on_record
         self.stage, self.total, self.unit = stage, total, unit
         self._seconds_between_lines = seconds_between_lines
-        self._queue = Queue(actor_options={"num_cpus": 0})
+        # With the driver, so that the loss of another node never takes it away from the workers that report.
+        here = NodeAffinitySchedulingStrategy(ray.get_runtime_context().get_node_id(), soft=False)
+        self._queue = Queue(actor_options={"num_cpus": 0, "scheduling_strategy": here})
         self._stop = threading.Event()
         self._thread = threading.Thread(target=self._print_reports, daemon=True)
         self._done = self._skipped = 0.0

@@ -40,6 +40,7 @@ RUN = "run.json"
 RUN_CONFIG = "config.yaml"
 RUN_IDENTITY = "identity.json"
 STATE = "training_state.pt"
+STATE_HASH = "training_state.sha256"  # as sha256sum writes and checks it
 
 
 @dataclass(frozen=True)
@@ -76,7 +77,7 @@ def train(config: Config, dataset_path: str) -> TrainResult:
     ray.train.TrainingFailedError
         If workers fail more than training.max_failures times.
     """
-    dataset = PreparedDataset(dataset_path)
+    dataset = PreparedDataset(dataset_path, verify=True)
     manifest = dataset.manifest
     config = with_features(config, manifest)
     name = run_name(config, manifest)
@@ -208,7 +209,7 @@ def _open_run(config: Config, manifest: Manifest, run_path: str) -> TrainResult 
         print(f"continuing run {run_path}")
         return None
     finished = storage.read_json(storage.join(run_path, RUN)) | {"run_path": run_path}
-    paths = {key: storage.join(run_path, finished[key]) for key in ("best_checkpoint", "last_checkpoint")}
+    paths = {key: storage.inside(run_path, finished[key]) for key in ("best_checkpoint", "last_checkpoint")}
     return TrainResult(**finished | paths)
 
 
@@ -332,10 +333,26 @@ def _report(
         model.save_pretrained(directory)
         resume = {**state, "optimizer": optimizer.state_dict(), "scaler": scaler.state_dict()}
         torch.save(resume, os.path.join(directory, STATE))
+        digest = storage.sha256(storage.join(directory, STATE))
+        storage.write_bytes(storage.join(directory, STATE_HASH), f"{digest}  {STATE}\n".encode())
         ray.train.report(metrics, checkpoint=Checkpoint.from_directory(directory), checkpoint_dir_name=name)
 
 
 def _load_state(directory: str) -> dict[str, Any]:
+    """What to resume from.
+
+    Raises
+    ------
+    InputError
+        If it is missing, damaged or altered.
+    """
+    path = storage.join(directory, STATE)
+    try:
+        is_whole = storage.read_bytes(storage.join(directory, STATE_HASH)).decode().split()[0] == storage.sha256(path)
+    except (FileNotFoundError, UnicodeDecodeError, IndexError):
+        is_whole = False
+    if not is_whole:
+        raise InputError(f"{path}: is missing, damaged or was altered (SHA-256 in {STATE_HASH})")
     state: dict[str, Any] = torch.load(os.path.join(directory, STATE), map_location="cpu", weights_only=True)
     return state
 
