@@ -25,6 +25,7 @@ from bert4rec.storage import InputError
 
 SAMPLE_EVERY = 4096
 """Rows for each user id that is sampled to balance the shuffle."""
+_QUOTE, _AROUND = ord('"'), np.frombuffer(b'",\r\n', np.uint8)
 _TEXT = pa.dictionary(pa.int32(), pa.string())
 _LARGEST_TIME = 1e11  # in seconds the year 5138, in milliseconds 1973: tells one from the other
 
@@ -84,6 +85,13 @@ def scan_interactions(data_dir: str, name: str, chunk_bytes: int) -> tuple[Input
         if is_compressed(name):
             identity = hash_file(data_dir, name)
             chunks = [Chunk(path, "stream", columns, 0, identity.size, 1, chunk_bytes)]
+            quotes = _Quotes(path)
+            filesystem, inner = storage.open_store(path)
+            with filesystem.open_input_stream(inner, compression="detect") as stream:
+                stream.read(header_bytes)
+                while block := stream.read(READ_BYTES):
+                    quotes.feed(block)
+            quotes.end()
         else:
             identity, chunks = _csv_chunks(path, name, columns, header_bytes, chunk_bytes)
     return identity, chunks if has_rows else []
@@ -164,25 +172,90 @@ def _csv_chunks(
     """Hash the file and cut it at line ends outside quotes, that is, behind an even number of quotes (RFC 4180)."""
     filesystem, inner = storage.open_store(path)
     digest, chunks = hashlib.sha256(), []
-    position, quotes, line = 0, 0, 1  # of the block's start
+    position, line = 0, 1  # of the block's start
     start, start_line = header_bytes, 2
+    quotes = _Quotes(path)
     with filesystem.open_input_stream(inner, compression=None) as stream:
         while block := stream.read(min(READ_BYTES, chunk_bytes)):
             digest.update(block)
+            was_inside = quotes.inside
+            quotes.feed(block[max(header_bytes - position, 0) :])
             if position + len(block) - start >= chunk_bytes:
-                cut = _last_line_end(block, quotes)
-                if position + cut > start:
-                    chunks.append(Chunk(path, "csv", columns, start, position + cut, start_line, chunk_bytes))
+                cut = _last_line_end(block, was_inside)
+                if cut and position + cut > start:
+                    chunks.append(_csv_chunk(path, columns, start, position + cut, start_line))
                     start, start_line = position + cut, line + block.count(b"\n", 0, cut)
-            position, quotes, line = position + len(block), quotes + block.count(b'"'), line + block.count(b"\n")
+            position, line = position + len(block), line + block.count(b"\n")
+    quotes.end()
     if start < position:
-        chunks.append(Chunk(path, "csv", columns, start, position, start_line, chunk_bytes))
+        chunks.append(_csv_chunk(path, columns, start, position, start_line))
     return InputFile(name=name, size=position, sha256=digest.hexdigest()), chunks
 
 
-def _last_line_end(block: bytes, quotes_before: int) -> int:
+def _csv_chunk(path: str, columns: tuple[str, ...], start: int, stop: int, line: int) -> Chunk:
+    return Chunk(path, "csv", columns, start, stop, line, block_bytes=stop - start)  # however long a line is
+
+
+class _Quotes:
+    """Follows the quotes behind a CSV's header, which RFC 4180 allows around a whole field alone, doubled within it.
+
+    Of anything else readers make what they like: of a quote that is not closed, a field with all rows that follow.
+    """
+
+    def __init__(self, path: str) -> None:
+        self.path = path
+        self.inside = False
+        self._line, self._opened_in = 2, 2
+        self._before = b"\n"  # the byte before the next block
+
+    def feed(self, block: bytes) -> None:
+        """The file's next bytes.
+
+        Raises
+        ------
+        InputError
+            If a quote stands where none may.
+        """
+        text = np.frombuffer(self._before + block, np.uint8)
+        quotes = np.flatnonzero(text == _QUOTE)
+        quotes = quotes[quotes > 0]
+        if len(quotes) or self._before == b'"':
+            opens = (np.arange(len(quotes)) + self.inside) % 2 == 0
+            before_opening = text[quotes[opens] - 1]
+            closed = quotes[~opens]
+            if self._before == b'"' and not self.inside:
+                closed = np.append(0, closed)
+            closed = closed[closed + 1 < len(text)]  # what follows the last byte comes with the next block
+            wrong = np.append(
+                quotes[opens][~np.isin(before_opening, _AROUND)], closed[~np.isin(text[closed + 1], _AROUND)]
+            )
+            if len(wrong):
+                line = self._line + block.count(b"\n", 0, max(int(wrong.min()) - 1, 0))
+                raise InputError(
+                    f"{self.path}, line {line}: a quote inside a field; expected quotes around whole fields only, and "
+                    'doubled within them ("a ""b"" c")'
+                )
+            if opens.any():
+                self._opened_in = self._line + block.count(b"\n", 0, int(quotes[opens][-1]) - 1)
+            self.inside = bool((len(quotes) + self.inside) % 2)
+        self._line += block.count(b"\n")
+        self._before = block[-1:] or self._before
+
+    def end(self) -> None:
+        """No more bytes.
+
+        Raises
+        ------
+        InputError
+            If a quote is left open.
+        """
+        if self.inside:
+            raise InputError(f"{self.path}, line {self._opened_in}: a quote is opened that is never closed")
+
+
+def _last_line_end(block: bytes, inside_quotes: bool) -> int:
     """Bytes of `block` up to and with its last line end outside quotes; 0 if there is none."""
-    quotes, end = quotes_before + block.count(b'"'), len(block)
+    quotes, end = inside_quotes + block.count(b'"'), len(block)
     while (line_end := block.rfind(b"\n", 0, end)) >= 0:
         quotes -= block.count(b'"', line_end, end)
         if quotes % 2 == 0:

@@ -245,10 +245,9 @@ def _run_epochs(config: Config, dataset: PreparedDataset, reporter: Reporter) ->
     optimizer_state = scaler_state = None
     if checkpoint is not None:
         with checkpoint.as_directory() as directory:
-            model.load_state_dict(BERT4Rec.from_pretrained(directory).state_dict())
-            loaded = _load_state(directory)
-        optimizer_state, scaler_state = loaded.pop("optimizer"), loaded.pop("scaler")
-        state = loaded
+            weights, state = _load_checkpoint(directory)
+        model.load_state_dict(weights)
+        optimizer_state, scaler_state = state.pop("optimizer"), state.pop("scaler")
         if rank == 0:
             reporter.skip(state["epoch"])
     wrapped = prepare_model(model, parallel_strategy_kwargs={"broadcast_buffers": False})  # the tables never change
@@ -338,8 +337,8 @@ def _report(
         ray.train.report(metrics, checkpoint=Checkpoint.from_directory(directory), checkpoint_dir_name=name)
 
 
-def _load_state(directory: str) -> dict[str, Any]:
-    """What to resume from.
+def _load_checkpoint(directory: str) -> tuple[dict[str, torch.Tensor], dict[str, Any]]:
+    """The weights, and the state to resume from.
 
     Raises
     ------
@@ -354,7 +353,7 @@ def _load_state(directory: str) -> dict[str, Any]:
     if not is_whole:
         raise InputError(f"{path}: is missing, damaged or was altered (SHA-256 in {STATE_HASH})")
     state: dict[str, Any] = torch.load(os.path.join(directory, STATE), map_location="cpu", weights_only=True)
-    return state
+    return BERT4Rec.from_pretrained(directory).state_dict(), state
 
 
 def _summary(metrics: dict[str, float], monitor: str) -> str:
