@@ -97,7 +97,10 @@ def read_header(path: str, delimiter: str, wanted: tuple[str, str]) -> tuple[tup
         line = head[:end].decode("utf-8-sig").rstrip("\r\n")
     except UnicodeDecodeError:
         raise InputError(f"{path}, line 1: not UTF-8 text") from None
-    columns = tuple(name.strip() for name in next(csv.reader([line], delimiter=delimiter), []))
+    try:
+        columns = tuple(name.strip() for name in next(csv.reader([line], delimiter=delimiter, strict=True), []))
+    except csv.Error as error:
+        raise InputError(f"{path}, line 1: not a header of one line ({error})") from None
     require_columns(path, columns, wanted)
     return columns, end, bool(head[end:].strip())
 

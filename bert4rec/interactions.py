@@ -3,6 +3,7 @@
 So one large file keeps all cores busy, and what is wrong with its rows is found before anything is made of them.
 """
 
+import codecs
 import csv
 import hashlib
 import io
@@ -336,7 +337,8 @@ def _open_bytes(chunk: Chunk) -> Iterator[pa.NativeFile]:
     else:
         with filesystem.open_input_file(inner) as file:
             content = file.read_at(chunk.stop - chunk.start, chunk.start)
-        yield pa.BufferReader(content)
+        # Arrow drops a byte order mark at the start of whatever it reads; here it would be part of an id.
+        yield pa.BufferReader(b"\n" + content if content.startswith(codecs.BOM_UTF8) else content)
 
 
 def _bad_rows(table: pa.Table) -> dict[str, np.ndarray]:

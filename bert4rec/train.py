@@ -88,6 +88,7 @@ def train(config: Config, dataset_path: str) -> TrainResult:
         return finished
 
     use_gpu, cpus = workers.for_training(config.training)
+    fewest, most = config.training.min_workers, config.training.num_workers
     # The controller polls at this interval, and every report waits for it: the default of 2 s would cost 2 s an epoch.
     os.environ.setdefault("RAY_TRAIN_HEALTH_CHECK_INTERVAL_S", "0.2")
     began = time.monotonic()
@@ -97,7 +98,7 @@ def train(config: Config, dataset_path: str) -> TrainResult:
             _train_worker,
             train_loop_config={"config": config, "dataset_path": dataset_path, "reporter": reporter},
             scaling_config=ScalingConfig(
-                num_workers=config.training.num_workers,
+                num_workers=(fewest, most) if fewest else most,
                 use_gpu=use_gpu,
                 resources_per_worker={"CPU": cpus, **({"GPU": 1} if use_gpu else {})},
             ),
@@ -174,7 +175,7 @@ def _what_shapes_the_result(config: Config) -> dict[str, Any]:
         include={"data", "model", "training", "evaluation"},
         exclude={
             "data": {"data_dir", "data_file", "memory_mb"},
-            "training": {"accelerator", "cpus_per_worker", "max_failures"},
+            "training": {"accelerator", "cpus_per_worker", "max_failures", "min_workers"},
             "evaluation": {"split"},
         },
     )

@@ -86,11 +86,16 @@ def prepared(files: dict[str, bytes]) -> PreparedTwin:
     return prepared_from(read_ratings(files["ratings.csv"]), files)
 
 
-def prepared_from(ratings: list[tuple], files: dict[str, bytes]) -> PreparedTwin:
-    """The same, of rows."""
+def prepared_from(ratings: list[tuple], files: dict[str, bytes], are_strings: tuple = (False, False)) -> PreparedTwin:
+    """The same, of rows; with users (items) that are strings whatever they hold."""
     if not ratings:
         raise UnusableError("no rows")
-    users, items = (ids_as_they_are_kept([rating[column] for rating in ratings]) for column in (0, 1))
+    users, items = (
+        ids if stay else ids_as_they_are_kept(ids)
+        for ids, stay in zip(
+            ([str(rating[column]) for rating in ratings] for column in (0, 1)), are_strings, strict=True
+        )
+    )
     has_time = len(ratings[0]) == 3
     seen, histories, duplicates = set(), {}, 0
     for user, item, rating in zip(users, items, ratings, strict=True):

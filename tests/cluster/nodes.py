@@ -97,15 +97,20 @@ class Nodes:
         """A node; `before` is put before its command."""
         return self._start(f"node{len(self.started)}", [f"--address={self.address}", f"--num-cpus={cpus}"], {}, before)
 
-    def job(self, name: str, *arguments: str, log: Path | None = None) -> subprocess.Popen:
+    def job(self, name: str, *arguments: str) -> subprocess.Popen:
         """A job that joins the cluster."""
-        output = (log or self.directory / f"{name}.log").open("wb")
-        command = [sys.executable, "-m", f"jobs.{name}", *arguments]
+        return self._run(["-m", f"jobs.{name}", *arguments], self.directory / f"{name}.log")
+
+    def python(self, code: str, output: Path) -> subprocess.Popen:
+        """A program that joins the cluster."""
+        return self._run(["-c", code], output)
+
+    def _run(self, arguments: list[str], output: Path) -> subprocess.Popen:
         job = subprocess.Popen(
-            command,
+            [sys.executable, *arguments],
             cwd=ROOT,
             env=self.environment | {"RAY_ADDRESS": self.address},
-            stdout=output,
+            stdout=output.open("wb"),
             stderr=subprocess.STDOUT,
         )
         self.started.append(job)

@@ -19,7 +19,7 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
-from hypothesis import HealthCheck, given, settings
+from hypothesis import HealthCheck, example, given, settings
 from hypothesis import strategies as st
 
 from bert4rec import prepare as prepare_module
@@ -168,6 +168,9 @@ SIZES = st.one_of(st.just(32 << 20), st.integers(1, 200))
 
 
 @files_of
+@example(("ratings.csv", b"user,item\n0,0\n"), 1, 1)  # no line end in the first bytes behind the header
+@example(("ratings.csv", b"user,item\n\xef\xbb\xbf,0\n"), 32 << 20, 1)  # a byte order mark as an id
+@example(("ratings.csv", b'\xef\xbb\xbf"user","item"\n"1","2"\n'), 32 << 20, 1)
 @given(ratings_files(), SIZES, st.integers(1, 40))
 def test_valid_ratings_are_read_as_the_slow_reader_does(file, chunk_bytes, range_rows):
     name, content = file
@@ -220,6 +223,10 @@ def expected_of(files):
 
 
 @files_of
+@example(b'user,item,note\n1,2,x\n3,4,"\n5,6,x\n', 32 << 20, 1)  # a quote takes all further rows into a note
+@example(b'user,item\n1,5"\n2,6\n3,7\n', 10, 1)
+@example(b"\ruser,item\n0,0\n", 32 << 20, 1)
+@example(b'""time","item","user"\n"0","0","0"\n', 32 << 20, 1)
 @given(spoilt_files(), SIZES, st.integers(1, 40))
 def test_spoilt_ratings_are_read_rightly_or_refused(content, chunk_bytes, range_rows):
     """What the slow reader refuses is refused; what is read, is read as the slow reader does."""
@@ -320,7 +327,10 @@ def test_parquet_is_read_as_its_rows_say_or_refused(table, row_group_size, chunk
         assert any(table[name].null_count for name in names) or not in_seconds
         return
     columns = [table["user"].to_pylist(), table["item"].to_pylist(), *([_seconds(table)] if len(names) == 3 else [])]
-    assert found == slow_prepare.prepared_from(list(zip(*columns, strict=True)), {})
+    kinds = [table[name].type for name in ("user", "item")]
+    kinds = [kind.value_type if pa.types.is_dictionary(kind) else kind for kind in kinds]
+    are_strings = tuple(not pa.types.is_integer(kind) for kind in kinds)
+    assert found == slow_prepare.prepared_from(list(zip(*columns, strict=True)), {}, are_strings)
 
 
 def _seconds(table):
