@@ -217,30 +217,33 @@ class _Quotes:
         InputError
             If a quote stands where none may.
         """
-        text = np.frombuffer(self._before + block, np.uint8)
-        quotes = np.flatnonzero(text == _QUOTE)
-        quotes = quotes[quotes > 0]
-        if len(quotes) or self._before == b'"':
-            opens = (np.arange(len(quotes)) + self.inside) % 2 == 0
-            before_opening = text[quotes[opens] - 1]
-            closed = quotes[~opens]
-            if self._before == b'"' and not self.inside:
-                closed = np.append(0, closed)
-            closed = closed[closed + 1 < len(text)]  # what follows the last byte comes with the next block
-            wrong = np.append(
-                quotes[opens][~np.isin(before_opening, _AROUND)], closed[~np.isin(text[closed + 1], _AROUND)]
-            )
-            if len(wrong):
-                line = self._line + block.count(b"\n", 0, max(int(wrong.min()) - 1, 0))
-                raise InputError(
-                    f"{self.path}, line {line}: a quote inside a field; expected quotes around whole fields only, and "
-                    'doubled within them ("a ""b"" c")'
-                )
-            if opens.any():
-                self._opened_in = self._line + block.count(b"\n", 0, int(quotes[opens][-1]) - 1)
-            self.inside = bool((len(quotes) + self.inside) % 2)
+        if b'"' in block or self._before == b'"':
+            self._check(block)
         self._line += block.count(b"\n")
         self._before = block[-1:] or self._before
+
+    def _check(self, block: bytes) -> None:
+        """An opening quote follows, and a closing one precedes, a comma, a line's end or (doubled) another quote."""
+        text = np.frombuffer(self._before + block, np.uint8)
+        quotes = np.flatnonzero(text == _QUOTE)
+        if self._before == b'"':  # the block before has seen to it, but not to what follows it
+            closed_before, quotes = quotes[: not self.inside], quotes[1:]
+        else:
+            closed_before = quotes[:0]
+        is_opening = (np.arange(len(quotes)) + self.inside) % 2 == 0
+        opening = quotes[is_opening]
+        closing = np.append(closed_before, quotes[~is_opening])
+        closing = closing[closing + 1 < len(text)]  # what follows the last byte comes with the next block
+        wrong = np.append(opening[~np.isin(text[opening - 1], _AROUND)], closing[~np.isin(text[closing + 1], _AROUND)])
+        if len(wrong):
+            line = self._line + block.count(b"\n", 0, max(int(wrong.min()) - 1, 0))
+            raise InputError(
+                f"{self.path}, line {line}: a quote inside a field; expected quotes around whole fields only, and "
+                'doubled within them ("a ""b"" c")'
+            )
+        if len(opening):
+            self._opened_in = self._line + block.count(b"\n", 0, int(opening[-1]) - 1)
+        self.inside = bool((len(quotes) + self.inside) % 2)
 
     def end(self) -> None:
         """No more bytes.

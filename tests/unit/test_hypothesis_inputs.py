@@ -22,6 +22,7 @@ import pytest
 from hypothesis import HealthCheck, example, given, settings
 from hypothesis import strategies as st
 
+from bert4rec import interactions
 from bert4rec import prepare as prepare_module
 from bert4rec.config import DataConfig
 from bert4rec.dataset import PreparedDataset
@@ -354,3 +355,19 @@ def test_the_ends_of_what_data_can_be():
     ):
         files = {"ratings.csv": b"user,item,time\n" + rows.encode()}
         assert prepared(files, 5000, 20_000) == slow_prepare.prepared(files)
+
+
+@files_of
+@given(st.text('",\na', max_size=30), st.integers(1, 8))
+def test_quotes_are_followed_over_any_blocks(text, size):
+    """What is let through is what Python's strict reader reads, with quotes nowhere in unquoted fields."""
+    quotes = interactions._Quotes("file")
+    try:
+        for start in range(0, len(text), size):
+            quotes.feed(text[start : start + size].encode())
+        quotes.end()
+        accepted = True
+    except InputError:
+        accepted = False
+    field = r'(?:[^",\n]*|"(?:[^"]|"")*")'
+    assert accepted == bool(re.fullmatch(rf"{field}(?:[,\n]{field})*", text))
