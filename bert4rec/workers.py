@@ -132,6 +132,7 @@ def map_parts(
         The columns, as numpy arrays, of one or more parts.
     """
     rows = [part._asdict() for part in parts]
+    ray.data.DataContext.get_current().raise_original_map_exception = True  # else a worker's error loses its cause
     mapped = ray.data.from_items(rows, override_num_blocks=max(1, len(rows))).map_batches(
         _PartWorker,
         fn_constructor_args=(worker, arguments),
