@@ -41,7 +41,9 @@ def settings(tmp_path_factory):
     rng = np.random.default_rng(0)
     rows = [f"{user},{100 + item},{10**9 + n}" for user in range(40) for n, item in enumerate(rng.permutation(20)[:8])]
     (data / "train_ratings.csv").write_text("\n".join(["user,item,time", *rows, ""]))
-    (data / "titles.tsv").write_text("item\ttitle\n" + "".join(f"{100 + i}\tFilm {i} of {i % 5}\n" for i in range(20)))
+    (data / "titles.tsv").write_text(
+        "item\ttitle\n" + "".join(f"{100 + i}\tFilm {i} {['war', 'love', 'home'][i % 3]}\n" for i in range(20))
+    )
     return [*SMALL, f"data.data_dir={data}", "run.name=run", "training.num_epochs=40", "training.early_stopping=false"]
 
 
