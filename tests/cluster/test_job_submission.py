@@ -64,9 +64,19 @@ def test_every_job_and_a_stopped_training(cluster, project, settings, tmp_path):
     embedded = submit(cluster, project, "embed", *settings, "embedding.method=tfidf-svd")
     assert embedded.returncode == 0, embedded.stdout
     assert "20 items, width" in embedded.stdout
-    size, unit = re.search(r"\.zip' \(([\d.]+)(\w+)\)", embedded.stdout + embedded.stderr).groups()
-    assert unit == "MiB"
-    assert float(size) < 1
+    (uploaded,) = cluster.directory.glob("ray/session_2*/runtime_resources/working_dir_files/_ray_pkg_*/")
+    names = sorted(path.name for path in uploaded.iterdir() if path.name != "__pycache__")
+    assert names == [
+        ".gitignore",
+        ".rayignore",
+        "README.md",
+        "bert4rec",
+        "cluster.yaml",
+        "configs",
+        "jobs",
+        "pyproject.toml",
+    ]
+    assert sum(path.stat().st_size for path in uploaded.rglob("*.*") if path.suffix != ".pyc") < 300_000
 
     prepared = submit(cluster, project, "prepare", *settings)
     assert prepared.returncode == 0, prepared.stdout
