@@ -76,7 +76,7 @@ def test_every_job_and_a_stopped_training(cluster, project, settings, tmp_path):
         "jobs",
         "pyproject.toml",
     ]
-    assert sum(path.stat().st_size for path in uploaded.rglob("*.*") if path.suffix != ".pyc") < 300_000
+    assert sum(path.stat().st_size for path in uploaded.rglob("*.*") if path.suffix != ".pyc") < 1_000_000
 
     prepared = submit(cluster, project, "prepare", *settings)
     assert prepared.returncode == 0, prepared.stdout
