@@ -8,6 +8,8 @@ import socket
 import subprocess
 import sys
 import tempfile
+import urllib.error
+import urllib.request
 from collections.abc import Callable
 from pathlib import Path
 
@@ -66,6 +68,8 @@ class Nodes:
             }
         self.started: list[subprocess.Popen] = []
         self.head = self._start("head", ["--head", *options], more)
+        if dashboard:
+            wait_for(self._answers)
 
     def _start(
         self, name: str, options: list[str], environment: dict[str, str], before: tuple[str, ...] = ()
@@ -92,6 +96,15 @@ class Nodes:
         wait_for(lambda: "Ray runtime started" in log.read_text() or node.poll() is not None, 120, str(log))
         assert node.poll() is None, log.read_text()
         return node
+
+    def _answers(self) -> bool:
+        try:
+            urllib.request.urlopen(f"{self.dashboard}/api/version", timeout=5).close()
+        except urllib.error.HTTPError:  # such as: no token
+            return True
+        except OSError:
+            return False
+        return True
 
     def add(self, cpus: int = 1, before: tuple[str, ...] = ()) -> subprocess.Popen:
         """A node; `before` is put before its command."""
