@@ -26,7 +26,8 @@ from bert4rec.storage import InputError
 
 SAMPLE_EVERY = 4096
 """Rows for each user id that is sampled to balance the shuffle."""
-_QUOTE, _AROUND = ord('"'), np.frombuffer(b'",\r\n', np.uint8)
+_QUOTE = ord('"')
+_MAY_STAND_BESIDE = np.isin(np.arange(256), list(b'",\r\n'))  # [256] bool, by byte
 _TEXT = pa.dictionary(pa.int32(), pa.string())
 _LARGEST_TIME = 1e11  # in seconds the year 5138, in milliseconds 1973: tells one from the other
 
@@ -230,11 +231,12 @@ class _Quotes:
             closed_before, quotes = quotes[: not self.inside], quotes[1:]
         else:
             closed_before = quotes[:0]
-        is_opening = (np.arange(len(quotes)) + self.inside) % 2 == 0
-        opening = quotes[is_opening]
-        closing = np.append(closed_before, quotes[~is_opening])
+        opening, closing = quotes[int(self.inside) :: 2], quotes[1 - self.inside :: 2]
+        closing = np.append(closed_before, closing)
         closing = closing[closing + 1 < len(text)]  # what follows the last byte comes with the next block
-        wrong = np.append(opening[~np.isin(text[opening - 1], _AROUND)], closing[~np.isin(text[closing + 1], _AROUND)])
+        wrong = np.append(
+            opening[~_MAY_STAND_BESIDE[text[opening - 1]]], closing[~_MAY_STAND_BESIDE[text[closing + 1]]]
+        )
         if len(wrong):
             line = self._line + block.count(b"\n", 0, max(int(wrong.min()) - 1, 0))
             raise InputError(
