@@ -25,6 +25,7 @@ from bert4rec import reference, storage
 from bert4rec.config import Config, load_config
 from bert4rec.storage import InputError
 from bert4rec.train import RUN
+from bert4rec.workers import check_shared
 
 DEFAULT_CONFIG = Path(__file__).parent.parent / "configs" / "ml-100k.yaml"
 
@@ -42,6 +43,7 @@ def run_job(
             if not arguments.verbose:
                 _keep_native_messages_off_the_terminal()
             start_ray(arguments.verbose)
+            check_shared(config)
         work(config)
     except InputError as error:
         sys.exit(_fail(str(error), 2))
@@ -89,7 +91,7 @@ def checkpoint_and_output(config: Config, checkpoint: str | None = None) -> tupl
         run = storage.join(root, config.run.name) if config.run.name else newest_run(root)
         if not storage.exists(storage.join(run, RUN)):
             raise InputError(f"{run}: no finished training ({RUN} is missing); run `python -m jobs.train` first")
-        checkpoint = storage.join(run, str(storage.read_json(storage.join(run, RUN))["best_checkpoint"]))
+        checkpoint = storage.inside(run, str(storage.read_json(storage.join(run, RUN))["best_checkpoint"]))
     checkpoint = storage.absolute(checkpoint)
     output = config.inference.output_path or storage.join(os.path.dirname(checkpoint.rstrip("/")), "recommendations")
     return checkpoint, storage.absolute(output)

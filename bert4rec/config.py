@@ -146,6 +146,8 @@ class TrainingConfig(_Group):
     """Where training and scoring run; auto takes a GPU a worker where the cluster has enough of them."""
     num_workers: int = Field(1, ge=1)
     """Distributed (DDP) workers, one GPU each on GPUs."""
+    min_workers: int | None = Field(None, ge=1)
+    """Workers, at least, to go on with while nodes for num_workers are missing; default: wait for all of them."""
     cpus_per_worker: int | None = Field(None, ge=1)
     """CPU cores, and torch threads, a worker; default: the cluster's cores shared evenly."""
     precision: Literal["32-true", "16-mixed", "bf16-mixed"] = "32-true"
@@ -157,6 +159,14 @@ class TrainingConfig(_Group):
     def _negatives_suit_the_loss(self) -> Self:
         if self.negative_sampling == "popularity" and self.loss != "sampled-softmax":
             raise ValueError("training.negative_sampling=popularity is for training.loss=sampled-softmax")
+        return self
+
+    @model_validator(mode="after")
+    def _no_more_at_least_than_at_most(self) -> Self:
+        if self.min_workers is not None and self.min_workers > self.num_workers:
+            raise ValueError(
+                f"training.min_workers={self.min_workers} is larger than training.num_workers={self.num_workers}"
+            )
         return self
 
 

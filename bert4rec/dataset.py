@@ -30,7 +30,7 @@ ITEMS = "items.parquet"
 
 
 class InputFile(BaseModel):
-    """One file that the dataset was made from."""
+    """What identifies one file that the dataset was made from, or of it."""
 
     model_config = ConfigDict(frozen=True, extra="forbid")
     name: str
@@ -75,6 +75,8 @@ class Manifest(BaseModel):
     inputs: list[InputFile]
     files: dict[str, int]
     """Bytes of each data file, to detect a damaged copy."""
+    sha256: dict[str, str]
+    """Of each data file, to detect an altered one."""
 
     @property
     def fingerprint(self) -> str:
@@ -176,13 +178,22 @@ class Part(NamedTuple):
 class PreparedDataset:
     """A whole prepared dataset; reads what is asked for.
 
+    Parameters
+    ----------
+    path
+        Its directory.
+    verify
+        Read all files once and compare their hashes, which a job's driver does before any work and its workers need
+        not do again.
+
     Raises
     ------
     InputError
-        Where there is none, it is of another format, or a file is missing or has another size than was written.
+        Where there is none, it is of another format, or a file is missing, of another size or, with `verify`, of
+        another content than was written.
     """
 
-    def __init__(self, path: str) -> None:
+    def __init__(self, path: str, verify: bool = False) -> None:
         self.path = path
         if not storage.is_complete(path):
             raise InputError(
@@ -190,12 +201,12 @@ class PreparedDataset:
                 "run `python -m jobs.prepare` with the same data options first"
             )
         try:
-            self.manifest = Manifest.model_validate(storage.read_json(storage.join(path, storage.MANIFEST)))
+            self.manifest = Manifest.model_validate(storage.read_sealed(storage.join(path, storage.MANIFEST)))
         except ValidationError as error:
             raise InputError(
                 f"{path}: prepared by another version ({error}); run `python -m jobs.prepare` again"
             ) from None
-        self._check_files()
+        self._check_files(verify)
 
     @property
     def num_items(self) -> int:
@@ -263,15 +274,20 @@ class PreparedDataset:
         sizes = {"genre": len(manifest.genres), "director": len(manifest.directors), "writer": len(manifest.writers)}
         return read_items(storage.join(self.path, ITEMS), sizes)
 
-    def _check_files(self) -> None:
+    def _check_files(self, verify: bool) -> None:
         for name, size in self.manifest.files.items():
-            filesystem, inner = storage.open_store(storage.join(self.path, name))
+            filesystem, inner = storage.open_store(storage.inside(self.path, name))
             info = filesystem.get_file_info(inner)
             if info.type == pafs.FileType.NotFound or info.size != size:
                 found = "is missing" if info.type == pafs.FileType.NotFound else f"has {info.size} bytes"
                 raise InputError(
                     f"{storage.join(self.path, name)}: {found}, expected {size} bytes; the prepared dataset is "
                     "damaged, delete it and run `python -m jobs.prepare` again"
+                )
+            if verify and storage.sha256(storage.join(self.path, name)) != self.manifest.sha256.get(name):
+                raise InputError(
+                    f"{storage.join(self.path, name)}: its content is not what was written (SHA-256); the prepared "
+                    "dataset is damaged or was altered, delete it and run `python -m jobs.prepare` again"
                 )
 
 

@@ -215,7 +215,7 @@ def _read_previous(path: str) -> pa.Table | None:
     filesystem, inner = storage.open_store(path)
     try:
         with readable(path):
-            table = pq.read_table(inner, filesystem=filesystem)
+            table = pq.read_table(inner, filesystem=filesystem, page_checksum_verification=True)
     except pa.ArrowInvalid:
         table = pa.table({})
     if _MODEL not in (table.schema.metadata or {}):

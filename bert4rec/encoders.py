@@ -114,6 +114,8 @@ def fit_tfidf_svd(texts: list[str], width: int) -> np.ndarray:
             f"embedding.method=tfidf-svd: no word is in two of the {len(texts)} texts ({error}); "
             "use an encoder (embedding.method=sentence-transformers or bert-mean)"
         ) from None
+    if weights.shape[1] == 1:  # a single word; the SVD wants two
+        return np.asarray(normalize(weights.toarray()))
     # fit, then transform: fit_transform may give equal texts vectors that differ in the last bits.
     svd = TruncatedSVD(min(width, *weights.shape), random_state=0).fit(weights)
     vectors: np.ndarray = normalize(svd.transform(weights))

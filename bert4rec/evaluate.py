@@ -75,7 +75,7 @@ def evaluate(config: Config, dataset_path: str, checkpoint: str) -> Evaluation:
         If the model belongs to another catalogue, has been trained on what it would be judged by, or there is no user
         to evaluate.
     """
-    dataset = PreparedDataset(dataset_path)
+    dataset = PreparedDataset(dataset_path, verify=True)
     model = load_for(dataset, checkpoint)  # a wrong model is found here, not in an actor
     split = evaluated_split(config)
     _check_is_held_out(config, dataset, model, checkpoint)

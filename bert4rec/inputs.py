@@ -5,7 +5,6 @@ What is wrong with a file is an `InputError` that names the file, the line, the 
 
 import csv
 import fnmatch
-import hashlib
 import posixpath
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -63,13 +62,7 @@ def size_of(data_dir: str, name: str) -> int:
 
 def hash_file(data_dir: str, name: str) -> InputFile:
     """Size and SHA-256 of a file."""
-    filesystem, inner = storage.open_store(storage.join(data_dir, name))
-    digest, size = hashlib.sha256(), 0
-    with filesystem.open_input_stream(inner, compression=None) as stream:
-        while block := stream.read(READ_BYTES):
-            digest.update(block)
-            size += len(block)
-    return InputFile(name=name, size=size, sha256=digest.hexdigest())
+    return InputFile(name=name, size=size_of(data_dir, name), sha256=storage.sha256(storage.join(data_dir, name)))
 
 
 def is_compressed(name: str) -> bool:
@@ -104,7 +97,10 @@ def read_header(path: str, delimiter: str, wanted: tuple[str, str]) -> tuple[tup
         line = head[:end].decode("utf-8-sig").rstrip("\r\n")
     except UnicodeDecodeError:
         raise InputError(f"{path}, line 1: not UTF-8 text") from None
-    columns = tuple(name.strip() for name in next(csv.reader([line], delimiter=delimiter), []))
+    try:
+        columns = tuple(name.strip() for name in next(csv.reader([line], delimiter=delimiter, strict=True), []))
+    except csv.Error as error:
+        raise InputError(f"{path}, line 1: not a header of one line ({error})") from None
     require_columns(path, columns, wanted)
     return columns, end, bool(head[end:].strip())
 

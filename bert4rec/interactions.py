@@ -3,6 +3,7 @@
 So one large file keeps all cores busy, and what is wrong with its rows is found before anything is made of them.
 """
 
+import codecs
 import csv
 import hashlib
 import io
@@ -25,6 +26,8 @@ from bert4rec.storage import InputError
 
 SAMPLE_EVERY = 4096
 """Rows for each user id that is sampled to balance the shuffle."""
+_QUOTE = ord('"')
+_MAY_STAND_BESIDE = np.isin(np.arange(256), list(b'",\r\n'))  # [256] bool, by byte
 _TEXT = pa.dictionary(pa.int32(), pa.string())
 _LARGEST_TIME = 1e11  # in seconds the year 5138, in milliseconds 1973: tells one from the other
 
@@ -84,6 +87,13 @@ def scan_interactions(data_dir: str, name: str, chunk_bytes: int) -> tuple[Input
         if is_compressed(name):
             identity = hash_file(data_dir, name)
             chunks = [Chunk(path, "stream", columns, 0, identity.size, 1, chunk_bytes)]
+            quotes = _Quotes(path)
+            filesystem, inner = storage.open_store(path)
+            with filesystem.open_input_stream(inner, compression="detect") as stream:
+                stream.read(header_bytes)
+                while block := stream.read(READ_BYTES):
+                    quotes.feed(block)
+            quotes.end()
         else:
             identity, chunks = _csv_chunks(path, name, columns, header_bytes, chunk_bytes)
     return identity, chunks if has_rows else []
@@ -170,25 +180,94 @@ def _csv_chunks(
     """Hash the file and cut it at line ends outside quotes, that is, behind an even number of quotes (RFC 4180)."""
     filesystem, inner = storage.open_store(path)
     digest, chunks = hashlib.sha256(), []
-    position, quotes, line = 0, 0, 1  # of the block's start
+    position, line = 0, 1  # of the block's start
     start, start_line = header_bytes, 2
+    quotes = _Quotes(path)
     with filesystem.open_input_stream(inner, compression=None) as stream:
         while block := stream.read(min(READ_BYTES, chunk_bytes)):
             digest.update(block)
+            was_inside = quotes.inside
+            quotes.feed(block[max(header_bytes - position, 0) :])
             if position + len(block) - start >= chunk_bytes:
-                cut = _last_line_end(block, quotes)
-                if position + cut > start:
-                    chunks.append(Chunk(path, "csv", columns, start, position + cut, start_line, chunk_bytes))
+                cut = _last_line_end(block, was_inside)
+                if cut and position + cut > start:
+                    chunks.append(_csv_chunk(path, columns, start, position + cut, start_line))
                     start, start_line = position + cut, line + block.count(b"\n", 0, cut)
-            position, quotes, line = position + len(block), quotes + block.count(b'"'), line + block.count(b"\n")
+            position, line = position + len(block), line + block.count(b"\n")
+    quotes.end()
     if start < position:
-        chunks.append(Chunk(path, "csv", columns, start, position, start_line, chunk_bytes))
+        chunks.append(_csv_chunk(path, columns, start, position, start_line))
     return InputFile(name=name, size=position, sha256=digest.hexdigest()), chunks
 
 
-def _last_line_end(block: bytes, quotes_before: int) -> int:
+def _csv_chunk(path: str, columns: tuple[str, ...], start: int, stop: int, line: int) -> Chunk:
+    return Chunk(path, "csv", columns, start, stop, line, block_bytes=stop - start)  # however long a line is
+
+
+class _Quotes:
+    """Follows the quotes behind a CSV's header, which RFC 4180 allows around a whole field alone, doubled within it.
+
+    Of anything else readers make what they like: of a quote that is not closed, a field with all rows that follow.
+    """
+
+    def __init__(self, path: str) -> None:
+        self.path = path
+        self.inside = False
+        self._line, self._opened_in = 2, 2
+        self._before = b"\n"  # the byte before the next block
+
+    def feed(self, block: bytes) -> None:
+        """The file's next bytes.
+
+        Raises
+        ------
+        InputError
+            If a quote stands where none may.
+        """
+        if b'"' in block or self._before == b'"':
+            self._check(block)
+        self._line += block.count(b"\n")
+        self._before = block[-1:] or self._before
+
+    def _check(self, block: bytes) -> None:
+        """An opening quote follows, and a closing one precedes, a comma, a line's end or (doubled) another quote."""
+        text = np.frombuffer(self._before + block, np.uint8)
+        quotes = np.flatnonzero(text == _QUOTE)
+        if self._before == b'"':  # the block before has seen to it, but not to what follows it
+            closed_before, quotes = quotes[: not self.inside], quotes[1:]
+        else:
+            closed_before = quotes[:0]
+        opening, closing = quotes[int(self.inside) :: 2], quotes[1 - self.inside :: 2]
+        closing = np.append(closed_before, closing)
+        closing = closing[closing + 1 < len(text)]  # what follows the last byte comes with the next block
+        wrong = np.append(
+            opening[~_MAY_STAND_BESIDE[text[opening - 1]]], closing[~_MAY_STAND_BESIDE[text[closing + 1]]]
+        )
+        if len(wrong):
+            line = self._line + block.count(b"\n", 0, max(int(wrong.min()) - 1, 0))
+            raise InputError(
+                f"{self.path}, line {line}: a quote inside a field; expected quotes around whole fields only, and "
+                'doubled within them ("a ""b"" c")'
+            )
+        if len(opening):
+            self._opened_in = self._line + block.count(b"\n", 0, int(opening[-1]) - 1)
+        self.inside = bool((len(quotes) + self.inside) % 2)
+
+    def end(self) -> None:
+        """No more bytes.
+
+        Raises
+        ------
+        InputError
+            If a quote is left open.
+        """
+        if self.inside:
+            raise InputError(f"{self.path}, line {self._opened_in}: a quote is opened that is never closed")
+
+
+def _last_line_end(block: bytes, inside_quotes: bool) -> int:
     """Bytes of `block` up to and with its last line end outside quotes; 0 if there is none."""
-    quotes, end = quotes_before + block.count(b'"'), len(block)
+    quotes, end = inside_quotes + block.count(b'"'), len(block)
     while (line_end := block.rfind(b"\n", 0, end)) >= 0:
         quotes -= block.count(b'"', line_end, end)
         if quotes % 2 == 0:
@@ -269,7 +348,8 @@ def _open_bytes(chunk: Chunk) -> Iterator[pa.NativeFile]:
     else:
         with filesystem.open_input_file(inner) as file:
             content = file.read_at(chunk.stop - chunk.start, chunk.start)
-        yield pa.BufferReader(content)
+        # Arrow drops a byte order mark at the start of whatever it reads; here it would be part of an id.
+        yield pa.BufferReader(b"\n" + content if content.startswith(codecs.BOM_UTF8) else content)
 
 
 def _bad_rows(table: pa.Table) -> dict[str, np.ndarray]:

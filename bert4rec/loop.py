@@ -1,5 +1,6 @@
 """The arithmetic of training, without Ray: optimiser, step, epoch, validation; alone or as one of DDP workers."""
 
+import itertools
 import math
 import time
 from collections.abc import Callable
@@ -10,6 +11,7 @@ import torch
 import torch.distributed
 from torch import Tensor, nn
 
+from bert4rec import storage
 from bert4rec.batches import Before, Step, Windows, held_out, iter_steps
 from bert4rec.config import Config, TrainingConfig
 from bert4rec.metrics import RankCounts
@@ -113,7 +115,7 @@ def train_epoch(
     device = next(model.parameters()).device
     torch.manual_seed(data.seed + 1_000_003 * (epoch + 1) + rank)  # dropout, the same in a resumed run
     began = time.monotonic()
-    sums = torch.zeros(2, dtype=torch.float64, device=device)  # loss, targets
+    by_step: list[Tensor] = []  # [2] each: loss, targets
     num_tokens = 0
     model.train()
     num_steps = math.ceil(len(windows) / data.batch_size)
@@ -124,16 +126,23 @@ def train_epoch(
     for index, step in enumerate(steps):
         for group in optimizer.param_groups:
             group["lr"] = learning_rate(training, epoch + (index + 0.5) / num_steps)
-        sums += train_step(model, step, optimizer, scaler, training, world_size)
+        by_step.append(train_step(model, step, optimizer, scaler, training, world_size))
         num_tokens += step.num_tokens
         on_step(index + 1, num_steps, num_tokens / (time.monotonic() - began))
+    sums = torch.stack(by_step)  # [steps, 2]; looked at only now, since every look waits for the device
     _all_reduce(sums)
     seconds = time.monotonic() - began
-    loss, rate = float(sums[0] / sums[1].clamp(min=1)), float(optimizer.param_groups[0]["lr"])
+    total = sums.sum(0)
+    loss, rate = float(total[0] / total[1].clamp(min=1)), float(optimizer.param_groups[0]["lr"])
     if not math.isfinite(loss):
+        bad = int((~torch.isfinite(sums[:, 0])).to(torch.uint8).argmax())  # the first
+        whole_steps = iter_steps(windows, data, config.model, num_items, epoch, 0, 1, max_tokens, device, num_new_items)
+        batches = next(itertools.islice(whole_steps, bad, None)).batches
+        batch = storage.fingerprint([[each.tokens.tolist(), each.labels.tolist()] for each in batches])
         raise InputError(
-            f"training diverged: the loss of epoch {epoch + 1} is {loss} at learning rate {rate:g}; "
-            "try a smaller training.lr or training.gradient_clip_val=1"
+            f"training diverged: the loss of epoch {epoch + 1} is {loss} at learning rate "
+            f"{learning_rate(training, epoch + (bad + 0.5) / num_steps):g}, first in step {bad + 1} of {num_steps} "
+            f"(batch {batch}); earlier checkpoints are kept; try a smaller training.lr or training.gradient_clip_val=1"
         )
     return {
         "epoch": epoch + 1,

@@ -4,6 +4,7 @@ Shapes: S positions of a packed batch (see `batches.pack`), made of groups of B 
 ones each; N wanted positions in all, D hidden_units, H heads, V items.
 """
 
+import hashlib
 import os
 from collections.abc import Callable
 from typing import Any, Self
@@ -196,7 +197,8 @@ class BERT4Rec(nn.Module):
         """Write a model directory: weights and architecture, nothing that needs Ray or pickle to be read."""
         os.makedirs(directory, exist_ok=True)
         state = {name: tensor.detach().cpu().contiguous() for name, tensor in self.state_dict().items()}
-        safetensors.torch.save_file(state, os.path.join(directory, WEIGHTS))
+        weights = safetensors.torch.save(state)
+        storage.write_bytes(storage.join(directory, WEIGHTS), weights)
         content: dict[str, Any] = {
             "architecture": "BERT4Rec",
             "num_items": self.num_items,
@@ -206,8 +208,9 @@ class BERT4Rec(nn.Module):
             "catalogue": self.catalogue,
             "model": self.config.model_dump(),
             "metadata": self.metadata_shape,
+            "weights_sha256": hashlib.sha256(weights).hexdigest(),
         }
-        storage.write_json(storage.join(directory, CONFIG), content)
+        storage.write_sealed(storage.join(directory, CONFIG), content)
 
     @classmethod
     def from_pretrained(cls, directory: str) -> Self:
@@ -218,8 +221,14 @@ class BERT4Rec(nn.Module):
         InputError
             If a file is missing or damaged.
         """
-        content = storage.read_json(storage.join(directory, CONFIG))
+        content = storage.read_sealed(storage.join(directory, CONFIG))
         try:
+            weights = storage.read_bytes(storage.join(directory, WEIGHTS))
+            if hashlib.sha256(weights).hexdigest() != content["weights_sha256"]:
+                raise InputError(
+                    f"{storage.join(directory, WEIGHTS)}: its content is not what was written (SHA-256); "
+                    "the file is damaged or was altered"
+                )
             model = cls(
                 ModelConfig.model_validate(content["model"]),
                 content["num_items"],
@@ -229,7 +238,7 @@ class BERT4Rec(nn.Module):
             )
             model.held_out = content["held_out"]
             model.trained_before = content.get("trained_before")
-            model.load_state_dict(safetensors.torch.load(storage.read_bytes(storage.join(directory, WEIGHTS))))
+            model.load_state_dict(safetensors.torch.load(weights))
         except FileNotFoundError:
             raise InputError(f"{directory}: {WEIGHTS} is missing; this is no whole model directory") from None
         except (KeyError, TypeError, ValidationError, RuntimeError, safetensors.SafetensorError) as error:

@@ -9,7 +9,9 @@ from collections.abc import Callable, Iterator, Sequence
 from types import TracebackType
 from typing import TypeVar
 
+import ray
 from ray.util.queue import Empty, Queue
+from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
 _Item = TypeVar("_Item")
 
@@ -130,7 +132,9 @@ class Progress:
         """`on_record` is called, in another thread, with what `Reporter.record` is given."""
         self._on_record = on_record
         self._line = Line(stage, total, unit, seconds_between_lines)
-        self._queue = Queue(actor_options={"num_cpus": 0})
+        # With the driver, so that the loss of another node never takes it away from the workers that report.
+        here = NodeAffinitySchedulingStrategy(ray.get_runtime_context().get_node_id(), soft=False)
+        self._queue = Queue(actor_options={"num_cpus": 0, "scheduling_strategy": here})
         self._stop = threading.Event()
         self._thread = threading.Thread(target=self._print_reports, daemon=True)
 

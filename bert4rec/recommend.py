@@ -4,7 +4,6 @@ Each part of the users is written by the worker that scored it, in a directory o
 a killed job keeps what was done. The results appear in `output_path` when all parts are there, its manifest.json last.
 """
 
-import hashlib
 import time
 from dataclasses import dataclass
 from typing import Any
@@ -54,7 +53,7 @@ def recommend(config: Config, dataset_path: str, checkpoint: str, output_path: s
     """
     began = time.monotonic()
     inference = config.inference
-    dataset = PreparedDataset(dataset_path)
+    dataset = PreparedDataset(dataset_path, verify=True)
     load_for(dataset, checkpoint)  # a wrong model is found here, not in an actor
     check_request(inference, dataset, output_path)
     identity = {"dataset": dataset.manifest.fingerprint, **_identity(checkpoint, inference)}
@@ -93,7 +92,7 @@ def _identity(checkpoint: str, inference: InferenceConfig) -> dict[str, Any]:
     """The model and the settings that results depend on."""
     elsewhere = {"checkpoint_path", "output_path", "num_workers", "users", "users_file", "similar_to"}
     return {
-        "model": hashlib.sha256(storage.read_bytes(storage.join(checkpoint, WEIGHTS))).hexdigest(),
+        "model": storage.sha256(storage.join(checkpoint, WEIGHTS)),
         "settings": inference.model_dump(mode="json", exclude=elsewhere),
     }
 

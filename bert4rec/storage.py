@@ -13,6 +13,8 @@ import pyarrow as pa
 import pyarrow.fs as pafs
 
 MANIFEST = "manifest.json"
+_CHECKSUM = "checksum"
+_BLOCK_BYTES = 8 << 20
 
 
 class InputError(Exception):
@@ -27,6 +29,19 @@ def absolute(path: str) -> str:
 def join(path: str, *names: str) -> str:
     """`path` with `names` appended, for local paths and URIs alike."""
     return "/".join([path.rstrip("/"), *names])
+
+
+def inside(path: str, name: str) -> str:
+    """`path` with `name` appended, which was read from a file and must not lead out of `path`.
+
+    Raises
+    ------
+    InputError
+        If it does.
+    """
+    if "\\" in name or "\0" in name or any(part in ("", ".", "..") for part in name.split("/")):
+        raise InputError(f"{path}: names a file {name!r}, which does not lie in this directory; it was altered")
+    return join(path, name)
 
 
 def open_store(path: str) -> tuple[pafs.FileSystem, str]:
@@ -59,7 +74,17 @@ def read_bytes(path: str) -> bytes:
         return bytes(stream.read())
 
 
-def write_bytes(path: str, content: bytes) -> None:
+def sha256(path: str) -> str:
+    """64 hex digits of a file's content, read in blocks."""
+    filesystem, inner = open_store(path)
+    digest = hashlib.sha256()
+    with filesystem.open_input_stream(inner, compression=None) as stream:
+        while block := stream.read(_BLOCK_BYTES):
+            digest.update(block)
+    return digest.hexdigest()
+
+
+def write_bytes(path: str, content: bytes | pa.Buffer) -> None:
     """Write a small file so that a reader sees all of it or none (renamed into place; object stores: one put)."""
     filesystem, inner = open_store(path)
     filesystem.create_dir(os.path.dirname(inner), recursive=True)
@@ -92,6 +117,28 @@ def read_json(path: str) -> dict[str, Any]:
 def write_json(path: str, content: dict[str, Any]) -> None:
     """Write a JSON object, indented, all or nothing."""
     write_bytes(path, (json.dumps(content, indent=1, ensure_ascii=False) + "\n").encode())
+
+
+def write_sealed(path: str, content: dict[str, Any]) -> None:
+    """Write a JSON object with the fingerprint of its content, for `read_sealed`."""
+    write_json(path, content | {_CHECKSUM: fingerprint(content)})
+
+
+def read_sealed(path: str) -> dict[str, Any]:
+    """What `write_sealed` wrote.
+
+    Raises
+    ------
+    InputError
+        If the file is not there, holds no JSON object, or something else than was written.
+    """
+    content = read_json(path)
+    found = content.pop(_CHECKSUM, None)
+    if found is None:
+        raise InputError(f"{path}: has no {_CHECKSUM}; written by another version")
+    if found != (expected := fingerprint(content)):
+        raise InputError(f"{path}: was altered or is damaged ({_CHECKSUM} {found}, its content gives {expected})")
+    return content
 
 
 def remove(path: str) -> None:
@@ -151,7 +198,7 @@ def check_writable(path: str) -> None:
 
 def commit(path: str, manifest: dict[str, Any]) -> None:
     """Mark the directory `path` as whole."""
-    write_json(join(path, MANIFEST), manifest)
+    write_sealed(join(path, MANIFEST), manifest)
 
 
 def is_complete(path: str) -> bool:

@@ -44,6 +44,7 @@ RUN = "run.json"
 RUN_CONFIG = "config.yaml"
 RUN_IDENTITY = "identity.json"
 STATE = "training_state.pt"
+STATE_HASH = "training_state.sha256"  # as sha256sum writes and checks it
 
 
 @dataclass(frozen=True)
@@ -80,7 +81,7 @@ def train(config: Config, dataset_path: str) -> TrainResult:
     ray.train.TrainingFailedError
         If workers fail more than training.max_failures times.
     """
-    dataset = PreparedDataset(dataset_path)
+    dataset = PreparedDataset(dataset_path, verify=True)
     manifest = dataset.manifest
     config = with_features(config, manifest)
     name = run_name(config, manifest)
@@ -91,6 +92,7 @@ def train(config: Config, dataset_path: str) -> TrainResult:
         return finished
 
     use_gpu, cpus = workers.for_training(config.training)
+    fewest, most = config.training.min_workers, config.training.num_workers
     # The controller polls at this interval, and every report waits for it: the default of 2 s would cost 2 s an epoch.
     os.environ.setdefault("RAY_TRAIN_HEALTH_CHECK_INTERVAL_S", "0.2")
     began = time.monotonic()
@@ -109,7 +111,7 @@ def train(config: Config, dataset_path: str) -> TrainResult:
             _train_worker,
             train_loop_config={"config": config, "dataset_path": dataset_path, "reporter": reporter},
             scaling_config=ScalingConfig(
-                num_workers=config.training.num_workers,
+                num_workers=(fewest, most) if fewest else most,
                 use_gpu=use_gpu,
                 resources_per_worker={"CPU": cpus, **({"GPU": 1} if use_gpu else {})},
             ),
@@ -189,7 +191,7 @@ def _what_shapes_the_result(config: Config) -> dict[str, Any]:
         include={"data", "model", "training", "evaluation"},
         exclude={
             "data": {"data_dir", "data_file", "memory_mb"},
-            "training": {"accelerator", "cpus_per_worker", "max_failures"},
+            "training": {"accelerator", "cpus_per_worker", "max_failures", "min_workers"},
             "evaluation": set(EvaluationConfig.model_fields) - {"exclude_seen"},
         },
     )
@@ -224,7 +226,7 @@ def _open_run(config: Config, manifest: Manifest, run_path: str) -> TrainResult 
         print(f"continuing run {run_path}")
         return None
     finished = storage.read_json(storage.join(run_path, RUN)) | {"run_path": run_path}
-    paths = {key: storage.join(run_path, finished[key]) for key in ("best_checkpoint", "last_checkpoint")}
+    paths = {key: storage.inside(run_path, finished[key]) for key in ("best_checkpoint", "last_checkpoint")}
     return TrainResult(**finished | paths)
 
 
@@ -270,10 +272,9 @@ def _run_epochs(config: Config, dataset: PreparedDataset, reporter: Reporter) ->
     optimizer_state = scaler_state = None
     if checkpoint is not None:
         with checkpoint.as_directory() as directory:
-            model.load_state_dict(BERT4Rec.from_pretrained(directory).state_dict())
-            loaded = _load_state(directory)
-        optimizer_state, scaler_state = loaded.pop("optimizer"), loaded.pop("scaler")
-        state = loaded
+            weights, state = _load_checkpoint(directory)
+        model.load_state_dict(weights)
+        optimizer_state, scaler_state = state.pop("optimizer"), state.pop("scaler")
         if rank == 0:
             reporter.skip(state["epoch"])
     wrapped = prepare_model(model, parallel_strategy_kwargs={"broadcast_buffers": False})  # the tables never change
@@ -365,12 +366,28 @@ def _report(
         storage.write_bytes(storage.join(directory, CARD), card.encode())
         resume = {**state, "optimizer": optimizer.state_dict(), "scaler": scaler.state_dict()}
         torch.save(resume, os.path.join(directory, STATE))
+        digest = storage.sha256(storage.join(directory, STATE))
+        storage.write_bytes(storage.join(directory, STATE_HASH), f"{digest}  {STATE}\n".encode())
         ray.train.report(metrics, checkpoint=Checkpoint.from_directory(directory), checkpoint_dir_name=name)
 
 
-def _load_state(directory: str) -> dict[str, Any]:
+def _load_checkpoint(directory: str) -> tuple[dict[str, torch.Tensor], dict[str, Any]]:
+    """The weights, and the state to resume from.
+
+    Raises
+    ------
+    InputError
+        If it is missing, damaged or altered.
+    """
+    path = storage.join(directory, STATE)
+    try:
+        is_whole = storage.read_bytes(storage.join(directory, STATE_HASH)).decode().split()[0] == storage.sha256(path)
+    except (FileNotFoundError, UnicodeDecodeError, IndexError):
+        is_whole = False
+    if not is_whole:
+        raise InputError(f"{path}: is missing, damaged or was altered (SHA-256 in {STATE_HASH})")
     state: dict[str, Any] = torch.load(os.path.join(directory, STATE), map_location="cpu", weights_only=True)
-    return state
+    return BERT4Rec.from_pretrained(directory).state_dict(), state
 
 
 def _summary(metrics: dict[str, float], monitor: str) -> str:

@@ -53,9 +53,9 @@ def read_vectors(path: str) -> tuple[pa.Array, np.ndarray]:
 
 
 def write_table(path: str, table: pa.Table) -> None:
-    """Write a Parquet file, all or nothing."""
+    """Write a Parquet file, all or nothing, with checksums that its readers verify."""
     sink = pa.BufferOutputStream()
-    pq.write_table(table, sink)
+    pq.write_table(table, sink, write_page_checksum=True)
     storage.write_bytes(path, sink.getvalue().to_pybytes())
 
 
@@ -100,7 +100,7 @@ def _read_parquet(path: str) -> tuple[pa.Array, pa.Array, np.ndarray]:
             schema = pq.read_schema(file)
             if missing := {"item", "embedding"} - set(schema.names):
                 raise InputError(f"{path}: no column {' and '.join(sorted(missing))}; found {', '.join(schema.names)}")
-            table = pq.read_table(file, columns=["item", "embedding"])
+            table = pq.read_table(file, columns=["item", "embedding"], page_checksum_verification=True)
     except pa.ArrowInvalid as error:
         raise InputError(f"{path}: not a Parquet file, or a damaged one ({error})") from None
     ids, lists = (table[name].combine_chunks() for name in ("item", "embedding"))

@@ -1,14 +1,19 @@
 """What a job takes of the cluster, and the one way to run over all users: Ray Data over the dataset's parts."""
 
 import os
+import uuid
 from collections.abc import Callable, Iterator
 from typing import Any
 
 import pyarrow as pa
 import ray
 import ray.data
+import ray.util
 from ray.data import ActorPoolStrategy
+from ray.exceptions import RayError
+from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
+from bert4rec import storage
 from bert4rec.config import Config, TrainingConfig
 from bert4rec.dataset import Part
 from bert4rec.storage import InputError
@@ -54,6 +59,63 @@ def for_scoring(config: Config) -> tuple[bool, int]:
     return use_gpu, config.inference.num_workers or max(1, gpus if use_gpu else cpus)
 
 
+def check_shared(config: Config) -> None:
+    """See, before any work, that every node finds what another writes; on a single machine there is nothing to see.
+
+    Raises
+    ------
+    InputError
+        If a local `run.storage_path` or `data.data_dir` is not the same on all nodes, or goes with a submitted job.
+    """
+    given = {"run.storage_path": config.run.storage_path, "data.data_dir": config.data.data_dir}
+    local = {key: storage.absolute(path) for key, path in given.items() if "://" not in path}
+    root = local.get("run.storage_path")
+    is_relative = root and not os.path.isabs(os.path.expanduser(config.run.storage_path))
+    if is_relative and ray.get_runtime_context().runtime_env.get("working_dir"):
+        raise InputError(
+            f"run.storage_path={config.run.storage_path} is relative, and the folder of a submitted job is deleted "
+            "after it; set an absolute path on a disk that all nodes share, or s3:// or gs://"
+        )
+    if not local or not (look := _look_from_other_nodes()):
+        return
+    if not os.path.isdir(storage.absolute(config.data.data_dir)):
+        local.pop("data.data_dir", None)  # whoever needs it says so
+    if root:
+        storage.check_writable(root)
+        local["run.storage_path"] = storage.join(root, f".shared-{uuid.uuid4().hex}")
+        storage.write_bytes(local["run.storage_path"], b"")
+    try:
+        for answer in [each.remote(list(local.values())) for each in look]:
+            try:
+                node, missing = ray.get(answer)
+            except RayError:  # a node that went has nothing to say
+                continue
+            if wrong := next((key for key, path in local.items() if path in missing), None):
+                raise InputError(
+                    f"{wrong}={given[wrong]}: node {node} does not see what this node has there; set a path on a disk "
+                    "that all nodes share, or s3:// or gs://"
+                )
+    finally:
+        if root:
+            storage.remove(local["run.storage_path"])
+
+
+def _look_from_other_nodes() -> list[Any]:
+    """A task for each other node of the cluster; where there is none yet to work on, one for the first that comes."""
+
+    def missing(paths: list[str]) -> tuple[str, list[str]]:
+        return ray.util.get_node_ip_address(), [path for path in paths if not os.path.exists(path)]
+
+    here, alive = ray.get_runtime_context().get_node_id(), [node["NodeID"] for node in ray.nodes() if node["Alive"]]
+    if alive == [here]:
+        if any(cpu for cpu, _ in _nodes()):
+            return []
+        print("waiting for the first node of the cluster")
+        return [ray.remote(num_cpus=1)(missing)]
+    there = [NodeAffinitySchedulingStrategy(node, soft=False) for node in alive if node != here]
+    return [ray.remote(num_cpus=0)(missing).options(scheduling_strategy=strategy) for strategy in there]
+
+
 def map_parts(
     parts: list[Part], worker: Callable[..., Any], arguments: tuple[Any, ...], num_workers: int, use_gpu: bool
 ) -> Iterator[dict[str, Any]]:
@@ -70,6 +132,7 @@ def map_parts(
         The columns, as numpy arrays, of one or more parts.
     """
     rows = [part._asdict() for part in parts]
+    ray.data.DataContext.get_current().raise_original_map_exception = True  # else a worker's error loses its cause
     mapped = ray.data.from_items(rows, override_num_blocks=max(1, len(rows))).map_batches(
         _PartWorker,
         fn_constructor_args=(worker, arguments),

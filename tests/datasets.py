@@ -63,6 +63,7 @@ def write_dataset(
         notes=[],
         inputs=[InputFile(name="train_ratings.csv", size=1, sha256=storage.fingerprint([histories, catalogue]))],
         files=files,
+        sha256={name: storage.sha256(str(path / name)) for name in files},
     )
     storage.commit(str(path), manifest.model_dump())
     return str(path)

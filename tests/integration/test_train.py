@@ -1,8 +1,4 @@
 import json
-import os
-import signal
-import threading
-import time
 from pathlib import Path
 
 import numpy as np
@@ -18,6 +14,7 @@ from bert4rec.model import BERT4Rec
 from bert4rec.storage import InputError
 from bert4rec.train import train
 from tests.datasets import random_histories, write_dataset
+from tests.processes import KillOnce
 
 pytestmark = [pytest.mark.integration, pytest.mark.usefixtures("ray_session")]
 
@@ -46,23 +43,9 @@ def without_times(history):
     return [{k: v for k, v in epoch.items() if k not in ("seconds", "tokens_per_second")} for epoch in history]
 
 
-def kill_a_worker_after(checkpoint_of_epoch: int, run_path: Path) -> threading.Thread:
+def kill_a_worker_after(checkpoint_of_epoch: int, run_path: Path) -> KillOnce:
     """SIGKILL one training worker as soon as that epoch's checkpoint is there."""
-
-    def wait_and_kill():
-        while not list(run_path.glob(f"bert4rec-{checkpoint_of_epoch:02d}-*")):
-            time.sleep(0.05)
-        for process in Path("/proc").iterdir():
-            try:
-                if process.name.isdigit() and b"RayTrainWorker" in (process / "cmdline").read_bytes():
-                    os.kill(int(process.name), signal.SIGKILL)
-                    return
-            except OSError:
-                continue
-
-    thread = threading.Thread(target=wait_and_kill)
-    thread.start()
-    return thread
+    return KillOnce("RayTrainWorker", lambda: list(run_path.glob(f"bert4rec-{checkpoint_of_epoch:02d}-*")))
 
 
 def test_killed_worker_changes_nothing_and_a_rerun_finds_it_done(tmp_path, dataset_path, capsys):
@@ -71,9 +54,8 @@ def test_killed_worker_changes_nothing_and_a_rerun_finds_it_done(tmp_path, datas
 
     config = config_for(tmp_path / "b", *settings)
     name = Path(undisturbed.run_path).name  # the name follows from data and settings
-    killer = kill_a_worker_after(2, tmp_path / "b" / name)
-    disturbed = train(config, dataset_path)
-    killer.join()
+    with kill_a_worker_after(2, tmp_path / "b" / name):
+        disturbed = train(config, dataset_path)
     assert without_times(disturbed.history) == without_times(undisturbed.history)
     assert [int(epoch["epoch"]) for epoch in disturbed.history] == list(range(1, 31))
     best = max(undisturbed.history, key=lambda metrics: metrics["val_ndcg@10"])

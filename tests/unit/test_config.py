@@ -42,6 +42,7 @@ def test_overrides_win_over_the_file(tmp_path):
         ("data.batch_size=0", ["data.batch_size=0", "greater than or equal to 1"]),
         ("training.lr=fast", ["training.lr='fast'", "number"]),
         ("training.monitor_metric=val_ndcg10", ["val_ndcg10", "did you mean val_ndcg@10"]),
+        ("training.min_workers=2", ["min_workers=2", "larger than training.num_workers=1"]),
         ("data.min_interactions=1", ["min_interactions=1", "larger than data.holdout=1"]),
         ("hidden_units=64", ["'hidden_units=64'", "group.key=value"]),
         ("evaluation.protocols=[all, top-100]", ["evaluation.protocols.1='top-100'", "uniform-100"]),

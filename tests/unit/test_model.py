@@ -1,9 +1,7 @@
-import json
-
 import pytest
 import torch
 
-from bert4rec import batches
+from bert4rec import batches, storage
 from bert4rec.config import DataConfig, ModelConfig
 from bert4rec.model import BERT4Rec
 from bert4rec.storage import InputError
@@ -117,15 +115,21 @@ def test_a_damaged_model_directory_is_named(tmp_path):
     directory = tmp_path / "m"
     make_model().save_pretrained(str(directory))
     weights = (directory / "model.safetensors").read_bytes()
-    (directory / "model.safetensors").write_bytes(weights[:-100])
-    with pytest.raises(InputError, match="m: not a model directory"):
-        BERT4Rec.from_pretrained(str(directory))
+    for content in (weights[:-100], weights[:-1] + bytes([weights[-1] ^ 1])):  # truncated; one bit is another
+        (directory / "model.safetensors").write_bytes(content)
+        with pytest.raises(InputError, match=r"model\.safetensors: its content is not what was written"):
+            BERT4Rec.from_pretrained(str(directory))
     (directory / "model.safetensors").unlink()
     with pytest.raises(InputError, match=r"model\.safetensors is missing"):
         BERT4Rec.from_pretrained(str(directory))
-    content = json.loads((directory / "config.json").read_text())
+    (directory / "model.safetensors").write_bytes(weights)
+    content = storage.read_sealed(str(directory / "config.json"))
+    altered = (directory / "config.json").read_text().replace('"held_out": 0', '"held_out": 1')
+    (directory / "config.json").write_text(altered)  # still a valid model, which would be evaluated on what it has seen
+    with pytest.raises(InputError, match=r"config\.json: was altered or is damaged \(checksum"):
+        BERT4Rec.from_pretrained(str(directory))
     del content["num_items"]
-    (directory / "config.json").write_text(json.dumps(content))
+    storage.write_sealed(str(directory / "config.json"), content)
     with pytest.raises(InputError, match="num_items"):
         BERT4Rec.from_pretrained(str(directory))
     with pytest.raises(InputError, match="no such file"):

@@ -6,6 +6,8 @@ import torch
 
 from bert4rec import storage
 from bert4rec.batches import Windows, last_items
+from bert4rec.cli import checkpoint_and_output
+from bert4rec.config import load_config
 from bert4rec.dataset import PreparedDataset, Sequences
 from bert4rec.storage import InputError
 from tests.datasets import random_histories, write_dataset
@@ -19,7 +21,7 @@ def test_a_directory_is_whole_only_after_commit(tmp_path):
     assert not storage.is_complete(path)
     storage.commit(path, {"a": 1})
     assert storage.is_complete(path)
-    assert storage.read_json(f"{path}/manifest.json") == {"a": 1}
+    assert storage.read_sealed(f"{path}/manifest.json") == {"a": 1}
     storage.begin(path)
     assert os.listdir(path) == []
 
@@ -79,9 +81,47 @@ def test_a_damaged_dataset_is_refused(tmp_path):
         file.write(b"x")
     with pytest.raises(InputError, match=r"items\.parquet: has \d+ bytes, expected \d+"):
         PreparedDataset(path)
+    whole = (tmp_path / "d" / "items.parquet").read_bytes()[:-1]
+    (tmp_path / "d" / "items.parquet").write_bytes(whole)
+    PreparedDataset(path, verify=True)
+    for name in ("items.parquet", "sequences/part-00000.parquet"):
+        content = (tmp_path / "d" / name).read_bytes()
+        position = len(content) // 2
+        (tmp_path / "d" / name).write_bytes(
+            content[:position] + bytes([content[position] ^ 1]) + content[position + 1 :]
+        )
+        with pytest.raises(InputError, match=rf"{name}: its content is not what was written \(SHA-256\)"):
+            PreparedDataset(path, verify=True)
+        (tmp_path / "d" / name).write_bytes(content)
+    PreparedDataset(path, verify=True)
     (tmp_path / "d" / "items.parquet").unlink()
     with pytest.raises(InputError, match=r"items\.parquet: is missing"):
         PreparedDataset(path)
     (tmp_path / "d" / "manifest.json").unlink()
     with pytest.raises(InputError, match=r"no prepared dataset.*jobs\.prepare"):
         PreparedDataset(path)
+
+
+def test_an_altered_manifest_is_named(tmp_path):
+    path = write_dataset(tmp_path / "d", {1: [1, 2, 3]}, 3)
+    manifest = tmp_path / "d" / "manifest.json"
+    manifest.write_text(manifest.read_text().replace('"num_users": 1', '"num_users": 2'))
+    with pytest.raises(InputError, match=r"manifest\.json: was altered or is damaged"):
+        PreparedDataset(path)
+
+
+@pytest.mark.parametrize(
+    "name", ["../secret", "/etc/passwd", "sequences/../../secret", "s3://b/a", "..", "a//b", "a\\..\\b"]
+)
+def test_a_manifest_never_leads_out_of_its_folder(tmp_path, name):
+    """Even one whose checksum is right."""
+    path = write_dataset(tmp_path / "d", {1: [1, 2, 3]}, 3)
+    (tmp_path / "secret").write_text("secret")
+    manifest = storage.read_sealed(f"{path}/manifest.json")
+    storage.commit(path, manifest | {"files": manifest["files"] | {name: 6}})
+    with pytest.raises(InputError, match="does not lie in this directory"):
+        PreparedDataset(path)
+    run = tmp_path / "runs" / "r"
+    storage.write_json(str(run / "run.json"), {"best_checkpoint": name})
+    with pytest.raises(InputError, match="does not lie in this directory"):
+        checkpoint_and_output(load_config(None, [f"run.storage_path={tmp_path}/runs", "run.name=r"]))

@@ -39,6 +39,21 @@ def test_what_is_written_is_read(tmp_path, ids):
         np.testing.assert_array_equal(matrix, np.array(VECTORS, np.float32))
 
 
+def test_one_altered_bit_or_a_missing_end_is_found(tmp_path):
+    """In Parquet as this job writes it; a TSV has no checksum."""
+    path = tmp_path / "v.parquet"
+    write_table(str(path), pa.table({"item": range(500), "embedding": lists(np.random.rand(500, 8).tolist())}))
+    whole = path.read_bytes()
+    for position in np.linspace(4, len(whole) - 1200, 40).astype(int):  # the pages; the footer is behind them
+        path.write_bytes(whole[:position] + bytes([whole[position] ^ 4]) + whole[position + 1 :])
+        with pytest.raises(InputError, match=r"v\.parquet: "):
+            read_vectors(str(path))
+    for length in (0, 3, len(whole) // 2, len(whole) - 1):
+        path.write_bytes(whole[:length])
+        with pytest.raises(InputError, match=r"v\.parquet: "):
+            read_vectors(str(path))
+
+
 def test_the_established_format_byte_by_byte(tmp_path):
     write_tsv(str(tmp_path / "v.tsv"), pa.array([1, 20]), lists([[0.5, -1.25], [1e-9, 3]]))
     assert (tmp_path / "v.tsv").read_text() == "item\ttitle\n1\t0.5 -1.25\n20\t1e-9 3\n"
