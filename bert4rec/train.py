@@ -9,6 +9,7 @@ import json
 import os
 import tempfile
 import time
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
@@ -20,7 +21,7 @@ import ray.train
 import torch
 import torch.distributed
 import yaml
-from ray.train import Checkpoint, CheckpointConfig, FailureConfig, ScalingConfig
+from ray.train import Checkpoint, CheckpointConfig, FailureConfig, ScalingConfig, UserCallback
 from ray.train.torch import TorchConfig, TorchTrainer, prepare_model
 
 from bert4rec import storage, workers
@@ -60,12 +61,24 @@ class TrainResult:
 def run_name(config: Config, manifest: Manifest) -> str:
     """run.name, or a name that is the same for the same data and settings, and another for others."""
     return config.run.name or (
-        f"{config.data_name}-{storage.fingerprint([manifest.fingerprint, _what_shapes_the_result(config)])[:8]}"
+        f"{config.data_name}-{storage.fingerprint([manifest.fingerprint, what_shapes_the_result(config)])[:8]}"
     )
 
 
-def train(config: Config, dataset_path: str) -> TrainResult:
+def train(
+    config: Config,
+    dataset_path: str,
+    callbacks: Sequence[UserCallback] = (),
+    sequences: ray.ObjectRef | None = None,
+) -> TrainResult:
     """Train to the end, going on from the last checkpoint of a run of the same name, if there is one.
+
+    Parameters
+    ----------
+    callbacks : sequence of UserCallback
+        Told of each report, in Ray Train's controller.
+    sequences : ObjectRef
+        The dataset's `Sequences`, where they were read already for several trainings.
 
     Raises
     ------
@@ -93,7 +106,12 @@ def train(config: Config, dataset_path: str) -> TrainResult:
     with Progress("training", config.training.num_epochs, "epochs", log.record) as reporter:
         trainer = TorchTrainer(
             _train_worker,
-            train_loop_config={"config": config, "dataset_path": dataset_path, "reporter": reporter},
+            train_loop_config={
+                "config": config,
+                "dataset_path": dataset_path,
+                "reporter": reporter,
+                "sequences": sequences,
+            },
             scaling_config=ScalingConfig(
                 num_workers=config.training.num_workers,
                 use_gpu=use_gpu,
@@ -106,6 +124,7 @@ def train(config: Config, dataset_path: str) -> TrainResult:
                 # How long threads spin while they wait for each other: by default so long that a step takes 7 times
                 # as long where others use the cores too; not at all, and it takes up to a third longer on idle ones.
                 worker_runtime_env={"env_vars": {"GOMP_SPINCOUNT": "10000"}},
+                callbacks=list(callbacks),
                 failure_config=FailureConfig(max_failures=config.training.max_failures),
                 checkpoint_config=CheckpointConfig(
                     num_to_keep=1,  # the best; Ray keeps the last one besides
@@ -166,7 +185,18 @@ def checkpoint_name(metrics: dict[str, float], monitor: str) -> str:
     return f"bert4rec-{int(metrics['epoch']):02d}-{metrics[monitor]:.4f}"
 
 
-def _what_shapes_the_result(config: Config) -> dict[str, Any]:
+def kept_metrics(run_path: str) -> list[dict[str, float]]:
+    """Metrics of the epochs whose checkpoints a run, finished or not, has kept: the best and the last."""
+    snapshot = storage.join(run_path, "checkpoint_manager_snapshot.json")  # Ray Train's own record, what it resumes by
+    if not storage.exists(snapshot):
+        return []
+    kept = [{**result["metrics"]} for result in storage.read_json(snapshot)["checkpoint_results"]]
+    for metrics in kept:
+        metrics.pop("improvement", None)
+    return kept
+
+
+def what_shapes_the_result(config: Config) -> dict[str, Any]:
     """The settings that change the trained model, by key; where the data lie and the hardware do not."""
     keys = config.model_dump(
         include={"data", "model", "training", "evaluation"},
@@ -185,7 +215,7 @@ def _what_shapes_the_result(config: Config) -> dict[str, Any]:
 def _open_run(config: Config, manifest: Manifest, run_path: str) -> TrainResult | None:
     """The result of a run that is finished; refuses one of other settings or data, marks a new one."""
     identity_path = storage.join(run_path, RUN_IDENTITY)
-    wanted = json.loads(json.dumps({"dataset": manifest.fingerprint, **_what_shapes_the_result(config)}))
+    wanted = json.loads(json.dumps({"dataset": manifest.fingerprint, **what_shapes_the_result(config)}))
     if not storage.exists(identity_path):
         storage.check_writable(run_path)
         settings = yaml.safe_dump(config.model_dump(mode="json"), sort_keys=False)
@@ -214,12 +244,17 @@ def _open_run(config: Config, manifest: Manifest, run_path: str) -> TrainResult 
 def _train_worker(loop: dict[str, Any]) -> list[dict[str, float]] | str:
     """What each worker runs: the history, or the user's problem, which is not raised so that Ray does not try again."""
     try:
-        return _run_epochs(loop["config"], PreparedDataset(loop["dataset_path"]), loop["reporter"])
+        config, dataset = loop["config"], PreparedDataset(loop["dataset_path"])
+        shared = loop["sequences"]
+        sequences = dataset.sequences(config.data.memory_mb) if shared is None else ray.get(shared)
+        return _run_epochs(config, dataset, Windows.from_sequences(sequences), loop["reporter"])
     except InputError as error:
         return str(error)
 
 
-def _run_epochs(config: Config, dataset: PreparedDataset, reporter: Reporter) -> list[dict[str, float]]:
+def _run_epochs(
+    config: Config, dataset: PreparedDataset, sequences: Windows, reporter: Reporter
+) -> list[dict[str, float]]:
     training, context = config.training, ray.train.get_context()
     rank, device = context.get_world_rank(), ray.train.torch.get_device()
     torch.manual_seed(config.data.seed)
@@ -227,7 +262,6 @@ def _run_epochs(config: Config, dataset: PreparedDataset, reporter: Reporter) ->
     metadata = _metadata(config, dataset)
     model = BERT4Rec(config.model, manifest.num_items, manifest.catalogue, metadata, manifest.num_new_items)
     model.held_out = 0 if config.data.use_full_data else config.data.holdout
-    sequences = Windows.from_sequences(dataset.sequences(config.data.memory_mb))
     windows = training_windows(sequences, config.data)
     if len(windows) == 0:
         raise InputError(

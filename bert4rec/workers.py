@@ -8,6 +8,7 @@ import pyarrow as pa
 import ray
 import ray.data
 from ray.data import ActorPoolStrategy
+from ray.exceptions import RayError
 
 from bert4rec.config import Config, TrainingConfig
 from bert4rec.dataset import Part
@@ -36,6 +37,32 @@ def for_training(training: TrainingConfig) -> tuple[bool, int]:
         each = f"{training.cpus_per_worker or 1} CPU cores" + (" and a GPU" if use_gpu else "")
         _cannot_start(f"training.num_workers={training.num_workers} workers of {each} each")
     return use_gpu, fitting or training.cpus_per_worker or 1
+
+
+def most_at_once(training: TrainingConfig) -> int:
+    """How many training workers, of training.cpus_per_worker cores or one, the cluster holds as it is now.
+
+    Raises
+    ------
+    InputError
+        If the workers of one training do not fit on this machine.
+    """
+    use_gpu, _ = for_training(training)
+    cores = training.cpus_per_worker or 1
+    return sum(min(cpu // cores, gpu) if use_gpu else cpu // cores for cpu, gpu in _nodes())
+
+
+def root_cause(error: BaseException) -> BaseException:
+    """What a worker raised, out of Ray's layers around it."""
+    failures = getattr(error, "worker_failures", None)
+    inner = next(iter(failures.values())) if failures else getattr(error, "cause", None) or error.__cause__
+    return root_cause(inner) if isinstance(inner, BaseException) and inner is not error else error
+
+
+def first_line(error: BaseException) -> str:
+    """An error as one line."""
+    lines = [line for line in str(error).strip().splitlines() if line.strip()]
+    return f"{type(error).__name__}: {lines[-1 if isinstance(error, RayError) else 0]}" if lines else repr(error)
 
 
 def for_scoring(config: Config) -> tuple[bool, int]:
