@@ -305,7 +305,7 @@ class _Search(Searcher):  # type: ignore[misc]
         """The sweep saves itself."""
 
     def restore(self, checkpoint_path: str) -> None:
-        """And is not restored by Ray Tune."""
+        """Ray Tune restores nothing of ours."""
 
 
 class _Watch(ray_tune.Stopper, ray_tune.Callback):  # type: ignore[misc]
