@@ -5,8 +5,8 @@
     <storage_path>/<sweep>/best_config.yaml, trials.csv, trials.parquet, plots.html, hparams/, refit/
     <storage_path>/<sweep>/sweep.json        the result, written last
 
-Ray's own record of an experiment lies under ray_tune/ and is not read again: it knows neither the scheduler's
-comparisons nor the trials of its last seconds. A trial is on record here before it begins, and each of its epochs as
+Ray's own record of an experiment lies under ray_tune/ as long as it runs and is not read again: it knows neither the
+scheduler's comparisons nor the trials of its last seconds. A trial is on record here before it begins, and each of its epochs as
 soon as it is heard of, so that a sweep killed at any time goes on as if it had not been.
 """
 
@@ -348,7 +348,9 @@ def _run_trials(sweep: _Sweep, dataset: PreparedDataset) -> None:
     }
     experiment = storage.join(sweep.path, "ray_tune")
     storage.remove(experiment)
-    os.environ |= {"TUNE_DISABLE_AUTO_CALLBACK_LOGGERS": "1", "TUNE_DISABLE_SIGINT_HANDLER": "1"}
+    # No files of Ray Tune's loggers, no table of its own, and Ctrl+C ends the sweep as it ends any job.
+    os.environ |= {f"TUNE_DISABLE_{name}": "1" for name in ("AUTO_CALLBACK_LOGGERS", "SIGINT_HANDLER")}
+    os.environ["RAY_AIR_NEW_OUTPUT"] = "0"
     logging.getLogger("ray.tune").setLevel(logging.ERROR)
     watch = _Watch(sweep)
     # The trial's own process holds no CPU core: its workers could wait for it for ever.
@@ -368,6 +370,7 @@ def _run_trials(sweep: _Sweep, dataset: PreparedDataset) -> None:
         ),
     )
     tuner.fit()
+    storage.remove(experiment)
     if sys.stdout.isatty():
         print()
     if sweep.is_exhausted:
