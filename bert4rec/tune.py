@@ -6,8 +6,8 @@
     <storage_path>/<sweep>/sweep.json        the result, written last
 
 Ray's own record of an experiment lies under ray_tune/ as long as it runs and is not read again: it knows neither the
-scheduler's comparisons nor the trials of its last seconds. A trial is on record here before it begins, and each of its epochs as
-soon as it is heard of, so that a sweep killed at any time goes on as if it had not been.
+scheduler's comparisons nor the trials of its last seconds. A trial is on record here before it begins, and each of its
+epochs as soon as it is heard of, so that a sweep killed at any time goes on as if it had not been.
 """
 
 import json

@@ -14,6 +14,7 @@ import yaml
 from bert4rec.config import load_config
 from bert4rec.model import BERT4Rec
 from bert4rec.storage import InputError
+from bert4rec.train import train
 from bert4rec.tune import tune
 from tests.datasets import random_histories, write_dataset
 
@@ -42,11 +43,11 @@ def test_a_killed_sweep_goes_on_to_a_config_that_train_takes(tmp_path):
     settings = {
         "data": {"data_dir": f"{tmp_path}/films", "batch_size": 16},
         "model": {"hidden_units": 8, "num_heads": 2, "max_len": 8},
-        "training": {"num_epochs": 30, "early_stopping": False},
+        "training": {"num_epochs": 40, "early_stopping": False},
         "tune": {
-            "num_trials": 5,
+            "num_trials": 3,
             "grace_epochs": 3,
-            "space": {"training.lr": {"choice": [1e-3, 1e-2, 1e-7, 1e30]}, "model.num_layers": {"choice": [1, 2]}},
+            "space": {"training.lr": {"choice": [1e-3, 1e30]}, "model.num_layers": {"choice": [1, 2]}},
         },
         "run": {"storage_path": f"{tmp_path}/runs", "name": "sweep"},
     }
@@ -62,44 +63,31 @@ def test_a_killed_sweep_goes_on_to_a_config_that_train_takes(tmp_path):
     before = trials_of(sweep)
     ended = [trial for trial in before if trial["status"] in ("finished", "stopped", "failed")]
     assert ended
-    assert len(ended) < 5
+    assert len(ended) < 3
 
     again = subprocess.run(command("tune", *arguments), cwd=ROOT, env=without_ray(), capture_output=True, text=True)
     assert again.returncode == 0, again.stderr
     assert again.stderr == ""
     assert f"{len(ended)} have ended, {len(before) - len(ended)} go on" in again.stdout
     after = trials_of(sweep)
-    assert len(after) == 5
+    assert len(after) == 3
     for trial in ended:
         assert after[trial["number"]] == trial
     for trial in before:
         assert after[trial["number"]]["values"] == trial["values"]
     epochs = [[metrics["epoch"] for metrics in trial["history"]] for trial in after if trial["status"] == "finished"]
     assert epochs
-    assert all(found == list(range(1, 31)) for found in epochs)
+    assert all(found == list(range(1, 41)) for found in epochs)
     failed = [trial for trial in after if trial["status"] == "failed"]
     assert failed
     assert all(trial["values"]["training.lr"] == 1e30 for trial in failed)
     assert "training diverged: the loss of epoch 1 is nan at learning rate 1e+30" in again.stdout
-    assert pd.read_csv(sweep / "trials.csv")["trial"].tolist() == [0, 1, 2, 3, 4]
+    assert pd.read_csv(sweep / "trials.csv")["trial"].tolist() == [0, 1, 2]
 
     best = json.loads((sweep / "sweep.json").read_text())
     scores = [max(m[NDCG] for m in trial["history"]) for trial in after if trial["status"] != "failed"]
     assert best["best_metrics"][NDCG] == max(scores)
     assert BERT4Rec.from_pretrained(f"{sweep}/{best['best_checkpoint']}").held_out == 1
-    trained = subprocess.run(
-        command("train", "--config", f"{sweep}/best_config.yaml", "run.name=again"),
-        cwd=ROOT,
-        env=without_ray(),
-        capture_output=True,
-        text=True,
-    )
-    assert trained.returncode == 0, trained.stderr
-    history = json.loads((tmp_path / "runs" / "again" / "run.json").read_text())["history"]
-    known = after[best["best_trial"]]["history"]
-    assert [metrics["epoch"] for metrics in history] == list(range(1, 31))
-    for metrics, others in zip(known, history, strict=False):
-        assert metrics[NDCG] == pytest.approx(others[NDCG], abs=1e-6)
 
 
 def test_trials_of_two_workers_on_two_cores_and_a_refit(ray_session, tmp_path, capsys):
@@ -126,7 +114,10 @@ def test_trials_of_two_workers_on_two_cores_and_a_refit(ray_session, tmp_path, c
     assert Path(result.best_checkpoint).name == f"bert4rec-{int(found['epoch']):02d}-{best:.4f}"
     assert len(result.refit.history) == found["epoch"]
     assert BERT4Rec.from_pretrained(result.refit.last_checkpoint).held_out == 0
-    with pytest.raises(InputError, match=r"tune\.reduction_factor was 3\.0, is 2\.0.*run\.name"):
+    # the same settings learn the same: what was best can be trained again
+    again = train(load_config(result.best_config, ["run.name=again"]), path)
+    assert [metrics[NDCG] for metrics in again.history] == [metrics[NDCG] for metrics in result.best.history]
+    with pytest.raises(InputError, match=r"tune\.reduction_factor was 3.*, is 2\.0.*run\.name"):
         tune(
             load_config(None, [*overrides, "tune.reduction_factor=2", f"run.name={Path(result.sweep_path).name}"]), path
         )
