@@ -313,11 +313,15 @@ class _Watch(ray_tune.Stopper, ray_tune.Callback):  # type: ignore[misc]
 
     def __init__(self, sweep: _Sweep) -> None:
         self._sweep = sweep
+        self._last_release = time.monotonic()
 
     def __call__(self, trial_id: str, result: dict[str, Any]) -> bool:
         return self._sweep.hear(trial_id, result)
 
     def stop_all(self) -> bool:
+        if time.monotonic() - self._last_release > 1:
+            workers.release_abandoned()
+            self._last_release = time.monotonic()
         return self._sweep.is_over()
 
     def on_trial_error(self, iteration: int, trials: list[Any], trial: Any, **info: Any) -> None:  # noqa: ANN401

@@ -7,8 +7,11 @@ from typing import Any
 import pyarrow as pa
 import ray
 import ray.data
+from ray._raylet import PlacementGroupID
+from ray.core.generated.gcs_pb2 import PlacementGroupTableData
 from ray.data import ActorPoolStrategy
 from ray.exceptions import RayError
+from ray.util.placement_group import PlacementGroup, remove_placement_group
 
 from bert4rec.config import Config, TrainingConfig
 from bert4rec.dataset import Part
@@ -50,6 +53,20 @@ def most_at_once(training: TrainingConfig) -> int:
     use_gpu, _ = for_training(training)
     cores = training.cpus_per_worker or 1
     return sum(min(cpu // cores, gpu) if use_gpu else cpu // cores for cpu, gpu in _nodes())
+
+
+def release_abandoned() -> None:
+    """Free the places of trainings that were ended from outside, as a scheduler ends trials.
+
+    Ray Train leaves that to a helper process, which asks the dashboard, and gives up where there is none, or where it
+    finds several Rays on the machine; the next training would wait for ever.
+    """
+    job = ray.get_runtime_context().get_job_id()
+    for serialized in ray._private.state.state._connect_and_get_accessor().get_placement_group_table():
+        group = PlacementGroupTableData.FromString(serialized)
+        is_ours = group.creator_job_id.hex() == job and group.creator_actor_dead
+        if is_ours and group.state != PlacementGroupTableData.REMOVED:
+            remove_placement_group(PlacementGroup(PlacementGroupID(group.placement_group_id)))
 
 
 def root_cause(error: BaseException) -> BaseException:
