@@ -326,8 +326,9 @@ class _Watch(ray_tune.Stopper, ray_tune.Callback):  # type: ignore[misc]
 
     def on_trial_error(self, iteration: int, trials: list[Any], trial: Any, **info: Any) -> None:  # noqa: ANN401
         """Where not the training failed, but the process that began it."""
-        lines = [line for line in (trial.get_error() or "").strip().splitlines() if line.strip()]
-        self._sweep.end(trial.trial_id, "crashed", lines[-1].strip() if lines else "its process died")
+        error = trial.get_pickled_error()
+        reason = workers.first_line(workers.root_cause(error)) if error else "its process died"
+        self._sweep.end(trial.trial_id, "crashed", reason)
 
 
 def _run_trials(sweep: _Sweep, dataset: PreparedDataset) -> None:
@@ -355,7 +356,7 @@ def _run_trials(sweep: _Sweep, dataset: PreparedDataset) -> None:
     # No files of Ray Tune's loggers, no table of its own, and Ctrl+C ends the sweep as it ends any job.
     os.environ |= {f"TUNE_DISABLE_{name}": "1" for name in ("AUTO_CALLBACK_LOGGERS", "SIGINT_HANDLER")}
     os.environ["RAY_AIR_NEW_OUTPUT"] = "0"
-    logging.getLogger("ray.tune").setLevel(logging.ERROR)
+    logging.getLogger("ray.tune").setLevel(logging.CRITICAL)  # why a trial failed is told here
     watch = _Watch(sweep)
     # The trial's own process holds no CPU core: its workers could wait for it for ever.
     trainable = ray_tune.with_resources(ray_tune.with_parameters(_run_trial, shared=shared), {"memory": 1})

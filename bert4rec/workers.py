@@ -7,7 +7,7 @@ from typing import Any
 import pyarrow as pa
 import ray
 import ray.data
-from ray._raylet import PlacementGroupID
+from ray._raylet import ActorID, PlacementGroupID
 from ray.core.generated.gcs_pb2 import PlacementGroupTableData
 from ray.data import ActorPoolStrategy
 from ray.exceptions import RayError
@@ -64,8 +64,9 @@ def release_abandoned() -> None:
     job = ray.get_runtime_context().get_job_id()
     for serialized in ray._private.state.state._connect_and_get_accessor().get_placement_group_table():
         group = PlacementGroupTableData.FromString(serialized)
-        is_ours = group.creator_job_id.hex() == job and group.creator_actor_dead
-        if is_ours and group.state != PlacementGroupTableData.REMOVED:
+        is_actors = not ActorID(group.creator_actor_id).is_nil()  # Ray Train's; Ray Tune's own are the driver's
+        is_abandoned = group.creator_job_id.hex() == job and is_actors and group.creator_actor_dead
+        if is_abandoned and group.state != PlacementGroupTableData.REMOVED:
             remove_placement_group(PlacementGroup(PlacementGroupID(group.placement_group_id)))
 
 
