@@ -14,6 +14,7 @@ from pathlib import Path
 os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
 os.environ.setdefault("RAY_DATA_DISABLE_PROGRESS_BARS", "1")  # ours report instead
 os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")  # a warning that concerns no user of ours
+os.environ.setdefault("RAY_DEDUP_LOGS_SKIP_REGEX", "worker processes have been started")  # so sweeps are meant
 
 import pyarrow as pa
 import pyarrow.fs as pafs
@@ -25,7 +26,7 @@ from bert4rec import reference, storage
 from bert4rec.config import Config, load_config
 from bert4rec.storage import InputError
 from bert4rec.train import RUN
-from bert4rec.workers import check_shared
+from bert4rec.workers import check_shared, first_line, root_cause
 
 DEFAULT_CONFIG = Path(__file__).parent.parent / "configs" / "ml-100k.yaml"
 
@@ -48,12 +49,12 @@ def run_job(
     except InputError as error:
         sys.exit(_fail(str(error), 2))
     except (RayError, TrainingFailedError, OSError, pa.ArrowException, csv.Error) as error:
-        cause = _root_cause(error)
+        cause = root_cause(error)
         if isinstance(cause, InputError):
             sys.exit(_fail(str(cause), 2))
         if arguments.verbose:
             raise
-        sys.exit(_fail(f"{_first_line(cause)} (--verbose shows all)", 1))
+        sys.exit(_fail(f"{first_line(cause)} (--verbose shows all)", 1))
     except KeyboardInterrupt:
         sys.exit(_fail("interrupted; the same command goes on from here", 130))
 
@@ -153,18 +154,6 @@ def _keep_native_messages_off_the_terminal() -> None:
     sys.stderr = os.fdopen(os.dup(2), "w", buffering=1)
     with open(os.devnull, "w") as nowhere:
         os.dup2(nowhere.fileno(), 2)
-
-
-def _root_cause(error: BaseException) -> BaseException:
-    """What a worker raised, out of Ray's layers around it."""
-    failures = getattr(error, "worker_failures", None)
-    inner = next(iter(failures.values())) if failures else getattr(error, "cause", None) or error.__cause__
-    return _root_cause(inner) if isinstance(inner, BaseException) and inner is not error else error
-
-
-def _first_line(error: BaseException) -> str:
-    lines = [line for line in str(error).strip().splitlines() if line.strip()]
-    return f"{type(error).__name__}: {lines[-1 if isinstance(error, RayError) else 0]}" if lines else repr(error)
 
 
 def _fail(message: str, code: int) -> int:

@@ -271,12 +271,41 @@ class EmbeddingConfig(_Group):
     """Keep the previous file as .bak."""
 
 
+class TuneConfig(_Group):
+    """The search of `jobs.tune`."""
+
+    space: dict[str, Any] | None = None
+    """What is drawn, by config key, such as {model.hidden_units: {choice: [64, 128]}, training.lr: {loguniform: [1e-4,
+    1e-2]}}; also uniform, int (both ends included), a plain value; default and conditions: docs/tune.md."""
+    search: Literal["random", "tpe"] = "random"
+    """Independent draws, or Optuna's tree-structured Parzen estimator, which learns from the trials before."""
+    scheduler: Literal["asha", "none"] = "asha"
+    """asha stops a trial whose best monitor_metric so far is not among the first 1/reduction_factor of those that got
+    as far; none lets all run to the end."""
+    num_trials: int = Field(16, ge=1)
+    """Trials of the whole sweep; more than before continues a finished sweep."""
+    include_config: bool = True
+    """The first trial takes the config's own values, so that the search has something to beat."""
+    max_concurrent_trials: int | None = Field(None, ge=1)
+    """Trials at once, training.num_workers workers each; default: as many as the cluster has CPU cores (GPUs) for."""
+    time_budget_minutes: float | None = Field(None, gt=0)
+    """Minutes after which no trial goes on; the same command continues with as many again."""
+    grace_epochs: int = Field(5, ge=1)
+    """Epochs that asha gives every trial."""
+    reduction_factor: float = Field(3, gt=1)
+    """asha compares after grace_epochs, and each time that a trial has trained this many times as long."""
+    max_failed_trials: int = Field(3, ge=0)
+    """More failed trials than this end the sweep."""
+    refit: bool = False
+    """Train the best settings on the full data (data.use_full_data) for as many epochs as the best trial's best."""
+
+
 class RunConfig(_Group):
     """Where runs live."""
 
     name: str | None = Field(None, pattern=r"^[\w.-]+$")
-    """Directory of the run in storage_path; default: named after the data and the config, so that the same command
-    continues, and finishes, the same run."""
+    """Directory of the run, or sweep, in storage_path; default: named after the data and the config, so that the same
+    command continues, and finishes, the same run."""
     storage_path: str = "runs"
     """Root of prepared datasets and runs: local, or a URI that all nodes reach."""
     mlflow_uri: str | None = None
@@ -294,6 +323,7 @@ class Config(_Group):
     embedding: EmbeddingConfig = EmbeddingConfig()
     inference: InferenceConfig = InferenceConfig()
     export: ExportConfig = ExportConfig()
+    tune: TuneConfig = TuneConfig()
     run: RunConfig = RunConfig()
 
     @model_validator(mode="after")
@@ -372,7 +402,7 @@ def load_config(path: str | None = None, overrides: list[str] | None = None) -> 
                 f"{override!r} is no override; expected group.key=value, such as model.hidden_units=64{_nearest(key)}"
             )
         section = content.setdefault(group, {})
-        section[name] = _parse_value(value)
+        section[name] = parse_value(value)
     try:
         return Config.model_validate(content)
     except ValidationError as error:
@@ -394,13 +424,14 @@ def _read_yaml(path: str) -> dict[str, Any]:
     return content
 
 
-def _parse_value(text: str) -> Any:  # noqa: ANN401 - any YAML scalar or list
+def parse_value(text: str) -> Any:  # noqa: ANN401 - any YAML scalar or list
+    """The value that YAML reads in `text`; numbers such as 1e-3, which YAML 1.1 takes for text, are numbers."""
     try:
         value = yaml.safe_load(text)
     except yaml.YAMLError:
         return text
     if isinstance(value, str):
-        try:  # YAML 1.1 reads 1e-3 as a string
+        try:
             return float(value)
         except ValueError:
             return text
@@ -412,7 +443,7 @@ def _explain(error: ValidationError, path: str | None) -> str:
     for problem in error.errors():
         key = ".".join(str(part) for part in problem["loc"])
         if problem["type"] == "extra_forbidden":
-            lines.append(f"config key {key} does not exist{_nearest(key)}")
+            lines.append(f"config key {key} does not exist{nearest_key(key)}")
         elif problem["type"] == "value_error":  # our own messages name their keys
             lines.append(str(problem["ctx"]["error"]))
         else:
@@ -420,7 +451,8 @@ def _explain(error: ValidationError, path: str | None) -> str:
     return (f"{path}: " if path else "") + "; ".join(lines)
 
 
-def _nearest(key: str) -> str:
+def nearest_key(key: str) -> str:
+    """A hint at the config key that `key` was perhaps meant to be, or nothing."""
     known = [f"{group}.{name}" for group, field in Config.model_fields.items() for name in _keys(field.annotation)]
     close = difflib.get_close_matches(key, [*known, *Config.model_fields], n=1, cutoff=0.5)
     return f" (did you mean {close[0]}?)" if close else ""

@@ -38,6 +38,10 @@ class TensorBoardLog:
                 settings[f"{group}.{name}"] = value if isinstance(value, bool | int | float | str) else str(value)
         settings |= {f"num_{name}": getattr(manifest, f"num_{name}") for name in ("users", "items", "interactions")}
         settings |= {f"num_{name}": len(getattr(manifest, name)) for name in ("genres", "directors", "writers")}
+        self.close_with(settings, best_metrics)
+
+    def close_with(self, settings: dict[str, bool | str | float | int], best_metrics: dict[str, float]) -> None:
+        """These settings with the best epoch's metrics, and the end."""
         metrics = {f"best/{name}": value for name, value in best_metrics.items()}
         self._writer.add_hparams(settings, metrics, run_name=".")
         self._writer.close()

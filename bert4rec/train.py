@@ -10,6 +10,7 @@ import json
 import os
 import tempfile
 import time
+from collections.abc import Sequence
 from contextlib import ExitStack
 from dataclasses import asdict, dataclass
 from typing import Any
@@ -22,14 +23,14 @@ import ray.train
 import torch
 import torch.distributed
 import yaml
-from ray.train import Checkpoint, CheckpointConfig, FailureConfig, ScalingConfig
+from ray.train import Checkpoint, CheckpointConfig, FailureConfig, ScalingConfig, UserCallback
 from ray.train.torch import TorchConfig, TorchTrainer, prepare_model
 
 from bert4rec import storage, workers
 from bert4rec.batches import Windows, held_out_users, training_windows
 from bert4rec.card import CARD, model_card
 from bert4rec.config import Config, EvaluationConfig
-from bert4rec.dataset import ITEMS, Manifest, PreparedDataset
+from bert4rec.dataset import ITEMS, Manifest, PreparedDataset, Sequences
 from bert4rec.functions import make_loss
 from bert4rec.items import Metadata
 from bert4rec.loop import make_optimizer, train_epoch, validate
@@ -66,12 +67,24 @@ class TrainResult:
 def run_name(config: Config, manifest: Manifest) -> str:
     """run.name, or a name that is the same for the same data and settings, and another for others."""
     return config.run.name or (
-        f"{config.data_name}-{storage.fingerprint([manifest.fingerprint, _what_shapes_the_result(config)])[:8]}"
+        f"{config.data_name}-{storage.fingerprint([manifest.fingerprint, what_shapes_the_result(config)])[:8]}"
     )
 
 
-def train(config: Config, dataset_path: str) -> TrainResult:
+def train(
+    config: Config,
+    dataset_path: str,
+    callbacks: Sequence[UserCallback] = (),
+    sequences: ray.ObjectRef | None = None,
+) -> TrainResult:
     """Train to the end, going on from the last checkpoint of a run of the same name, if there is one.
+
+    Parameters
+    ----------
+    callbacks : sequence of UserCallback
+        Told of each report, in Ray Train's controller.
+    sequences : ObjectRef
+        The dataset's `Sequences`, where they were read already for several trainings.
 
     Raises
     ------
@@ -109,7 +122,12 @@ def train(config: Config, dataset_path: str) -> TrainResult:
             unless_trained.callback(mlflow.close, None)
         trainer = TorchTrainer(
             _train_worker,
-            train_loop_config={"config": config, "dataset_path": dataset_path, "reporter": reporter},
+            train_loop_config={
+                "config": config,
+                "dataset_path": dataset_path,
+                "reporter": reporter,
+                "sequences": sequences,
+            },
             scaling_config=ScalingConfig(
                 num_workers=(fewest, most) if fewest else most,
                 use_gpu=use_gpu,
@@ -122,6 +140,7 @@ def train(config: Config, dataset_path: str) -> TrainResult:
                 # How long threads spin while they wait for each other: by default so long that a step takes 7 times
                 # as long where others use the cores too; not at all, and it takes up to a third longer on idle ones.
                 worker_runtime_env={"env_vars": {"GOMP_SPINCOUNT": "10000"}},
+                callbacks=list(callbacks),
                 failure_config=FailureConfig(max_failures=config.training.max_failures),
                 checkpoint_config=CheckpointConfig(
                     num_to_keep=1,  # the best; Ray keeps the last one besides
@@ -185,7 +204,18 @@ def checkpoint_name(metrics: dict[str, float], monitor: str) -> str:
     return f"bert4rec-{int(metrics['epoch']):02d}-{metrics[monitor]:.4f}"
 
 
-def _what_shapes_the_result(config: Config) -> dict[str, Any]:
+def kept_metrics(run_path: str) -> list[dict[str, float]]:
+    """Metrics of the epochs whose checkpoints a run, finished or not, has kept: the best and the last."""
+    snapshot = storage.join(run_path, "checkpoint_manager_snapshot.json")  # Ray Train's own record, what it resumes by
+    if not storage.exists(snapshot):
+        return []
+    kept = [{**result["metrics"]} for result in storage.read_json(snapshot)["checkpoint_results"]]
+    for metrics in kept:
+        metrics.pop("improvement", None)
+    return kept
+
+
+def what_shapes_the_result(config: Config) -> dict[str, Any]:
     """The settings that change the trained model, by key; where the data lie and the hardware do not."""
     keys = config.model_dump(
         include={"data", "model", "training", "evaluation"},
@@ -204,7 +234,7 @@ def _what_shapes_the_result(config: Config) -> dict[str, Any]:
 def _open_run(config: Config, manifest: Manifest, run_path: str) -> TrainResult | None:
     """The result of a run that is finished; refuses one of other settings or data, marks a new one."""
     identity_path = storage.join(run_path, RUN_IDENTITY)
-    wanted = json.loads(json.dumps({"dataset": manifest.fingerprint, **_what_shapes_the_result(config)}))
+    wanted = json.loads(json.dumps({"dataset": manifest.fingerprint, **what_shapes_the_result(config)}))
     if not storage.exists(identity_path):
         storage.check_writable(run_path)
         settings = yaml.safe_dump(config.model_dump(mode="json"), sort_keys=False)
@@ -233,12 +263,17 @@ def _open_run(config: Config, manifest: Manifest, run_path: str) -> TrainResult 
 def _train_worker(loop: dict[str, Any]) -> list[dict[str, float]] | str:
     """What each worker runs: the history, or the user's problem, which is not raised so that Ray does not try again."""
     try:
-        return _run_epochs(loop["config"], PreparedDataset(loop["dataset_path"]), loop["reporter"])
+        config, dataset = loop["config"], PreparedDataset(loop["dataset_path"])
+        shared = loop["sequences"]
+        sequences = dataset.sequences(config.data.memory_mb) if shared is None else ray.get(shared)
+        return _run_epochs(config, dataset, sequences, loop["reporter"])
     except InputError as error:
         return str(error)
 
 
-def _run_epochs(config: Config, dataset: PreparedDataset, reporter: Reporter) -> list[dict[str, float]]:
+def _run_epochs(
+    config: Config, dataset: PreparedDataset, read: Sequences, reporter: Reporter
+) -> list[dict[str, float]]:
     training, context = config.training, ray.train.get_context()
     rank, device = context.get_world_rank(), ray.train.torch.get_device()
     torch.manual_seed(config.data.seed)
@@ -249,7 +284,6 @@ def _run_epochs(config: Config, dataset: PreparedDataset, reporter: Reporter) ->
         model.trained_before = manifest.cutoffs["validation"]
     else:
         model.held_out = 0 if config.data.use_full_data else config.data.holdout
-    read = dataset.sequences(config.data.memory_mb)
     sequences = Windows.from_sequences(read)
     windows = training_windows(sequences, config.data, read.before)
     if len(windows) == 0:
@@ -264,8 +298,11 @@ def _run_epochs(config: Config, dataset: PreparedDataset, reporter: Reporter) ->
             "nothing to validate on"
         )
 
-    counts = torch.bincount(windows.flat()[1], minlength=model.num_items + 1)[1 : model.num_items + 1].float()
-    model.loss = make_loss(training, counts[: model.num_items - model.num_new_items])
+    counts = None
+    if training.negative_sampling == "popularity":
+        known = model.num_items - model.num_new_items
+        counts = torch.bincount(windows.flat()[1], minlength=known + 1)[1:].float()
+    model.loss = make_loss(training, counts)
 
     state: dict[str, Any] = {"epoch": 0, "history": [], "best": None, "improvements": 0, "validations_since_best": 0}
     checkpoint = ray.train.get_checkpoint()

@@ -9,8 +9,11 @@ import pyarrow as pa
 import ray
 import ray.data
 import ray.util
+from ray._raylet import ActorID, PlacementGroupID
+from ray.core.generated.gcs_pb2 import PlacementGroupTableData
 from ray.data import ActorPoolStrategy
 from ray.exceptions import RayError
+from ray.util.placement_group import PlacementGroup, remove_placement_group
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
 from bert4rec import storage
@@ -41,6 +44,47 @@ def for_training(training: TrainingConfig) -> tuple[bool, int]:
         each = f"{training.cpus_per_worker or 1} CPU cores" + (" and a GPU" if use_gpu else "")
         _cannot_start(f"training.num_workers={training.num_workers} workers of {each} each")
     return use_gpu, fitting or training.cpus_per_worker or 1
+
+
+def most_at_once(training: TrainingConfig) -> int:
+    """How many training workers, of training.cpus_per_worker cores or one, the cluster holds as it is now.
+
+    Raises
+    ------
+    InputError
+        If the workers of one training do not fit on this machine.
+    """
+    use_gpu, _ = for_training(training)
+    cores = training.cpus_per_worker or 1
+    return sum(min(cpu // cores, gpu) if use_gpu else cpu // cores for cpu, gpu in _nodes())
+
+
+def release_abandoned() -> None:
+    """Free the places of trainings that were ended from outside, as a scheduler ends trials.
+
+    Ray Train leaves that to a helper process, which asks the dashboard, and gives up where there is none, or where it
+    finds several Rays on the machine; the next training would wait for ever.
+    """
+    job = ray.get_runtime_context().get_job_id()
+    for serialized in ray._private.state.state._connect_and_get_accessor().get_placement_group_table():
+        group = PlacementGroupTableData.FromString(serialized)
+        is_actors = not ActorID(group.creator_actor_id).is_nil()  # Ray Train's; Ray Tune's own are the driver's
+        is_abandoned = group.creator_job_id.hex() == job and is_actors and group.creator_actor_dead
+        if is_abandoned and group.state != PlacementGroupTableData.REMOVED:
+            remove_placement_group(PlacementGroup(PlacementGroupID(group.placement_group_id)))
+
+
+def root_cause(error: BaseException) -> BaseException:
+    """What a worker raised, out of Ray's layers around it."""
+    failures = getattr(error, "worker_failures", None)
+    inner = next(iter(failures.values())) if failures else getattr(error, "cause", None) or error.__cause__
+    return root_cause(inner) if isinstance(inner, BaseException) and inner is not error else error
+
+
+def first_line(error: BaseException) -> str:
+    """An error as one line."""
+    lines = [line for line in str(error).strip().splitlines() if line.strip()]
+    return f"{type(error).__name__}: {lines[-1 if isinstance(error, RayError) else 0]}" if lines else repr(error)
 
 
 def for_scoring(config: Config) -> tuple[bool, int]:

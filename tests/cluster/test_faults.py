@@ -22,8 +22,6 @@ from ray.exceptions import RayError
 from ray.train import TrainingFailedError
 
 from bert4rec import storage
-from bert4rec.cli import _first_line as first_line
-from bert4rec.cli import _root_cause as root_cause
 from bert4rec.config import DataConfig, load_config
 from bert4rec.dataset import PreparedDataset
 from bert4rec.model import BERT4Rec
@@ -31,6 +29,7 @@ from bert4rec.prepare import prepare
 from bert4rec.recommend import recommend
 from bert4rec.storage import InputError
 from bert4rec.train import checkpoint_name, train
+from bert4rec.workers import first_line, root_cause
 from tests.datasets import random_histories, write_dataset
 from tests.integration.test_jobs import ROOT, without_ray
 from tests.integration.test_train import SMALL, without_times

@@ -6,7 +6,7 @@ import pytest
 
 pytestmark = pytest.mark.unit
 
-WITH_RAY = {"api", "cli", "embed", "evaluate", "prepare", "progress", "recommend", "train", "workers"}
+WITH_RAY = {"api", "cli", "embed", "evaluate", "prepare", "progress", "recommend", "train", "tune", "workers"}
 
 
 def test_the_core_imports_without_ray():
