@@ -15,8 +15,7 @@ from bert4rec.recommend import PARQUET
 from bert4rec.report import REPORT, Recommendations, render
 from bert4rec.storage import InputError
 from bert4rec.train import RUN, RUN_CONFIG, RUN_IDENTITY
-
-EVALUATION = "evaluation.json"
+from jobs.evaluate import EVALUATION
 
 
 def report_run(

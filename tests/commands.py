@@ -30,6 +30,7 @@ def shell_lines():
     """(page, words) of each command in the pages' ```bash blocks; the environment's own python is `python`."""
     for page in PAGES:
         for block in re.findall(r"^```bash\n(.*?)^```", page.read_text(), re.M | re.S):
+            block = re.sub(r"<<'?(\w+)'?\n.*?^\1$", "", block, flags=re.M | re.S)  # files written in place
             for line in re.sub(r"\\\n", " ", block).splitlines():
                 for part in re.split(r"&&|;(?=\s)", line):
                     words = shlex.split(part.replace(".venv/bin/", ""), comments=True)

@@ -62,7 +62,9 @@ def test_a_command_does_its_job(ray_session, films, runs, tmp_path, monkeypatch,
         return
     if command.job == "pipeline":
         run_pipeline(config)
-        assert list(runs.glob("*/report.html"))
+        (page,) = {path.read_text() for path in runs.glob("*/report.html")}
+        assert "What is recommended" in page
+        assert "Not evaluated" not in page
         return
     prepared = prepare_dataset(config)
     assert (runs / "prepared" / prepared.rpartition("/")[2] / "manifest.json").is_file()

@@ -9,7 +9,20 @@ from tests import commands
 
 pytestmark = pytest.mark.unit
 
-OTHER_PROGRAMS = {"python3", "pip", "tensorboard", "cd", "git", "ray", "export", "mlflow", "aws", "kubectl", "gcloud"}
+OTHER_PROGRAMS = {
+    "python3",
+    "pip",
+    "cat",
+    "tensorboard",
+    "cd",
+    "git",
+    "ray",
+    "export",
+    "mlflow",
+    "aws",
+    "kubectl",
+    "gcloud",
+}
 
 
 @pytest.mark.parametrize("command", commands.JOBS, ids=str)
