@@ -171,7 +171,7 @@ def explain(chunk: Chunk, summary: ChunkSummary, bad: Counter[str]) -> InputErro
     for where, problem, column in _problems(chunk):
         count = f" ({bad[column]:,} rows with an unusable {column} in all)" if bad[column] > 1 else ""
         return InputError(f"{chunk.path}, {where}: {problem}{count}")
-    return InputError(f"{chunk.path}: not readable as CSV ({summary.error})")
+    return InputError(f"{chunk.path}: not readable as CSV ({' '.join(str(summary.error).split())})")
 
 
 def _csv_chunks(
@@ -388,24 +388,24 @@ def _csv_problems(chunk: Chunk, text: TextIO) -> Iterator[tuple[str, str, str]]:
         for column, value in zip(chunk.columns, fields, strict=True):
             if not value.isascii() and any("\udc80" <= character <= "\udcff" for character in value):
                 yield where, f"column {column} is not UTF-8 text", ""
-            elif (column in ("user", "item") and not value) or (column == "time" and not _is_seconds(value)):
+            elif (column in ("user", "item") and not value) or (
+                column == "time" and not abs(_seconds(value)) <= _LARGEST_TIME
+            ):
                 yield where, _describe(column, value), column
 
 
-def _is_seconds(value: str) -> bool:
+def _seconds(value: str) -> float:
+    """As the reader takes it, NaN for what it does not."""
     try:
-        return abs(float(value)) <= _LARGEST_TIME
-    except ValueError:
-        return False
+        return float(pa.scalar(value.strip(" \t")).cast(pa.float64()).as_py())
+    except pa.ArrowInvalid:
+        return np.nan
 
 
 def _describe(column: str, value: str) -> str:
     if column != "time":
         return f"{column} is missing"
-    try:
-        size = abs(float(value))
-    except ValueError:
-        size = np.nan
+    size = abs(_seconds(value))
     if not np.isfinite(size):
         return f"time is {value!r}; expected a finite number, in Unix seconds"
     unit = next(name for limit, name in ((1e14, "milli"), (1e17, "micro"), (np.inf, "nano")) if size <= limit)

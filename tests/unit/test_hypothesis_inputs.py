@@ -226,6 +226,7 @@ def expected_of(files):
 @files_of
 @example(b'user,item,note\n1,2,x\n3,4,"\n5,6,x\n', 32 << 20, 1)  # a quote takes all further rows into a note
 @example(b'user,item\n1,5"\n2,6\n3,7\n', 10, 1)
+@example(b'user,item,time\n1,2,"\n0"\n', 32 << 20, 1)
 @example(b"\ruser,item\n0,0\n", 32 << 20, 1)
 @example(b'""time","item","user"\n"0","0","0"\n', 32 << 20, 1)
 @given(spoilt_files(), SIZES, st.integers(1, 40))
