@@ -399,7 +399,8 @@ def load_config(path: str | None = None, overrides: list[str] | None = None) -> 
         group, dot, name = key.partition(".")
         if not (equals and dot and name):
             raise InputError(
-                f"{override!r} is no override; expected group.key=value, such as model.hidden_units=64{nearest_key(key)}"
+                f"{override!r} is no override; expected group.key=value, such as model.hidden_units=64"
+                f"{nearest_key(key)}"
             )
         section = content.setdefault(group, {})
         section[name] = parse_value(value)
