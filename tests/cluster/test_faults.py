@@ -222,7 +222,7 @@ def test_a_full_disk_in_scoring_is_told_and_what_was_done_is_kept(tmp_path, scor
         raise KeyboardInterrupt
 
     with monkeypatch.context() as patch:
-        patch.setattr("bert4rec.recommend._publish", die)
+        patch.setattr(sys.modules[recommend.__module__], "_publish", die)
         with pytest.raises(KeyboardInterrupt):
             recommend(load_config(None, SCORING), dataset, model, str(tmp_path / "out"))
     (parts / "part-00011.json").unlink()
@@ -241,8 +241,11 @@ def test_a_full_disk_in_scoring_is_told_and_what_was_done_is_kept(tmp_path, scor
 
 KILLED_PREPARE = """
 import os, signal, sys
-from bert4rec import prepare, storage
+from importlib import import_module
+from bert4rec import storage
 from bert4rec.config import load_config
+
+prepare = import_module("bert4rec.prepare")  # the package's attribute is the function
 
 def die(*arguments):
     os.kill(os.getpid(), signal.SIGKILL)
@@ -265,8 +268,6 @@ prepare.prepare(load_config(None, ["data.data_dir=" + sys.argv[1]]).data, sys.ar
 )
 def test_a_killed_prepare_leaves_nothing_that_is_taken_for_whole(tmp_path, patch, monkeypatch):
     """Over an earlier dataset, of other data."""
-    from bert4rec import prepare as prepare_module
-
     data = tmp_path / "data"
     data.mkdir()
     rng = np.random.default_rng(0)
@@ -275,8 +276,8 @@ def test_a_killed_prepare_leaves_nothing_that_is_taken_for_whole(tmp_path, patch
         rows = [f"{rng.integers(200)},{rng.integers(50)},{rng.integers(10**9)}" for _ in range(num_rows)]
         (data / "train_ratings.csv").write_text("\n".join(["user,item,time", *rows, ""]))
 
-    monkeypatch.setattr(prepare_module, "RANGE_ROWS", 300)
-    monkeypatch.setattr(prepare_module, "_SHARD_ROWS", 1)
+    monkeypatch.setattr(sys.modules[prepare.__module__], "RANGE_ROWS", 300)
+    monkeypatch.setattr(sys.modules[prepare.__module__], "_SHARD_ROWS", 1)
     settings = DataConfig(data_dir=str(data))
     write_ratings(500)
     old = prepare(settings, str(tmp_path / "out"))

@@ -23,13 +23,12 @@ from hypothesis import HealthCheck, example, given, settings
 from hypothesis import strategies as st
 
 from bert4rec import interactions
-from bert4rec import prepare as prepare_module
 from bert4rec.config import DataConfig
 from bert4rec.dataset import PreparedDataset
 from bert4rec.inputs import METADATA
 from bert4rec.storage import InputError
 from tests import slow_prepare
-from tests.integration.test_prepare import items_of, users_of
+from tests.integration.test_prepare import items_of, prepare_module, users_of
 from tests.slow_prepare import UnusableError
 
 pytestmark = pytest.mark.unit
