@@ -105,7 +105,8 @@ def tune(config: Config, dataset_path: str) -> TuneResult:
     sweep = _Sweep(space, trials, sweep_path)
     sweep.check_failures()
     if sweep.num_left:
-        _run_trials(sweep, dataset)
+        with workers.releasing_abandoned():
+            _run_trials(sweep, dataset)
         sweep.check_failures()
     for trial in trials:
         _complete_history(trial, sweep_path)
@@ -313,15 +314,11 @@ class _Watch(ray_tune.Stopper, ray_tune.Callback):  # type: ignore[misc]
 
     def __init__(self, sweep: _Sweep) -> None:
         self._sweep = sweep
-        self._last_release = time.monotonic()
 
     def __call__(self, trial_id: str, result: dict[str, Any]) -> bool:
         return self._sweep.hear(trial_id, result)
 
     def stop_all(self) -> bool:
-        if time.monotonic() - self._last_release > 1:
-            workers.release_abandoned()
-            self._last_release = time.monotonic()
         return self._sweep.is_over()
 
     def on_trial_error(self, iteration: int, trials: list[Any], trial: Any, **info: Any) -> None:  # noqa: ANN401
@@ -471,7 +468,8 @@ def _refit(config: Config, best: Trial, sweep_path: str, dataset_path: str) -> T
     print(f"training the best settings on the full data for {epochs} epochs")
     values = {**best.values, "data.use_full_data": True, "training.num_epochs": epochs}
     values |= {"run.name": "refit", "run.storage_path": sweep_path}
-    return train(with_values(config, values), dataset_path)
+    with workers.releasing_abandoned():  # the last trial may have been stopped only now
+        return train(with_values(config, values), dataset_path)
 
 
 def _header(monitor: str) -> str:

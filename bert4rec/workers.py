@@ -1,8 +1,10 @@
 """What a job takes of the cluster, and the one way to run over all users: Ray Data over the dataset's parts."""
 
 import os
+import threading
 import uuid
 from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import pyarrow as pa
@@ -59,12 +61,29 @@ def most_at_once(training: TrainingConfig) -> int:
     return sum(min(cpu // cores, gpu) if use_gpu else cpu // cores for cpu, gpu in _nodes())
 
 
-def release_abandoned() -> None:
-    """Free the places of trainings that were ended from outside, as a scheduler ends trials.
+@contextmanager
+def releasing_abandoned() -> Iterator[None]:
+    """Meanwhile free the places of trainings that were ended from outside, as a scheduler ends trials.
 
     Ray Train leaves that to a helper process, which asks the dashboard, and gives up where there is none, or where it
     finds several Rays on the machine; the next training would wait for ever.
     """
+    is_over = threading.Event()
+
+    def release() -> None:
+        while not is_over.wait(1):
+            _release_abandoned()
+
+    thread = threading.Thread(target=release, daemon=True)
+    thread.start()
+    try:
+        yield
+    finally:
+        is_over.set()
+        thread.join()
+
+
+def _release_abandoned() -> None:
     job = ray.get_runtime_context().get_job_id()
     for serialized in ray._private.state.state._connect_and_get_accessor().get_placement_group_table():
         group = PlacementGroupTableData.FromString(serialized)
