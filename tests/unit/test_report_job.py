@@ -1,4 +1,5 @@
 import json
+from dataclasses import fields
 
 import pytest
 import yaml
@@ -6,10 +7,11 @@ import yaml
 from bert4rec import storage
 from bert4rec.config import load_config
 from bert4rec.dataset import PreparedDataset
+from bert4rec.evaluate import Evaluation
 from bert4rec.storage import InputError
 from jobs.report import report_run
 from tests.datasets import write_dataset
-from tests.unit.test_report import HISTORIES, RUN, write_recommendations
+from tests.unit.test_report import HISTORIES, RUN, evaluation_of, write_recommendations
 
 pytestmark = pytest.mark.unit
 
@@ -71,6 +73,7 @@ def test_a_run_without_its_dataset_is_refused(run):
 
 
 def test_what_jobs_evaluate_wrote_is_shown(run):
+    assert set(evaluation_of({})) <= {field.name for field in fields(Evaluation)}
     systems = {"BERT4Rec": {"num_users": 3, "ndcg@10": 0.123456}}
     evaluation = {"split": "test", "num_users": 3, "num_items": 5, "notes": [], "beyond_accuracy": systems}
     evaluation |= {"protocols": {"all": systems}, "by_history_length": {"all": {"1-9": systems}}}
