@@ -127,6 +127,7 @@ def test_a_loss_that_is_no_number_stops_and_keeps_the_checkpoints(run_copy, trai
     BERT4Rec.from_pretrained(str(last))
 
 
+@pytest.mark.slow
 def test_a_full_disk_is_told_and_earlier_checkpoints_stay(tmp_path, trained, dataset_path):
     """A file of the fourth epoch's checkpoint leads to the device that is always full."""
     fourth = tmp_path / "run" / checkpoint_name(trained.history[3], "val_ndcg@10")
@@ -192,6 +193,7 @@ def test_a_killed_scoring_worker_costs_no_user(tmp_path, scored, repeat):
     assert_same_results(tmp_path / "out", whole)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("repeat", range(REPEATS))
 def test_a_killed_scoring_driver_keeps_the_finished_parts(tmp_path, scored, repeat):
     dataset, model, whole = scored
@@ -213,6 +215,7 @@ def test_a_killed_scoring_driver_keeps_the_finished_parts(tmp_path, scored, repe
     assert {stem: (final / f"{stem}.parquet").stat().st_mtime_ns for stem in done} == written
 
 
+@pytest.mark.slow
 def test_a_full_disk_in_scoring_is_told_and_what_was_done_is_kept(tmp_path, scored, monkeypatch):
     """Of all parts but one, with the last one's file on the device that is always full."""
     dataset, model, whole = scored

@@ -59,6 +59,7 @@ def history_of(root):
     return without_times(json.loads((root / "run" / "run.json").read_text())["history"])
 
 
+@pytest.mark.slow
 def test_every_job_and_a_stopped_training(cluster, project, settings, tmp_path):
     settings = [*settings, f"run.storage_path={tmp_path}"]
     embedded = submit(cluster, project, "embed", *settings, "embedding.method=tfidf-svd")

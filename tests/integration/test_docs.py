@@ -25,12 +25,16 @@ SMALL = (
     *("training.num_epochs=1", "training.num_workers=1", "training.val_check_interval=1"),
 )
 PAGES = ("README.md", "data-format.md", "training.md", "scoring.md", "troubleshooting.md")
-RUN = [
+FOUND = [
     command
     for command in commands.JOBS
     if command.is_shell
     and command.page in PAGES
     and (command.job in ("prepare", "embed", "evaluate", "recommend") or command[:2] == ("README.md", "pipeline"))
+]
+RUN = [  # the first of each job; the others with `-m integration`
+    pytest.param(command, marks=[] if command.job not in {c.job for c in FOUND[:place]} else pytest.mark.slow)
+    for place, command in enumerate(FOUND)
 ]
 
 
