@@ -265,7 +265,7 @@ prepare.prepare(load_config(None, ["data.data_dir=" + sys.argv[1]]).data, sys.ar
     "patch",
     [
         pytest.param("storage.begin = die", marks=pytest.mark.slow),
-        "prepare._write_parquet = die  # of items, behind all sequences",
+        pytest.param("prepare._write_parquet = die  # of items, behind all sequences", marks=pytest.mark.slow),
         pytest.param("storage.commit = die", marks=pytest.mark.slow),
     ],
 )

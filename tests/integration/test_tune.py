@@ -90,6 +90,7 @@ def test_a_killed_sweep_goes_on_to_a_config_that_train_takes(tmp_path):
     assert BERT4Rec.from_pretrained(f"{sweep}/{best['best_checkpoint']}").held_out == 1
 
 
+@pytest.mark.slow
 def test_trials_of_two_workers_on_two_cores_and_a_refit(ray_session, tmp_path, capsys):
     path = write_dataset(tmp_path / "d", random_histories(75, 20), 20)
     overrides = [
