@@ -3,6 +3,7 @@
 import json
 import os
 import re
+import shutil
 import signal
 import socket
 import subprocess
@@ -148,6 +149,8 @@ class Nodes:
     def __enter__(self) -> "Nodes":
         return self
 
-    def __exit__(self, *_: object) -> None:
+    def __exit__(self, kind: object, *_: object) -> None:
         for process in reversed(self.started):
             self.kill(process)
+        if kind is None:
+            shutil.rmtree(self.directory)

@@ -154,6 +154,10 @@ def reduced(address):
         "cluster_name": config["cluster_name"],
         "max_workers": config["max_workers"],
         "idle_timeout_minutes": 0.1,
+        "upscaling_speed": 1,
+        "auth": {},
+        "file_mounts": {},
+        **{f"{which}setup_commands": [] for which in ("", "head_", "worker_")},
         "head_node_type": config["head_node_type"],
         "available_node_types": types,
         "provider": {
