@@ -1,8 +1,10 @@
 """Ray nodes on this machine, each a `ray start` of its own, away from any other Ray; and jobs that run on them."""
 
+import ctypes
 import json
 import os
 import re
+import shutil
 import signal
 import socket
 import subprocess
@@ -23,6 +25,11 @@ def free_port() -> int:
     with socket.socket() as found:
         found.bind(("127.0.0.1", 0))
         return int(found.getsockname()[1])
+
+
+def _end_with_the_tests() -> None:
+    """Linux sends SIGTERM when the process of the tests ends, however that comes; `ray start` then ends its own."""
+    ctypes.CDLL("libc.so.6").prctl(1, signal.SIGTERM)  # PR_SET_PDEATHSIG
 
 
 class Nodes:
@@ -91,6 +98,7 @@ class Nodes:
                 env=self.environment | environment,
                 stdout=output,
                 stderr=subprocess.STDOUT,
+                preexec_fn=_end_with_the_tests,
             )
         self.started.append(node)
         wait_for(lambda: "Ray runtime started" in log.read_text() or node.poll() is not None, 120, str(log))
@@ -125,6 +133,7 @@ class Nodes:
             env=self.environment | {"RAY_ADDRESS": self.address},
             stdout=output.open("wb"),
             stderr=subprocess.STDOUT,
+            preexec_fn=_end_with_the_tests,
         )
         self.started.append(job)
         return job
@@ -148,6 +157,8 @@ class Nodes:
     def __enter__(self) -> "Nodes":
         return self
 
-    def __exit__(self, *_: object) -> None:
+    def __exit__(self, kind: object, *_: object) -> None:
         for process in reversed(self.started):
             self.kill(process)
+        if kind is None:
+            shutil.rmtree(self.directory)

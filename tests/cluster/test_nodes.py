@@ -13,6 +13,7 @@ import time
 import pyarrow.parquet as pq
 import pytest
 import yaml
+from ray.autoscaler._private.util import prepare_config
 
 from bert4rec.config import load_config
 from tests.cluster.nodes import ROOT, Nodes
@@ -138,33 +139,20 @@ def test_nodes_that_share_no_disk_are_told_before_any_work(nodes, tmp_path):
 
 def reduced(address):
     """cluster.yaml on this machine: Ray's own fake provider, small nodes, a short idle timeout."""
-    config = yaml.safe_load((ROOT / "cluster.yaml").read_text())
+    config = prepare_config(yaml.safe_load((ROOT / "cluster.yaml").read_text()))
     sizes = {"head": {"CPU": 0}, "cpu_worker": {"CPU": 1}, "gpu_worker": {"CPU": 1, "GPU": 1}}
-    types = {
-        name: {
-            "resources": sizes[name],
-            "node_config": {},
-            "min_workers": kind.get("min_workers", 0),
-            "max_workers": min(kind.get("max_workers", 0), 2),
-        }
-        for name, kind in config["available_node_types"].items()
+    for name, kind in config["available_node_types"].items():
+        kind |= {"resources": sizes[name], "node_config": {}, "max_workers": min(kind["max_workers"], 2)}
+        kind.pop("docker", None)
+    provider = {
+        "type": "external",
+        "module": "ray.autoscaler._private.fake_multi_node.node_provider.FakeMultiNodeProvider",
+        "gcs_address": address,
+        "disable_node_updaters": True,
+        "launch_multiple": True,
+        "head_node_id": "f" * 51 + "00000",
     }
-    module = "ray.autoscaler._private.fake_multi_node.node_provider.FakeMultiNodeProvider"
-    return {
-        "cluster_name": config["cluster_name"],
-        "max_workers": config["max_workers"],
-        "idle_timeout_minutes": 0.1,
-        "head_node_type": config["head_node_type"],
-        "available_node_types": types,
-        "provider": {
-            "type": "external",
-            "module": module,
-            "gcs_address": address,
-            "disable_node_updaters": True,
-            "launch_multiple": True,
-            "head_node_id": "f" * 51 + "00000",
-        },
-    }
+    return config | {"provider": provider, "idle_timeout_minutes": 0.1, "docker": {}}
 
 
 WATCH = """
