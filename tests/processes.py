@@ -36,7 +36,7 @@ def named(name: str, pid: int | None = None) -> list[int]:
     return found
 
 
-def wait_for(condition: Callable[[], object], seconds: float = 120, why: str = "") -> None:
+def wait_for(condition: Callable[[], object], seconds: float = 300, why: str = "") -> None:
     """Return once `condition` holds; it is looked at every 20 ms."""
     end = time.monotonic() + seconds
     while not condition():

@@ -101,7 +101,7 @@ class Nodes:
                 preexec_fn=_end_with_the_tests,
             )
         self.started.append(node)
-        wait_for(lambda: "Ray runtime started" in log.read_text() or node.poll() is not None, 120, str(log))
+        wait_for(lambda: "Ray runtime started" in log.read_text() or node.poll() is not None, why=str(log))
         assert node.poll() is None, log.read_text()
         return node
 
