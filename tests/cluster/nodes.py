@@ -161,4 +161,4 @@ class Nodes:
         for process in reversed(self.started):
             self.kill(process)
         if kind is None:
-            shutil.rmtree(self.directory)
+            shutil.rmtree(self.directory, ignore_errors=True)  # processes that are ending may still write
