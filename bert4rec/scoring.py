@@ -4,7 +4,7 @@ Scores are made and ranked on blocks of items, so that [B, V] need never be held
 Shapes: B users, V items, K top-k, S seen items of all B users.
 """
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import numpy as np
@@ -18,10 +18,12 @@ from bert4rec.model import BERT4Rec
 from bert4rec.storage import InputError
 
 Scorer = Callable[[int, int], Tensor]
-"""scores(low, high) -> [B, high-low] of items low..high-1, counted from 0 (item i is token i+1)."""
+"""scores(low, high) -> [B, high-low] of items low..high-1, counted from 0 (item i is token i+1).
+
+The caller may change the block, and is done with it before the next call, which may write into the same memory."""
 
 DEFAULT_SCORE_BYTES = 256 * 2**20
-CPU_BLOCK_BYTES = 8 * 2**20
+CPU_BLOCK_BYTES = 2 * 2**20
 """Of the scores that are made before they are looked at: what a CPU's caches hold is read again at no cost."""
 PASS_TOKENS = 16_384
 """Tokens in one forward pass of scoring."""
@@ -68,15 +70,30 @@ class Exclusions:
         last = np.where(sequences.has_last_year, sequences.last_year.astype(np.int32), limits.max)[users.numpy()]
         return cls(row, item, torch.from_numpy(release).to(device), torch.from_numpy(last).to(device))
 
+    def split(self, blocks: list[tuple[int, int]]) -> "list[Exclusions]":
+        """Those of each block of items, counted from where it begins; the blocks follow one another."""
+        row, item = self.seen_row, self.seen_item
+        if len(blocks) > 1:
+            item, order = item.sort()
+            row = row[order]
+        begins = torch.tensor([low for low, _ in blocks[1:]], dtype=torch.int64, device=item.device)
+        places = [0, *torch.searchsorted(item, begins).tolist(), len(item)]
+        return [
+            Exclusions(
+                row[begin:end],
+                item[begin:end] - low,
+                None if self.release_year is None else self.release_year[low:high],
+                self.last_year,
+            )
+            for (low, high), begin, end in zip(blocks, places[:-1], places[1:], strict=True)
+        ]
 
-def exclude(scores: Tensor, exclusions: Exclusions, low: int) -> Tensor:
-    """Set excluded items of the block [B, width] that begins at item `low` to -inf, in place."""
-    in_block = (exclusions.seen_item >= low) & (exclusions.seen_item < low + scores.shape[1])
-    scores[exclusions.seen_row[in_block], exclusions.seen_item[in_block] - low] = -torch.inf
-    if exclusions.release_year is not None and exclusions.last_year is not None:
-        release = exclusions.release_year[low : low + scores.shape[1]]
-        scores.masked_fill_(release > exclusions.last_year[:, None], -torch.inf)
-    return scores
+    def apply(self, scores: Tensor) -> Tensor:
+        """Set them to -inf in a block [B, width] of scores, in place."""
+        scores[self.seen_row, self.seen_item] = -torch.inf
+        if self.release_year is not None and self.last_year is not None:
+            scores.masked_fill_(self.release_year > self.last_year[:, None], -torch.inf)
+        return scores
 
 
 def load_for(dataset: PreparedDataset, checkpoint: str) -> BERT4Rec:
@@ -112,7 +129,16 @@ def score_next(model: BERT4Rec, histories: Windows) -> Scorer:
     """Scores of all items as the next one of each history."""
     states = next_item_states(model, histories)
     weights, bias = (tensor.detach() for tensor in model.output_weights())
-    return lambda low, high: (states @ weights[low:high].t()).add_(bias[low:high])  # linear() fills in the bias first
+    block = states.new_empty(0)
+
+    def scores(low: int, high: int) -> Tensor:
+        nonlocal block
+        # Into the same memory each time: for few hidden units, fresh pages cost as much as the product.
+        if block.shape != (len(states), high - low):
+            block = states.new_empty(len(states), high - low)
+        return torch.mm(states, weights[low:high].t(), out=block).add_(bias[low:high])  # linear() adds no faster
+
+    return scores
 
 
 @torch.inference_mode()
@@ -125,10 +151,10 @@ def score_similar(model: BERT4Rec, items: Tensor) -> Scorer:
     return lambda low, high: F.linear(vectors[items], vectors[low:high]).masked_fill(unknown[low:high], -torch.inf)
 
 
-def item_blocks(num_users: int, num_items: int, score_bytes: int) -> Iterator[tuple[int, int]]:
+def item_blocks(num_users: int, num_items: int, score_bytes: int) -> list[tuple[int, int]]:
     """Ranges of items such that a float32 block of `num_users` rows takes at most `score_bytes`."""
     width = max(1, score_bytes // (4 * max(num_users, 1)))
-    return ((low, min(low + width, num_items)) for low in range(0, num_items, width))
+    return [(low, min(low + width, num_items)) for low in range(0, num_items, width)]
 
 
 @torch.inference_mode()
@@ -154,8 +180,9 @@ def top_k(
         score_bytes = min(score_bytes, CPU_BLOCK_BYTES)
     items = torch.zeros((num_users, k), dtype=torch.int64, device=device)
     values = torch.empty(0, device=device)
-    for low, high in item_blocks(num_users, num_items, score_bytes):
-        block = exclude(scores(low, high), exclusions, low)
+    blocks = item_blocks(num_users, num_items, score_bytes)
+    for (low, high), excluded in zip(blocks, exclusions.split(blocks), strict=True):
+        block = excluded.apply(scores(low, high))
         if low == 0:
             values = block.new_full((num_users, k), -torch.inf)
         better = (block.amax(1) > values[:, -1]).nonzero().flatten()  # soon that is true of few users
@@ -179,18 +206,19 @@ def rank_of_target(
     A target that is itself excluded gets rank V+1: it cannot be recommended, whatever the cut-off.
     """
     index = (targets - 1)[:, None]
-    blocks = list(item_blocks(len(targets), num_items, score_bytes))
+    blocks = item_blocks(len(targets), num_items, score_bytes)
+    parts = exclusions.split(blocks)
     kept: Tensor | None = None
     target_score = torch.full(index.shape, -torch.inf, device=index.device)
-    for low, high in blocks:  # the target's score is read from the same product that it is compared with
-        block = exclude(scores(low, high), exclusions, low)
+    for (low, high), excluded in zip(blocks, parts, strict=True):
+        block = excluded.apply(scores(low, high))  # the target's score comes of the product that it is compared with
         inside = (index >= low) & (index < high)
         own = block.gather(1, (index - low).clamp(0, high - low - 1))
         target_score = torch.where(inside, own, target_score)
         kept = block if len(blocks) == 1 else None
     rank = torch.zeros(len(targets), dtype=torch.int64, device=index.device)
-    for low, high in blocks:
-        block = exclude(scores(low, high), exclusions, low) if kept is None else kept
+    for (low, high), excluded in zip(blocks, parts, strict=True):
+        block = excluded.apply(scores(low, high)) if kept is None else kept
         rank += (block >= target_score).sum(1)  # the target itself is among them: ranks start at 1
     return torch.where(target_score[:, 0] == -torch.inf, num_items + 1, rank)
 

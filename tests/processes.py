@@ -1,11 +1,20 @@
 """Finding and killing processes, of those alone that this process, or one that it started, has started."""
 
 import os
+import random
 import signal
 import threading
 import time
 from collections.abc import Callable
 from pathlib import Path
+
+REPEATS = int(os.environ.get("BERT4REC_REPEATS", "1"))
+"""How often tests of faults are repeated; more than once, then each time at another moment."""
+
+
+def random_delay() -> float:
+    """Up to a second before the fault, where it is repeated."""
+    return random.random() * (REPEATS > 1)
 
 
 def descendants(pid: int | None = None) -> list[int]:

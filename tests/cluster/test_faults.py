@@ -6,7 +6,6 @@ BERT4REC_REPEATS sets how often the random ones are repeated (docs/reliability.m
 
 import json
 import os
-import random
 import shutil
 import signal
 import subprocess
@@ -33,12 +32,11 @@ from bert4rec.workers import first_line, root_cause
 from tests.datasets import random_histories, write_dataset
 from tests.integration.test_jobs import ROOT, without_ray
 from tests.integration.test_train import SMALL, without_times
-from tests.processes import KillOnce, wait_for
+from tests.processes import REPEATS, KillOnce, random_delay, wait_for
 from tests.unit.test_model import NUM_ITEMS, make_model
 
 pytestmark = [pytest.mark.cluster, pytest.mark.usefixtures("ray_session")]
 
-REPEATS = int(os.environ.get("BERT4REC_REPEATS", "1"))
 EPOCHS = 12
 
 
@@ -188,7 +186,7 @@ def assert_same_results(output, whole):
 def test_a_killed_scoring_worker_costs_no_user(tmp_path, scored, repeat):
     dataset, model, whole = scored
     parts = tmp_path / "out" / "_unfinished"
-    with KillOnce("_PartWorker", lambda: list(parts.glob("part-*.json")), random.random() * (REPEATS > 1)):
+    with KillOnce("_PartWorker", lambda: list(parts.glob("part-*.json")), random_delay()):
         recommend(load_config(None, SCORING), dataset, model, str(tmp_path / "out"))
     assert_same_results(tmp_path / "out", whole)
 
@@ -203,7 +201,7 @@ def test_a_killed_scoring_driver_keeps_the_finished_parts(tmp_path, scored, repe
     command = [sys.executable, "-m", "jobs.recommend", *SCORING, *paths, f"inference.checkpoint_path={model}"]
     driver = subprocess.Popen(command, cwd=ROOT, env=without_ray(), stdout=subprocess.DEVNULL)
     wait_for(lambda: driver.poll() is not None or list(parts.glob("part-*.json")))
-    time.sleep(random.random() * (REPEATS > 1))
+    time.sleep(random_delay())
     driver.kill()
     assert driver.wait() == -signal.SIGKILL, "ended before it could be killed"
     done = {path.stem for path in parts.glob("part-*.json")}

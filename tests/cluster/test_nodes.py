@@ -19,12 +19,10 @@ from bert4rec.config import load_config
 from tests.cluster.nodes import ROOT, Nodes
 from tests.datasets import random_histories, write_dataset
 from tests.integration.test_train import SMALL, without_times
-from tests.processes import named, wait_for
+from tests.processes import REPEATS, named, random_delay, wait_for
 from tests.unit.test_model import NUM_ITEMS, make_model
 
 pytestmark = [pytest.mark.cluster, pytest.mark.slow]
-
-REPEATS = int(os.environ.get("BERT4REC_REPEATS", "1"))
 
 
 @pytest.fixture
@@ -56,7 +54,7 @@ def history_of(root, name):
 def lose_the_node_of_a_worker(nodes, workers, condition):
     """Kill one of the nodes on which a training worker runs."""
     wait_for(condition)
-    time.sleep(random.random() * (REPEATS > 1))
+    time.sleep(random_delay())
     lost = next(node for node in workers if named("RayTrainWorker", node.pid))
     nodes.kill(lost)
 
@@ -107,7 +105,7 @@ def test_a_lost_node_of_scoring_costs_no_user(nodes, tmp_path, repeat):
     assert whole.wait() == 0, output_of(nodes, "recommend")
     disturbed = nodes.job("recommend", *settings, f"inference.output_path={tmp_path}/out")
     wait_for(lambda: list((tmp_path / "out" / "_unfinished").glob("part-*.json")))
-    time.sleep(random.random() * (REPEATS > 1))
+    time.sleep(random_delay())
     nodes.kill(random.choice(workers))
     assert disturbed.poll() is None, "ended before a node could be lost"
     assert disturbed.wait() == 0, output_of(nodes, "recommend")

@@ -11,6 +11,8 @@ import numpy as np
 import pandas as pd
 import pytest
 
+from tests.processes import REPEATS, random_delay
+
 pytestmark = pytest.mark.integration
 
 ROOT = Path(__file__).parents[2]
@@ -74,7 +76,10 @@ def test_pipeline_from_ratings_to_titles(data_dir, tmp_path):
     assert pd.read_csv(tmp_path / "other" / "recommendations.csv").equals(first)
 
 
-def test_a_killed_driver_goes_on_with_the_same_command(data_dir, tmp_path):
+@pytest.mark.cluster
+@pytest.mark.slow
+@pytest.mark.parametrize("repeat", range(REPEATS))
+def test_a_killed_driver_goes_on_with_the_same_command(data_dir, tmp_path, repeat):
     """SIGKILL after the second checkpoint; the rerun ends with the history of an undisturbed run."""
     settings = [*SMALL, f"data.data_dir={data_dir}", "run.name=run", "training.num_epochs=40"]
     settings.append("training.early_stopping=false")
@@ -92,6 +97,7 @@ def test_a_killed_driver_goes_on_with_the_same_command(data_dir, tmp_path):
     while not list((tmp_path / "killed" / "run").glob("bert4rec-02-*")):
         assert driver.poll() is None, "ended before it could be killed"
         time.sleep(0.05)
+    time.sleep(random_delay())
     driver.kill()
     driver.wait()
     assert not (tmp_path / "killed" / "run" / "run.json").exists()

@@ -14,7 +14,7 @@ from bert4rec.model import BERT4Rec
 from bert4rec.storage import InputError
 from bert4rec.train import train
 from tests.datasets import random_histories, write_dataset
-from tests.processes import KillOnce
+from tests.processes import REPEATS, KillOnce, random_delay
 
 pytestmark = [pytest.mark.integration, pytest.mark.usefixtures("ray_session")]
 
@@ -43,18 +43,16 @@ def without_times(history):
     return [{k: v for k, v in epoch.items() if k not in ("seconds", "tokens_per_second")} for epoch in history]
 
 
-def kill_a_worker_after(checkpoint_of_epoch: int, run_path: Path) -> KillOnce:
-    """SIGKILL one training worker as soon as that epoch's checkpoint is there."""
-    return KillOnce("RayTrainWorker", lambda: list(run_path.glob(f"bert4rec-{checkpoint_of_epoch:02d}-*")))
-
-
-def test_killed_worker_changes_nothing_and_a_rerun_finds_it_done(tmp_path, dataset_path, capsys):
+@pytest.mark.cluster
+@pytest.mark.parametrize("repeat", range(REPEATS))
+def test_killed_worker_changes_nothing_and_a_rerun_finds_it_done(tmp_path, dataset_path, capsys, repeat):
     settings = ["training.num_workers=2", "training.num_epochs=30", "training.early_stopping=false"]
     undisturbed = train(config_for(tmp_path / "a", *settings), dataset_path)
 
     config = config_for(tmp_path / "b", *settings)
     name = Path(undisturbed.run_path).name  # the name follows from data and settings
-    with kill_a_worker_after(2, tmp_path / "b" / name):
+    run_path = tmp_path / "b" / name
+    with KillOnce("RayTrainWorker", lambda: list(run_path.glob("bert4rec-02-*")), random_delay()):
         disturbed = train(config, dataset_path)
     assert without_times(disturbed.history) == without_times(undisturbed.history)
     assert [int(epoch["epoch"]) for epoch in disturbed.history] == list(range(1, 31))

@@ -37,6 +37,7 @@ def trials_of(sweep):
     return [json.loads(path.read_text()) for path in sorted(sweep.glob("trial-*/trial.json"))]
 
 
+@pytest.mark.slow
 def test_a_killed_sweep_goes_on_to_a_config_that_train_takes(tmp_path):
     config = load_config(None, [f"data.data_dir={tmp_path}/films", f"run.storage_path={tmp_path}/runs"])
     write_dataset(Path(config.prepared_path), random_histories(75, 20), 20)
