@@ -36,8 +36,8 @@ def config_of(root: Path | str, *overrides: str) -> Config:
             "model.max_len=20",
             "model.dropout_rate=0.1",
             "training.lr=0.01",
-            "training.num_epochs=30",
-            "training.val_check_interval=10",
+            "training.num_epochs=80",
+            "training.val_check_interval=40",
             "training.early_stopping=false",
             "evaluation.protocols=[all, all-with-seen, popularity-100, uniform-100]",
             "evaluation.baselines=[popularity]",  # ties of the item-item models differ between machines
