@@ -142,6 +142,9 @@ def reduced(address):
     for name, kind in config["available_node_types"].items():
         kind |= {"resources": sizes[name], "node_config": {}, "max_workers": min(kind["max_workers"], 2)}
         kind.pop("docker", None)
+    # the fake provider's head is always of this type
+    config["head_node_type"] = "ray.head.default"
+    config["available_node_types"]["ray.head.default"] = config["available_node_types"].pop("head")
     provider = {
         "type": "external",
         "module": "ray.autoscaler._private.fake_multi_node.node_provider.FakeMultiNodeProvider",
