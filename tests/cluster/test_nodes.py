@@ -184,11 +184,11 @@ def test_a_cluster_of_nothing_but_a_head_grows_and_shrinks(tmp_path):
         wait_for(seen)
         assert seen() == [[[0, 0], 1]] * len(seen())
         settings = training(tmp_path, "run.name=run", "training.num_epochs=4", "inference.num_workers=2")
-        for job in ("train", "recommend"):
+        for job, least in (("train", 3), ("recommend", 2)):  # scoring begins on one node and may end before a second
             before = len(seen())
             done = nodes.cli("submit", "--working-dir", ".", "--", "python", "-m", f"jobs.{job}", *settings)
             assert done.returncode == 0, done.stdout
-            assert max(moment[1] for moment in seen()[before:]) == 3, "two workers on two nodes of one core"
+            assert max(moment[1] for moment in seen()[before:]) >= least, "a head, and nodes of one core"
             wait_for(lambda: seen()[-1] == [[0, 0], 1], why="for the nodes to go")
         assert "waiting for it to grow" in done.stdout or "waiting for the first node" in done.stdout
         assert len(history_of(tmp_path, "run")) == 4
