@@ -142,7 +142,8 @@ def start_ray(verbose: bool = False) -> None:
     address = os.environ.get("RAY_ADDRESS") or "local"
     print("starting Ray" if address == "local" else f"joining Ray at {address}")
     try:
-        ray.init(address=address, log_to_driver=verbose, logging_level=level)
+        dashboard = {"include_dashboard": False} if address == "local" else {}
+        ray.init(address=address, log_to_driver=verbose, logging_level=level, **dashboard)
     except ConnectionError as error:
         raise InputError(f"RAY_ADDRESS={address}: no Ray cluster answers there ({error})") from None
     logging.getLogger("ray.data").setLevel(level)
