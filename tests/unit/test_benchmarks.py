@@ -23,6 +23,7 @@ from benchmarks.common import (
 from benchmarks.ours import model_config, windows_of
 from benchmarks.plain import PlainBERT4Rec, plain_loss
 from benchmarks.prepare import descendants, write_ratings
+from benchmarks.short_histories import NUM_GENRES, PARTS, SERIES, ceiling_rank, short_histories
 from bert4rec.batches import last_items, mask_items, pack
 from bert4rec.model import BERT4Rec
 
@@ -190,3 +191,35 @@ def test_synthetic_ratings_are_complete_and_reproducible(tmp_path):
 
 def test_table():
     assert markdown([{"a": "1", "b": "2"}]) == "| a | b |\n| --- | --- |\n| 1 | 2 |"
+
+
+def test_short_histories_keep_their_rules():
+    ratings, ranks = short_histories(300, seed=1)
+    item_ids = np.random.default_rng(1).permutation(NUM_GENRES * SERIES * PARTS) + 1
+    place = np.empty(len(item_ids) + 1, np.int64)
+    place[item_ids] = np.arange(len(item_ids))
+    read_on = []
+    for _, user in ratings.groupby("user"):
+        series, part = np.divmod(place[user["item"].to_numpy()], PARTS)
+        assert len(set(series // SERIES)) <= 2
+        assert user["time"].is_monotonic_increasing
+        follows = (series[1:] == series[:-1]) & (part[1:] == part[:-1] + 1)
+        assert len(set(series[1:][~follows])) == (~follows).sum(), "a series is begun once"
+        read_on += list(follows[part[:-1] + 1 < PARTS])
+    assert not ratings.duplicated(["user", "item"]).any()
+    assert np.mean(read_on) == pytest.approx(0.5, abs=0.03)
+    assert len(ranks) == 300
+    assert ranks.min() == 1
+
+
+def test_ceiling_rank_by_hand():
+    nothing = np.zeros((2, SERIES), bool)
+    assert ceiling_rank(7, 3, nothing, (7, 4)) == 1  # the next part has 1/2, any other less
+    # The best series of each genre have the same probability; its parts, from the first, come behind the next part.
+    assert ceiling_rank(7, 3, nothing, (0, 0)) == 2
+    assert ceiling_rank(7, 3, nothing, (0, 5)) == 7
+    assert ceiling_rank(7, PARTS - 1, nothing, (0, 5)) == 6  # no next part
+    assert ceiling_rank(7, PARTS - 1, nothing, (1, 0)) == 19  # behind the parts of two best series
+    begun = nothing.copy()
+    begun[1, 0] = True  # then the rest of genre 1 shares more, and its second series is the best but one
+    assert ceiling_rank(SERIES, PARTS - 1, begun, (SERIES + 1, 2)) == 12
