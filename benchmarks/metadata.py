@@ -1,6 +1,6 @@
 """What metadata buy on MovieLens-100K: NDCG with and without them, and how items without interactions are ranked.
 
-`python -m benchmarks.metadata [--seeds 1 2 3] [--epochs 120] [--output docs/results/metadata.md]`
+`python -m benchmarks.metadata [--seeds 1 2 3] [--epochs 80] [--output docs/results/metadata.md]`
 """
 
 import argparse
@@ -44,7 +44,7 @@ def main() -> None:
     """Measure, print, and append to a file if asked."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--seeds", type=int, nargs="+", default=[1, 2, 3])
-    parser.add_argument("--epochs", type=int, default=120)
+    parser.add_argument("--epochs", type=int, default=80)
     parser.add_argument("--variants", nargs="+", default=list(VARIANTS), help="rows of the table, by name")
     parser.add_argument("--output", help="Markdown file to append the results to")
     arguments = parser.parse_args()

@@ -2,6 +2,7 @@
 
 import difflib
 import os
+from datetime import date
 from typing import Any, Literal, Self
 
 import yaml
@@ -312,6 +313,13 @@ class RunConfig(_Group):
     """MLflow tracking server, or a database as sqlite:///mlflow.db, to log training to besides TensorBoard; needs the
     extra `mlflow`."""
 
+    @field_validator("name")
+    @classmethod
+    def _name_is_free(cls, name: str | None) -> str | None:
+        if name in (".", "..", "prepared"):
+            raise ValueError(f"run.name={name} is no name for a run: run.storage_path/{name} is another directory")
+        return name
+
 
 class Config(_Group):
     """All groups."""
@@ -436,7 +444,7 @@ def parse_value(text: str) -> Any:  # noqa: ANN401 - any YAML scalar or list
             return float(value)
         except ValueError:
             return text
-    return value
+    return text if isinstance(value, date) else value
 
 
 def _explain(error: ValidationError, path: str | None) -> str:

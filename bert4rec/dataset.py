@@ -14,6 +14,7 @@ into the manifest's vocabularies. Ids are int64 or strings, as they came.
 
 import tempfile
 from dataclasses import dataclass, field, replace
+from functools import cached_property
 from typing import Literal, NamedTuple, Self
 
 import numpy as np
@@ -256,17 +257,27 @@ class PreparedDataset:
 
     def read_part(self, part: "Part") -> Sequences:
         """The histories of one part."""
-        tables, first = [], 0
+        tables = []
+        for file, group, first, rows in self._row_groups:
+            low, high = max(part.low - first, 0), min(part.high - first, rows)
+            if low < high:
+                filesystem, inner = storage.open_store(file)
+                with pq.ParquetFile(inner, filesystem=filesystem) as parquet:
+                    tables.append(parquet.read_row_group(group).slice(low, high - low))
+        return Sequences.from_table(pa.concat_tables(tables))
+
+    @cached_property
+    def _row_groups(self) -> list[tuple[str, int, int, int]]:
+        """Of each row group of the sequences: its file, its number there, its first user and how many; read once."""
+        found, first = [], 0
         for file in self.sequence_files:
             filesystem, inner = storage.open_store(file)
             with pq.ParquetFile(inner, filesystem=filesystem) as parquet:
                 for group in range(parquet.num_row_groups):
                     rows = parquet.metadata.row_group(group).num_rows
-                    low, high = max(part.low - first, 0), min(part.high - first, rows)
-                    if low < high:
-                        tables.append(parquet.read_row_group(group).slice(low, high - low))
+                    found.append((file, group, first, rows))
                     first += rows
-        return Sequences.from_table(pa.concat_tables(tables))
+        return found
 
     def items(self) -> ItemTable:
         """The catalogue."""

@@ -176,8 +176,12 @@ def _check_is_held_out(config: Config, dataset: PreparedDataset, model: BERT4Rec
                 f"cut-off {cutoff} (Unix time); train with data.split=temporal and this data.split_time"
             )
         return
-    depth = config.data.holdout if split == "validation" else 1
-    if depth > model.held_out:
+    if split == "test" and config.data.holdout == 1 and config.monitor != "train_loss":
+        raise InputError(
+            f"evaluation.split=test: with data.holdout=1 {config.monitor} is of the test item, and has chosen the "
+            "checkpoint; train with data.holdout=2, or a set number of epochs with training.monitor_metric=train_loss"
+        )
+    if config.data.holdout > model.held_out:
         raise InputError(
             f"{checkpoint}: was trained with the last {model.held_out} items of each user held out, so it has seen the "
             f"{split} item of data.holdout={config.data.holdout}; train with that holdout"

@@ -161,7 +161,8 @@ def _spelled_as(kind: pa.DataType, users: Sequence[int | str]) -> pa.Array:
     """The users that can be ids of that type, in it."""
     if pa.types.is_string(kind):
         return pa.array([str(user) for user in users], kind)
-    return pa.array([int(user) for user in users if str(user).lstrip("-").isdecimal()], kind)
+    numbers = [int(user) for user in users if str(user).lstrip("-").isdecimal()]
+    return pa.array([number for number in numbers if -(2**63) <= number < 2**63], kind)
 
 
 def _first_users(dataset: PreparedDataset) -> pa.Array:

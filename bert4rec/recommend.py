@@ -11,6 +11,7 @@ from typing import Any
 import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.csv
+import pyarrow.fs as pafs
 import pyarrow.parquet as pq
 
 from bert4rec import storage
@@ -57,10 +58,9 @@ def recommend(config: Config, dataset_path: str, checkpoint: str, output_path: s
     load_for(dataset, checkpoint)  # a wrong model is found here, not in an actor
     check_request(inference, dataset, output_path)
     identity = {"dataset": dataset.manifest.fingerprint, **_identity(checkpoint, inference)}
-    manifest_path = storage.join(output_path, storage.MANIFEST)
-    if storage.exists(manifest_path) and (manifest := storage.read_json(manifest_path)).get("identity") == identity:
+    counted = _finished(output_path, identity)
+    if counted is not None:
         print(f"{output_path} is up to date")
-        counted = manifest["counts"]
     else:
         work = _open_work(output_path, identity)
         use_gpu, num_workers = for_scoring(config)
@@ -72,7 +72,7 @@ def recommend(config: Config, dataset_path: str, checkpoint: str, output_path: s
             for _ in map_parts(missing, _Recommender, arguments, num_workers, use_gpu) if missing else ():
                 pass
         counted = _publish(work, output_path, parts, inference)
-        storage.commit(output_path, {"identity": identity, "checkpoint": checkpoint, "counts": counted})
+        _commit(output_path, identity, checkpoint, counted)
     return RecommendResult(output_path=output_path, seconds=time.monotonic() - began, **counted)
 
 
@@ -84,8 +84,31 @@ def write_few(ranked: list[Ranked], inference: InferenceConfig, checkpoint: str,
     part = Part(0, 0, sum(batch.num_users for batch in ranked))
     _write_part(work, part, ranked, inference)
     counted = _publish(work, output_path, [part], inference)
-    storage.commit(output_path, {"identity": identity, "checkpoint": checkpoint, "counts": counted})
+    _commit(output_path, identity, checkpoint, counted)
     return RecommendResult(output_path=output_path, seconds=time.monotonic() - began, **counted)
+
+
+def _commit(output_path: str, identity: dict[str, Any], checkpoint: str, counts: dict[str, int]) -> None:
+    content = {"identity": identity, "checkpoint": checkpoint, "counts": counts, "files": _sizes(output_path)}
+    storage.commit(output_path, content)
+
+
+def _finished(output_path: str, identity: dict[str, Any]) -> dict[str, int] | None:
+    """Counts of the finished results of `identity`, if their files are all there as they were written."""
+    path = storage.join(output_path, storage.MANIFEST)
+    manifest = storage.read_json(path) if storage.exists(path) else {}
+    if manifest.get("identity") != identity or manifest.get("files") != _sizes(output_path):
+        return None
+    counts: dict[str, int] = manifest["counts"]
+    return counts
+
+
+def _sizes(output_path: str) -> dict[str, int]:
+    """Bytes of each file of the results, by name."""
+    filesystem, inner = storage.open_store(output_path)
+    parts = filesystem.get_file_info(pafs.FileSelector(storage.join(inner, PARQUET), allow_not_found=True))
+    found = [filesystem.get_file_info(storage.join(inner, CSV)), *parts]
+    return {info.base_name: info.size for info in found if info.is_file}
 
 
 def _identity(checkpoint: str, inference: InferenceConfig) -> dict[str, Any]:
@@ -103,15 +126,23 @@ def check_request(inference: InferenceConfig, dataset: PreparedDataset, output_p
     Raises
     ------
     InputError
-        If topk is larger than the catalogue, or `output_path` cannot be written or holds something else.
+        If topk is larger than the catalogue, or `output_path` cannot be written or holds something else: a few users'
+        recommendations do not replace those of all.
     """
     if inference.topk > dataset.num_items:
         raise InputError(
             f"inference.topk={inference.topk} is larger than the catalogue, which has {dataset.num_items} items"
         )
     manifest = storage.join(output_path, storage.MANIFEST)
-    if storage.exists(manifest) and "identity" not in storage.read_json(manifest):
-        raise InputError(f"{output_path}: holds something else than recommendations; choose another output_path")
+    if storage.exists(manifest):
+        identity = storage.read_json(manifest).get("identity")
+        if identity is None:
+            raise InputError(f"{output_path}: holds something else than recommendations; choose another output_path")
+        if inference.is_for_few and "dataset" in identity:
+            raise InputError(
+                f"{output_path}: holds the recommendations of all users, which those of a few would replace; choose "
+                "another inference.output_path"
+            )
     storage.check_writable(output_path)
 
 

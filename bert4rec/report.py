@@ -262,7 +262,7 @@ def _training_section(config: Config, run: dict[str, Any] | None) -> Section:
         section.charts.append(_chart(title, caption, curves(names, visible), x, y, shapes=[at_best | style]))
 
     section.text = f"The dotted line is the best epoch, {int(best['epoch'])}, by {_metric_title(config.monitor)}."
-    chart("Training loss", "mean cross-entropy of the masked items, at the validated epochs", ["train_loss"])
+    chart("Training loss", "mean over the masked items, at the validated epochs", ["train_loss"])
     validation = [name for name in history[-1] if name.startswith("val_") and "/" not in name]
     if validation:
         preferred = [name for name in validation if name.endswith(("@10", "mrr")) or name == config.monitor]

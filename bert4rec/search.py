@@ -30,9 +30,10 @@ KINDS = ("choice", "uniform", "loguniform", "int")
 SEARCHED_GROUPS = ("data", "model", "training")
 THE_SAME_FOR_ALL = {
     *(f"data.{name}" for name in ("data_dir", "data_file", "include_new_items", "memory_mb")),
-    *(f"data.{name}" for name in ("use_full_data", "holdout", "min_interactions")),
-    *(f"training.{name}" for name in ("monitor_metric", "accelerator", "num_workers", "cpus_per_worker")),
-    "training.max_failures",
+    *(f"data.{name}" for name in ("use_full_data", "holdout", "split", "split_time")),
+    *(f"data.{name}" for name in ("min_interactions", "min_item_interactions")),
+    *(f"training.{name}" for name in ("monitor_metric", "accelerator", "num_workers", "min_workers")),
+    *(f"training.{name}" for name in ("cpus_per_worker", "max_failures")),
 }
 MOST_DRAWS = 1000
 """Draws for one trial, of which the first that is valid and new is taken."""

@@ -1,5 +1,6 @@
 """TensorBoard events of a run: curves, gates, and every setting in the HPARAMS tab."""
 
+import shutil
 import tempfile
 
 import pyarrow.fs as pafs
@@ -14,13 +15,13 @@ _NOT_CURVES = ("epoch", "seconds")
 
 
 class TensorBoardLog:
-    """Writes events into `<run>/tensorboard` as training goes; for a run on an object store, when it ends."""
+    """Writes events into `<run>/tensorboard` as training goes; for one on an object store, when it is closed."""
 
     def __init__(self, run_path: str) -> None:
         self._target = storage.join(run_path, EVENTS)
         filesystem, inner = storage.open_store(self._target)
-        self._is_local = isinstance(filesystem, pafs.LocalFileSystem)
-        self._directory = inner if self._is_local else tempfile.mkdtemp()
+        self.is_local = isinstance(filesystem, pafs.LocalFileSystem)
+        self._directory = inner if self.is_local else tempfile.mkdtemp()
         self._writer = SummaryWriter(self._directory)
 
     def record(self, metrics: dict[str, float]) -> None:
@@ -45,6 +46,7 @@ class TensorBoardLog:
         metrics = {f"best/{name}": value for name, value in best_metrics.items()}
         self._writer.add_hparams(settings, metrics, run_name=".")
         self._writer.close()
-        if not self._is_local:
+        if not self.is_local:
             filesystem, inner = storage.open_store(self._target)
             pafs.copy_files(self._directory, inner, destination_filesystem=filesystem)
+            shutil.rmtree(self._directory)

@@ -36,6 +36,7 @@ from bert4rec.items import Metadata
 from bert4rec.loop import make_optimizer, train_epoch, validate
 from bert4rec.model import BERT4Rec
 from bert4rec.progress import Progress, Reporter
+from bert4rec.recommender import some_of
 from bert4rec.storage import InputError
 from bert4rec.tensorboard import TensorBoardLog
 from bert4rec.tracking import MLflowLog
@@ -113,7 +114,8 @@ def train(
     mlflow = MLflowLog(config, run_path, name) if config.run.mlflow_uri else None
 
     def record(metrics: dict[str, float]) -> None:
-        log.record(metrics)
+        if log.is_local:  # else all curves are written at the end, those from before a kill included
+            log.record(metrics)
         if mlflow is not None:
             mlflow.record(metrics)
 
@@ -163,6 +165,8 @@ def train(
         history=history,
         seconds=time.monotonic() - began,
     )
+    for metrics in [] if log.is_local else history:
+        log.record(metrics)
     log.close(config, manifest, trained.best_metrics)
     if mlflow is not None:
         mlflow.close(trained.best_metrics)
@@ -188,6 +192,8 @@ def with_features(config: Config, manifest: Manifest) -> Config:
     features["use_title_emb"] = has_titles and config.model.use_title_emb is not False
     if config.model.use_title_emb and not has_titles:
         print(f"note: model.use_title_emb is switched off: there is no {config.embeddings_path} (python -m jobs.embed)")
+    elif config.model.use_title_emb is None and has_titles:
+        print(f"note: model.use_title_emb is on, as there is {config.embeddings_path}")
     if config.data.include_new_items and not any(features.values()):
         raise InputError(
             "data.include_new_items=true needs metadata to tell the new items apart, and none is used; set "
@@ -355,6 +361,11 @@ def _metadata(config: Config, dataset: PreparedDataset) -> Metadata:
     if config.model.use_title_emb:
         ids, vectors = read_vectors(config.embeddings_path)
         row = pc.index_in(items.ids.cast(pa.string()), ids.cast(pa.string())).fill_null(-1).to_numpy()
+        if (row < 0).all():
+            raise InputError(
+                f"{config.embeddings_path}: was made for other data: none of its {len(ids):,} items, such as "
+                f"{some_of(ids)}, is in the catalogue, which has {len(items.ids):,} items, such as {some_of(items.ids)}"
+            )
         titles = np.where(row[:, None] >= 0, vectors[row], np.float32(0))
     return Metadata.of(config.model, items, titles)
 

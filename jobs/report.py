@@ -5,6 +5,7 @@ import os
 import sys
 from typing import Any
 
+import pyarrow as pa
 import pyarrow.fs as pafs
 
 from bert4rec import storage
@@ -15,6 +16,7 @@ from bert4rec.recommend import PARQUET
 from bert4rec.report import REPORT, Recommendations, render
 from bert4rec.storage import InputError
 from bert4rec.train import RUN, RUN_CONFIG, RUN_IDENTITY
+from bert4rec.workers import first_line
 from jobs.evaluate import EVALUATION
 
 
@@ -73,8 +75,8 @@ def _find_recommendations(path: str, identity: str) -> Recommendations | str:
     manifest = _read_if_there(storage.join(path, storage.MANIFEST))
     if manifest is None or "identity" not in manifest:
         return "No recommendations yet: python -m jobs.recommend writes them."
-    if manifest["identity"]["dataset"] != identity:
-        return "The recommendations are of other data: python -m jobs.recommend makes them again."
+    if manifest["identity"].get("dataset") != identity:
+        return "The recommendations are of other data, or of a few users: python -m jobs.recommend makes them."
     settings = manifest["identity"]["settings"]
     if "parquet" not in settings["formats"]:
         return "The recommendations have no Parquet files: inference.formats=[parquet] writes them."
@@ -102,6 +104,9 @@ def main() -> int:
     except InputError as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
+    except (OSError, pa.ArrowException) as error:
+        print(f"error: {first_line(error)}", file=sys.stderr)
+        return 1
     return 0
 
 

@@ -1,5 +1,6 @@
 import csv
 import sys
+from pathlib import Path
 
 import pyarrow.parquet as pq
 import pytest
@@ -7,10 +8,11 @@ import torch
 
 from bert4rec import storage
 from bert4rec.config import load_config
+from bert4rec.dataset import PreparedDataset
 from bert4rec.evaluate import evaluate
 from bert4rec.model import BERT4Rec
 from bert4rec.recommend import _publish as publish
-from bert4rec.recommend import recommend
+from bert4rec.recommend import check_request, recommend
 from bert4rec.storage import InputError
 from tests import reference
 from tests.datasets import random_histories, write_dataset
@@ -71,6 +73,13 @@ def test_every_user_gets_what_the_slow_way_gives(tmp_path, dataset_path, checkpo
     capsys.readouterr()
     recommend(config, dataset_path, checkpoint, output)
     assert "up to date" in capsys.readouterr().out
+    Path(output, "recommendations.csv").write_text("user,item\n")
+    recommend(config, dataset_path, checkpoint, output)
+    assert "up to date" not in capsys.readouterr().out
+    assert len(Path(output, "recommendations.csv").read_text().splitlines()) == 1 + len(expected)
+    few = load_config(None, ["inference.topk=7", "inference.users=[1]"]).inference
+    with pytest.raises(InputError, match="recommendations of all users, which those of a few would replace"):
+        check_request(few, PreparedDataset(dataset_path), output)
     only_csv = load_config(None, ["inference.topk=3", "inference.formats=[csv]", "inference.exclude_seen=false"])
     recommend(only_csv, dataset_path, checkpoint, output)
     assert sorted(path.name for path in (tmp_path / "out").iterdir()) == ["manifest.json", "recommendations.csv"]
@@ -124,6 +133,10 @@ def test_what_cannot_be_scored_is_one_message(tmp_path, dataset_path, checkpoint
         evaluate(
             load_config(None, ["data.holdout=2", "evaluation.split=validation"]), dataset_path, str(tmp_path / "m")
         )
+    with pytest.raises(InputError, match=r"so it has seen the test item of data\.holdout=2"):
+        evaluate(load_config(None, ["data.holdout=2"]), dataset_path, str(tmp_path / "m"))
+    with pytest.raises(InputError, match=r"val_ndcg@10 is of the test item, and has chosen the checkpoint"):
+        evaluate(load_config(None, ["evaluation.split=test"]), dataset_path, str(tmp_path / "m"))
     (tmp_path / "file").write_text("")
     with pytest.raises(InputError, match="cannot be written"):
         recommend(load_config(), dataset_path, checkpoint, str(tmp_path / "file" / "out"))

@@ -158,6 +158,9 @@ def test_title_embeddings_are_found_by_workers_from_a_relative_path(tmp_path, da
     assert model.items.features == ["item", "title"]
     np.testing.assert_allclose(model.items.titles[1:20], vectors[:19])
     assert not model.items.titles[[0, 20, 21]].any()
+    pq.write_table(pa.table({"item": ["a"], "embedding": vectors[:1].tolist()}), "titles.parquet")
+    with pytest.raises(InputError, match=r"titles\.parquet: was made for other data: none of its 1 items, such as 'a'"):
+        train(config_for("other", "embedding.output_path=titles.parquet", "training.num_epochs=1"), dataset_path)
 
 
 @pytest.mark.parametrize(

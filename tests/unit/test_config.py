@@ -26,11 +26,11 @@ def test_defaults_are_those_of_the_documentation():
 def test_overrides_win_over_the_file(tmp_path):
     file = tmp_path / "c.yaml"
     file.write_text("model:\n  hidden_units: 64\n  num_heads: 2\ntraining: {lr: 0.01}\n")
-    config = load_config(str(file), ["training.lr=1e-4", "inference.formats=[csv]", "run.name=x"])
+    config = load_config(str(file), ["training.lr=1e-4", "inference.formats=[csv]", "run.name=2026-11-24"])
     assert config.model.hidden_units == 64
     assert config.training.lr == 1e-4
     assert config.inference.formats == ("csv",)
-    assert config.run.name == "x"
+    assert config.run.name == "2026-11-24"
 
 
 @pytest.mark.parametrize(
@@ -49,6 +49,8 @@ def test_overrides_win_over_the_file(tmp_path):
         ("data.split_time=1", ["data.split_time=1", "share below 1", "Unix time"]),
         ("max_len=50", ["group.key=value", "did you mean model.max_len?"]),
         ("run.name=a/b", ["run.name='a/b'", "pattern"]),
+        ("run.name=..", ["run.name=.. is no name for a run"]),
+        ("run.name=prepared", ["run.name=prepared is no name for a run"]),
     ],
 )
 def test_a_wrong_setting_is_one_clear_message(override, words):

@@ -35,7 +35,7 @@ def recommend(run, fingerprint, formats=("parquet",)):
     (run / "recommendations").mkdir()
     (run / "recommendations.parquet").rename(run / "recommendations" / "recommendations.parquet")
     manifest = {
-        "identity": {"dataset": fingerprint, "settings": given.settings},
+        "identity": {"settings": given.settings} | ({"dataset": fingerprint} if fingerprint != "a few users" else {}),
         "counts": {"num_short_users": 2},
     }
     storage.commit(str(run / "recommendations"), manifest)
@@ -54,7 +54,11 @@ def test_a_run_is_found_with_its_dataset_and_recommendations(run, capsys):
 
 @pytest.mark.parametrize(
     ("fingerprint", "formats", "words"),
-    [("another", ["parquet"], "are of other data"), (None, ["csv"], "have no Parquet files")],
+    [
+        ("another", ["parquet"], "are of other data"),
+        ("a few users", ["parquet"], "or of a few users"),
+        (None, ["csv"], "have no Parquet files"),
+    ],
 )
 def test_recommendations_that_cannot_be_shown(run, fingerprint, formats, words):
     recommend(run, fingerprint or json.loads((run / "identity.json").read_text())["dataset"], formats)
