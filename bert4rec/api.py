@@ -4,11 +4,11 @@ Each joins the cluster of RAY_ADDRESS, or starts Ray on this machine, unless Ray
 """
 
 from bert4rec.cli import checkpoint_and_output, start_ray
-from bert4rec.config import Config, DataConfig
+from bert4rec.config import Config
 from bert4rec.embed import EmbedResult, embed_titles, read_texts
 from bert4rec.evaluate import Evaluation
 from bert4rec.evaluate import evaluate as _evaluate
-from bert4rec.movielens import ensure_ml_100k
+from bert4rec.movielens import fetch_if_default
 from bert4rec.prepare import prepare as _prepare
 from bert4rec.recommend import RecommendResult
 from bert4rec.recommend import recommend as _recommend
@@ -27,7 +27,7 @@ def prepare(config: Config) -> str:
         If an input file is missing or cannot be used.
     """
     _begin()
-    _fetch(config)
+    fetch_if_default(config.data.data_dir)
     manifest = _prepare(config.data, config.prepared_path, report=print)
     for note in manifest.notes:
         print(f"note: {note}")
@@ -43,7 +43,7 @@ def embed(config: Config) -> EmbedResult:
         If there are no titles, or the encoder cannot be had.
     """
     _begin()
-    _fetch(config)
+    fetch_if_default(config.data.data_dir)
     return embed_titles(config, read_texts(config.data.data_dir, config.embedding.with_genres))
 
 
@@ -90,8 +90,3 @@ def _begin() -> None:
 
     if not ray.is_initialized():
         start_ray()
-
-
-def _fetch(config: Config) -> None:
-    if config.data.data_dir == DataConfig.model_fields["data_dir"].default:
-        ensure_ml_100k(config.data.data_dir)

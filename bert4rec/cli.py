@@ -141,8 +141,11 @@ def start_ray(verbose: bool = False) -> None:
     level = logging.INFO if verbose else logging.ERROR
     address = os.environ.get("RAY_ADDRESS") or "local"
     print("starting Ray" if address == "local" else f"joining Ray at {address}")
+    dashboard = {}
+    if address == "local":  # processes that would only take time from the work
+        dashboard = {"include_dashboard": False}
+        os.environ.setdefault("RAY_TRAIN_ENABLE_PREEMPTION_WATCHER", "0")  # nobody takes this machine's nodes away
     try:
-        dashboard = {"include_dashboard": False} if address == "local" else {}
         ray.init(address=address, log_to_driver=verbose, logging_level=level, **dashboard)
     except ConnectionError as error:
         raise InputError(f"RAY_ADDRESS={address}: no Ray cluster answers there ({error})") from None

@@ -24,6 +24,7 @@ from typing import IO, NamedTuple
 import pyarrow as pa
 import pyarrow.csv as pacsv
 
+from bert4rec.config import DataConfig
 from bert4rec.storage import InputError
 
 FILES = ("train_ratings.csv", "titles.tsv", "genres.tsv", "years.tsv")
@@ -93,6 +94,12 @@ def provide(name: str, archive: str | None = None, out_dir: str | None = None, o
     source = archive or str(kept)
     count = convert(source, name, str(out), overwrite=overwrite, ratings_sha256=sha256)
     print(f"{out}: {count:,} ratings of {name} from {source}. {LICENCE}")
+
+
+def fetch_if_default(data_dir: str) -> None:
+    """`ensure_ml_100k` where `data_dir` is the default of data.data_dir; others are the user's own."""
+    if data_dir == DataConfig.model_fields["data_dir"].default:
+        ensure_ml_100k(data_dir)
 
 
 def ensure_ml_100k(out_dir: str = "data/ml-100k") -> None:

@@ -239,14 +239,32 @@ def what_shapes_the_result(config: Config) -> dict[str, Any]:
 
 def _open_run(config: Config, manifest: Manifest, run_path: str) -> TrainResult | None:
     """The result of a run that is finished; refuses one of other settings or data, marks a new one."""
-    identity_path = storage.join(run_path, RUN_IDENTITY)
-    wanted = json.loads(json.dumps({"dataset": manifest.fingerprint, **what_shapes_the_result(config)}))
-    if not storage.exists(identity_path):
-        storage.check_writable(run_path)
-        settings = yaml.safe_dump(config.model_dump(mode="json"), sort_keys=False)
-        storage.write_bytes(storage.join(run_path, RUN_CONFIG), settings.encode())
-        storage.write_json(identity_path, wanted)
+    if begin_directory(run_path, config, {"dataset": manifest.fingerprint, **what_shapes_the_result(config)}):
         return None
+    if not storage.exists(storage.join(run_path, RUN)):
+        print(f"continuing run {run_path}")
+        return None
+    finished = storage.read_json(storage.join(run_path, RUN)) | {"run_path": run_path}
+    paths = {key: storage.inside(run_path, finished[key]) for key in ("best_checkpoint", "last_checkpoint")}
+    return TrainResult(**finished | paths)
+
+
+def begin_directory(path: str, config: Config, identity: dict[str, Any]) -> bool:
+    """Mark the directory of a run or sweep with its settings; whether it is a new one.
+
+    Raises
+    ------
+    InputError
+        If it belongs to one of another identity, or cannot be written.
+    """
+    identity_path = storage.join(path, RUN_IDENTITY)
+    wanted = json.loads(json.dumps(identity))
+    if not storage.exists(identity_path):
+        storage.check_writable(path)
+        settings = yaml.safe_dump(config.model_dump(mode="json"), sort_keys=False)
+        storage.write_bytes(storage.join(path, RUN_CONFIG), settings.encode())
+        storage.write_json(identity_path, wanted)
+        return True
     found = storage.read_json(identity_path)
     differing = [
         f"{key} was {found.get(key)}, is {wanted.get(key)}"
@@ -255,15 +273,10 @@ def _open_run(config: Config, manifest: Manifest, run_path: str) -> TrainResult 
     ]
     if differing:
         raise InputError(
-            f"{run_path}: this run was begun with other settings ({'; '.join(differing)}); "
+            f"{path}: this run was begun with other settings ({'; '.join(differing)}); "
             "choose another run.name, or delete the directory"
         )
-    if not storage.exists(storage.join(run_path, RUN)):
-        print(f"continuing run {run_path}")
-        return None
-    finished = storage.read_json(storage.join(run_path, RUN)) | {"run_path": run_path}
-    paths = {key: storage.inside(run_path, finished[key]) for key in ("best_checkpoint", "last_checkpoint")}
-    return TrainResult(**finished | paths)
+    return False
 
 
 def _train_worker(loop: dict[str, Any]) -> list[dict[str, float]] | str:

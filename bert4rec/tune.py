@@ -10,7 +10,6 @@ scheduler's comparisons nor the trials of its last seconds. A trial is on record
 epochs as soon as it is heard of, so that a sweep killed at any time goes on as if it had not been.
 """
 
-import json
 import logging
 import os
 import sys
@@ -23,7 +22,6 @@ from typing import Any
 
 import pyarrow as pa
 import ray
-import yaml
 from ray import tune as ray_tune
 from ray.exceptions import RayError
 from ray.train import TrainingFailedError
@@ -38,9 +36,8 @@ from bert4rec.progress import duration
 from bert4rec.search import Space, Trial, score, with_values
 from bert4rec.storage import InputError
 from bert4rec.train import (
-    RUN_CONFIG,
-    RUN_IDENTITY,
     TrainResult,
+    begin_directory,
     checkpoint_name,
     kept_metrics,
     train,
@@ -424,31 +421,13 @@ def _identity(config: Config, manifest: Manifest) -> dict[str, Any]:
     """What must be the same for a sweep to be continued."""
     names = {"space", "search", "scheduler", "include_config", "grace_epochs", "reduction_factor"}
     search = {f"tune.{name}": value for name, value in config.tune.model_dump(include=names).items()}
-    content = {"dataset": manifest.fingerprint, **what_shapes_the_result(config), **search}
-    found: dict[str, Any] = json.loads(json.dumps(content))
-    return found
+    return {"dataset": manifest.fingerprint, **what_shapes_the_result(config), **search}
 
 
 def _open_sweep(config: Config, manifest: Manifest, sweep_path: str) -> list[Trial]:
     """The trials of the sweep, if it was begun; refuses one of other settings or data, marks a new one."""
-    path, wanted = storage.join(sweep_path, RUN_IDENTITY), _identity(config, manifest)
-    if not storage.exists(path):
-        storage.check_writable(sweep_path)
-        settings = yaml.safe_dump(config.model_dump(mode="json"), sort_keys=False)
-        storage.write_bytes(storage.join(sweep_path, RUN_CONFIG), settings.encode())
-        storage.write_json(path, wanted)
+    if begin_directory(sweep_path, config, _identity(config, manifest)):
         return []
-    found = storage.read_json(path)
-    differing = [
-        f"{key} was {found.get(key)}, is {wanted.get(key)}"
-        for key in sorted(found | wanted)
-        if found.get(key) != wanted.get(key)
-    ]
-    if differing:
-        raise InputError(
-            f"{sweep_path}: this was begun with other settings ({'; '.join(differing)}); "
-            "choose another run.name, or delete the directory"
-        )
     trials: list[Trial] = []
     while storage.exists(file := storage.join(sweep_path, Trial(len(trials), {}).name, TRIAL)):
         trials.append(Trial(**storage.read_json(file)))

@@ -1,10 +1,10 @@
 """Titles and genres -> embeddings by item: `python -m jobs.embed [--config FILE] [group.key=value ...]`."""
 
 from bert4rec.cli import run_job
-from bert4rec.config import Config, DataConfig
+from bert4rec.config import Config
 from bert4rec.embed import EmbedResult, embed_titles, read_texts
 from bert4rec.encoders import find_model
-from bert4rec.movielens import ensure_ml_100k
+from bert4rec.movielens import fetch_if_default
 from bert4rec.progress import duration
 
 SHOWN_TEXTS = 5
@@ -13,8 +13,7 @@ SHOWN_TEXTS = 5
 def embed_items(config: Config) -> EmbedResult:
     """Embed the config's titles and say what came of it."""
     model = find_model(config.embedding)  # a model that cannot be had is told before anything is fetched or read
-    if config.data.data_dir == DataConfig.model_fields["data_dir"].default:
-        ensure_ml_100k(config.data.data_dir)
+    fetch_if_default(config.data.data_dir)
     texts = read_texts(config.data.data_dir, config.embedding.with_genres)
     print("texts, such as:\n" + "\n".join(f"    {text}" for text in texts["text"][:SHOWN_TEXTS].to_pylist()))
     result = embed_titles(config, texts)

@@ -1,15 +1,14 @@
 """Ratings and item metadata -> prepared dataset: `python -m jobs.prepare [--config FILE] [group.key=value ...]`."""
 
 from bert4rec.cli import run_job
-from bert4rec.config import Config, DataConfig
-from bert4rec.movielens import ensure_ml_100k
+from bert4rec.config import Config
+from bert4rec.movielens import fetch_if_default
 from bert4rec.prepare import prepare
 
 
 def prepare_dataset(config: Config) -> str:
     """Prepare the config's data, fetching MovieLens-100K where that is meant; the dataset's directory."""
-    if config.data.data_dir == DataConfig.model_fields["data_dir"].default:
-        ensure_ml_100k(config.data.data_dir)
+    fetch_if_default(config.data.data_dir)
     manifest = prepare(config.data, config.prepared_path, report=print)
     for note in manifest.notes:
         print(f"note: {note}")
