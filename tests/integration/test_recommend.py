@@ -137,6 +137,8 @@ def test_what_cannot_be_scored_is_one_message(tmp_path, dataset_path, checkpoint
         evaluate(load_config(None, ["data.holdout=2"]), dataset_path, str(tmp_path / "m"))
     with pytest.raises(InputError, match=r"val_ndcg@10 is of the test item, and has chosen the checkpoint"):
         evaluate(load_config(None, ["evaluation.split=test"]), dataset_path, str(tmp_path / "m"))
+    refit = load_config(None, ["evaluation.split=test", "training.monitor_metric=train_loss"])
+    assert evaluate(refit, dataset_path, str(tmp_path / "m")).split == "test"
     (tmp_path / "file").write_text("")
     with pytest.raises(InputError, match="cannot be written"):
         recommend(load_config(), dataset_path, checkpoint, str(tmp_path / "file" / "out"))
