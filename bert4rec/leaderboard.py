@@ -102,5 +102,6 @@ def write_hparams(space: Space, trials: list[Trial], sweep_path: str) -> str:
             log.close_with(
                 {key: value if value is not None else "none" for key, value in trial.values.items()},
                 trial.best(monitor),
+                trial.history,
             )
     return root

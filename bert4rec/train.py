@@ -114,8 +114,7 @@ def train(
     mlflow = MLflowLog(config, run_path, name) if config.run.mlflow_uri else None
 
     def record(metrics: dict[str, float]) -> None:
-        if log.is_local:  # else all curves are written at the end, those from before a kill included
-            log.record(metrics)
+        log.record(metrics)
         if mlflow is not None:
             mlflow.record(metrics)
 
@@ -165,9 +164,7 @@ def train(
         history=history,
         seconds=time.monotonic() - began,
     )
-    for metrics in [] if log.is_local else history:
-        log.record(metrics)
-    log.close(config, manifest, trained.best_metrics)
+    log.close(config, manifest, trained.best_metrics, history)
     if mlflow is not None:
         mlflow.close(trained.best_metrics)
     # Names, not paths: a run's directory may be moved.
