@@ -245,9 +245,11 @@ def append_mask(windows: Windows, max_len: int, num_items: int) -> Tensor:
 
 
 def by_length(lengths: Tensor, max_tokens: int) -> Iterator[Tensor]:
-    """Indices of rows, longest first, in parts of about `max_tokens` tokens (less than one row more)."""
+    """Indices of rows, longest first, in parts of about as many tokens each, `max_tokens` (and a row more) at most."""
     order = torch.argsort(lengths, descending=True, stable=True)
-    part = (torch.cumsum(lengths[order].clamp(min=1), 0) - 1) // max_tokens
+    until = torch.cumsum(lengths[order].clamp(min=1), 0)
+    total = int(until[-1]) if len(until) else 0
+    part = (until - 1) * -(-total // max_tokens) // max(total, 1)
     yield from torch.split(order, torch.unique_consecutive(part, return_counts=True)[1].tolist())
 
 

@@ -19,7 +19,7 @@ from bert4rec import storage
 from bert4rec.batches import Batch, Group
 from bert4rec.config import ModelConfig
 from bert4rec.dataset import PADDING
-from bert4rec.functions import Dropout, Loss, linear_cross_entropy
+from bert4rec.functions import Dropout, Linear, Loss, linear_cross_entropy
 from bert4rec.items import ItemVectors, Metadata
 from bert4rec.storage import InputError
 
@@ -34,11 +34,11 @@ class Block(nn.Module):
         super().__init__()
         width = config.hidden_units
         self.num_heads = config.num_heads
-        self.query = nn.Linear(width, width)
-        self.key_value = nn.Linear(width, 2 * width)
-        self.attention_output = nn.Linear(width, width)
+        self.query = Linear(width, width)
+        self.key_value = Linear(width, 2 * width)
+        self.attention_output = Linear(width, width)
         self.attention_norm = nn.LayerNorm(width)
-        self.feed_forward = nn.Sequential(nn.Linear(width, 4 * width), nn.GELU(), nn.Linear(4 * width, width))
+        self.feed_forward = nn.Sequential(Linear(width, 4 * width), nn.GELU(), Linear(4 * width, width))
         self.output_norm = nn.LayerNorm(width)
         self.dropout = Dropout(config.dropout_rate)
 
@@ -135,7 +135,7 @@ class BERT4Rec(nn.Module):
         self.dropout = Dropout(config.dropout_rate)
         self.embedding_norm = nn.LayerNorm(width)
         self.blocks = nn.ModuleList(Block(config) for _ in range(config.num_layers))
-        self.output_transform = nn.Linear(width, width)
+        self.output_transform = Linear(width, width)
         self._fused: Tensor | None = None  # kept between calls while the weights do not change
         self.output_bias = nn.Parameter(torch.zeros(num_items))
         if not config.share_embeddings:

@@ -14,6 +14,7 @@ from torch import Tensor
 
 from bert4rec.batches import Windows, append_mask, by_length, pack
 from bert4rec.dataset import ItemTable, PreparedDataset, Sequences
+from bert4rec.functions import product
 from bert4rec.model import BERT4Rec
 from bert4rec.storage import InputError
 
@@ -129,14 +130,14 @@ def score_next(model: BERT4Rec, histories: Windows) -> Scorer:
     """Scores of all items as the next one of each history."""
     states = next_item_states(model, histories)
     weights, bias = (tensor.detach() for tensor in model.output_weights())
-    block = states.new_empty(0)
+    block: Tensor | None = None
 
     def scores(low: int, high: int) -> Tensor:
         nonlocal block
         # Into the same memory each time: for few hidden units, fresh pages cost as much as the product.
-        if block.shape != (len(states), high - low):
-            block = states.new_empty(len(states), high - low)
-        return torch.mm(states, weights[low:high].t(), out=block).add_(bias[low:high])  # linear() adds no faster
+        used = block if block is not None and block.shape[1] == high - low else None
+        block = product(states, weights[low:high], bias[low:high], out=used)
+        return block
 
     return scores
 

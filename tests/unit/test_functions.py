@@ -6,25 +6,80 @@ import torch.nn.functional as F
 
 from bert4rec import functions
 from bert4rec.config import TrainingConfig
-from bert4rec.functions import Dropout, gbce, linear_cross_entropy, make_loss, sampled_softmax
+from bert4rec.functions import (
+    Dropout,
+    Linear,
+    gbce,
+    linear_cross_entropy,
+    make_loss,
+    product,
+    product_over_rows,
+    sampled_softmax,
+)
 
 pytestmark = pytest.mark.unit
 
 
+def assert_close(single, double):
+    """float32 against float64, to float32's rounding."""
+    torch.testing.assert_close(single.double(), double, rtol=1e-5, atol=1e-5)
+
+
+@pytest.fixture(params=["oneDNN", "MKL"])
+def either_library(request, monkeypatch):
+    """Both ways to a product, whatever this processor takes."""
+    monkeypatch.setattr(functions, "USES_ONEDNN", request.param == "oneDNN" and torch.backends.mkldnn.is_available())
+
+
+@pytest.mark.usefixtures("either_library")
+@pytest.mark.parametrize("rows", [0, 1, 50])
+@pytest.mark.parametrize(("inputs", "outputs"), [(6, 9), (9, 6)])
+def test_linear_layer_equals_torchs(rows, inputs, outputs):
+    torch.manual_seed(0)
+    ours, theirs = Linear(inputs, outputs), torch.nn.Linear(inputs, outputs).double()
+    theirs.load_state_dict(ours.state_dict())
+    x = torch.randn(rows, inputs, requires_grad=True)
+    exact = x.detach().double().requires_grad_()
+    factor = torch.randn(rows, outputs)
+    (ours(x) * factor).sum().backward()
+    (theirs(exact) * factor).sum().backward()
+    assert_close(ours(x), theirs(exact))
+    assert_close(x.grad, exact.grad)
+    for one, other in zip(ours.parameters(), theirs.parameters(), strict=True):
+        assert_close(one.grad, other.grad)
+    with torch.inference_mode():
+        assert_close(ours(x), theirs(exact))
+
+
+@pytest.mark.usefixtures("either_library")
+def test_products_of_slices_and_transposed():
+    torch.manual_seed(0)
+    a, b, bias = torch.randn(7, 5), torch.randn(20, 5), torch.randn(20)
+    expected = a.double() @ b.double().t() + bias
+    used = torch.full((7, 9), torch.nan)
+    assert_close(product(a, b[3:12], bias[3:12], out=used), expected[:, 3:12])
+    assert_close(product(a, b[:9].t().contiguous().t()), expected[:, :9] - bias[:9])
+    narrow, wide = torch.randn(50, 3), torch.randn(50, 8)
+    assert_close(product_over_rows(narrow, wide), narrow.double().t() @ wide.double())
+    assert_close(product_over_rows(wide, narrow), wide.double().t() @ narrow.double())
+
+
+@pytest.mark.usefixtures("either_library")
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
 @pytest.mark.parametrize("logit_bytes", [1, 10**9])
-def test_linear_cross_entropy_equals_torchs(monkeypatch, logit_bytes):
+def test_linear_cross_entropy_equals_torchs(monkeypatch, logit_bytes, dtype):
     monkeypatch.setattr(functions, "_CPU_LOGIT_BYTES", logit_bytes)
     torch.manual_seed(0)
     tensors = [torch.randn(50, 8), torch.randn(30, 8), torch.randn(30)]
     labels = torch.randint(0, 30, (50,))
-    ours, theirs = ([tensor.double().requires_grad_() for tensor in tensors] for _ in range(2))
+    ours, theirs = ([tensor.clone().to(kind).requires_grad_() for tensor in tensors] for kind in (dtype, torch.float64))
     got = linear_cross_entropy(*ours, labels) * 0.3
     expected = F.cross_entropy(F.linear(*theirs), labels, reduction="sum") * 0.3
     got.backward()
     expected.backward()
     assert got.item() == pytest.approx(expected.item(), rel=1e-6)
     for one, other in zip(ours, theirs, strict=True):
-        torch.testing.assert_close(one.grad, other.grad, rtol=1e-4, atol=1e-5)
+        torch.testing.assert_close(one.grad.double(), other.grad, rtol=1e-4, atol=1e-5)
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])

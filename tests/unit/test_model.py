@@ -1,7 +1,7 @@
 import pytest
 import torch
 
-from bert4rec import batches, storage
+from bert4rec import batches, functions, storage
 from bert4rec.config import DataConfig, ModelConfig
 from bert4rec.model import BERT4Rec
 from bert4rec.storage import InputError
@@ -31,6 +31,13 @@ def packed(tokens):
     return batches.pack(tokens, tokens, torch.device("cpu"))
 
 
+@pytest.fixture(params=["oneDNN", "MKL"])
+def either_library(request, monkeypatch):
+    """Both ways to a product, whatever this processor takes."""
+    monkeypatch.setattr(functions, "USES_ONEDNN", request.param == "oneDNN" and torch.backends.mkldnn.is_available())
+
+
+@pytest.mark.usefixtures("either_library")
 @pytest.mark.parametrize("num_layers", [1, 3])
 def test_hidden_states_equal_the_slow_network(num_layers):
     model = make_model(num_layers=num_layers)
@@ -56,6 +63,7 @@ def test_attention_goes_both_ways():
     assert not torch.allclose(model.encode(packed(first))[0], model.encode(packed(second))[0], atol=1e-3)
 
 
+@pytest.mark.usefixtures("either_library")
 @pytest.mark.parametrize("share_embeddings", [True, False])
 def test_a_step_has_the_loss_and_gradients_of_the_slow_way(share_embeddings):
     """Micro-batches by length, logits at targets only, the last block at targets only: the same arithmetic."""
