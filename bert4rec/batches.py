@@ -10,10 +10,12 @@ from typing import NamedTuple, Self
 
 import numpy as np
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from bert4rec.config import DataConfig, ModelConfig
 from bert4rec.dataset import PADDING, Sequences
+from bert4rec.functions import full_size
 
 MAX_PADDING = 0.04
 """Largest share of padding in a group of rows..."""
@@ -38,11 +40,11 @@ class Batch(NamedTuple):
     """What the model reads: groups of rows laid end to end, each padded to its own length alone (see `pack`)."""
 
     tokens: Tensor
-    """[S] int64; each group's [B, L], flat."""
+    """[S] int64; each group's [B, L], flat, and at the end some padding of no group (`functions.full_size`)."""
     position: Tensor
     """[S] int64 distance from the end of the row."""
     query: Tensor
-    """[Q] int64 places in `tokens` whose hidden states are wanted; each group's [B, M], flat."""
+    """[Q] int64 places in `tokens` whose hidden states are wanted; each group's [B, M], flat, and some more."""
     labels: Tensor
     """[Q] int64 true token at `query`, 0 where it only fills the row."""
     groups: list[Group]
@@ -50,7 +52,7 @@ class Batch(NamedTuple):
     def rectangles(self) -> list[Tensor]:
         """Each group's tokens [B, L]."""
         sizes = [group.rows * group.length for group in self.groups]
-        parts = torch.split(self.tokens, sizes)
+        parts = torch.split(self.tokens[: sum(sizes)], sizes)
         return [part.view(group.rows, -1) for group, part in zip(self.groups, parts, strict=True)]
 
 
@@ -285,7 +287,10 @@ def pack(tokens: Tensor, labels: Tensor | None, device: torch.device) -> Batch:
         parts.append([part.reshape(-1) for part in (inner, position, query, answers)])
         groups.append(Group(rows, length, query.shape[1], lengths[end - 1] < length))
         begin, offset = end, offset + inner.numel()
-    flat = [torch.cat(part).to(device, non_blocking=True) for part in zip(*parts, strict=True)]
+    flat = [torch.cat(part) for part in zip(*parts, strict=True)]
+    if device.type == "cpu":
+        flat = [F.pad(part, (0, full_size(len(part)) - len(part))) for part in flat]
+    flat = [part.to(device, non_blocking=True) for part in flat]
     return Batch(flat[0], flat[1], flat[2], flat[3], groups)
 
 

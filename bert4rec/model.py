@@ -19,7 +19,7 @@ from bert4rec import storage
 from bert4rec.batches import Batch, Group
 from bert4rec.config import ModelConfig
 from bert4rec.dataset import PADDING
-from bert4rec.functions import Dropout, Linear, Loss, linear_cross_entropy
+from bert4rec.functions import Dropout, Linear, Loss, full_size, linear_cross_entropy
 from bert4rec.items import ItemVectors, Metadata
 from bert4rec.storage import InputError
 
@@ -59,8 +59,8 @@ class Block(nn.Module):
         keep : list
             For each group [B, 1, 1, L] bool, false at padding, or None where there is none.
         query, wanted : Tensor
-            [Q] positions whose states are wanted, and whether they really are: all work after the keys and values is
-            then done for those alone.
+            [Q] positions to attend from, and [N] which of those are really wanted: all work after the keys and values
+            is then done for those alone.
 
         Returns
         -------
@@ -74,8 +74,8 @@ class Block(nn.Module):
         for group, mask, q, key_value in zip(
             groups,
             keep,
-            torch.split(self.query(x_query), queries),
-            torch.split(self.key_value(x), keys),
+            torch.split(self.query(x_query)[: sum(queries)], queries),
+            torch.split(self.key_value(x)[: sum(keys)], keys),
             strict=True,
         ):
             query_heads, key_heads, value_heads = (
@@ -84,6 +84,7 @@ class Block(nn.Module):
             )
             mixed = F.scaled_dot_product_attention(query_heads, key_heads, value_heads, attn_mask=mask)
             attended.append(mixed.transpose(1, 2).reshape(q.shape))  # (B, H, M, D/H) -> (B*M, D)
+        attended.append(x_query.new_zeros(len(x_query) - sum(queries), x_query.shape[1]))
         context = torch.cat(attended)
         if wanted is not None:
             x_query, context = x_query[wanted], context[wanted]  # (N, D)
@@ -157,8 +158,12 @@ class BERT4Rec(nn.Module):
         ]
         for block in self.blocks[:-1]:
             x = block(x, batch.groups, keep)
-        hidden: Tensor = self.blocks[-1](x, batch.groups, keep, batch.query, batch.labels != PADDING)
-        return hidden
+        wanted = torch.nonzero(batch.labels).flatten()
+        count = len(wanted)
+        if x.device.type == "cpu":
+            wanted = F.pad(wanted, (0, full_size(count) - count))
+        hidden: Tensor = self.blocks[-1](x, batch.groups, keep, batch.query, wanted)
+        return hidden[:count]
 
     def project(self, hidden: Tensor) -> Tensor:
         """[N, D] -> [N, D]: the dense layer with GELU of equation 7; its product with `output_weights` gives logits."""

@@ -31,6 +31,16 @@ def either_library(request, monkeypatch):
     monkeypatch.setattr(functions, "USES_ONEDNN", request.param == "oneDNN" and torch.backends.mkldnn.is_available())
 
 
+def test_few_sizes_recur(monkeypatch):
+    monkeypatch.setattr(functions, "USES_ONEDNN", True)
+    taken = [functions.full_size(rows) for rows in range(4096)]
+    assert taken[:34] == [*range(33), 34]
+    assert all(rows <= size <= rows * 17 / 16 for rows, size in enumerate(taken))
+    assert len({size for size in taken if 1024 < size <= 2048}) == 16
+    monkeypatch.setattr(functions, "USES_ONEDNN", False)
+    assert functions.full_size(33) == 33
+
+
 @pytest.mark.usefixtures("either_library")
 @pytest.mark.parametrize("rows", [0, 1, 50])
 @pytest.mark.parametrize(("inputs", "outputs"), [(6, 9), (9, 6)])
