@@ -261,7 +261,7 @@ class _Evaluator:
             history, target = histories.users(users), targets[users]
             length = torch.bucketize(history.lengths, torch.tensor([*HISTORY_LENGTHS.values()][:-1]), right=True)
             group = length * len(THIRDS) + self.thirds[target - 1]
-            negatives = self._negatives(everyone.users(index[users]), part.low + index[users].numpy())
+            negatives = self._negatives(everyone.users(index[users]), target, part.low + index[users].numpy())
             values[-1] += [
                 torch.full((int((drawn < 0).any(1).sum()),), self.protocols.index(protocol))
                 for protocol, drawn in negatives.items()
@@ -286,15 +286,20 @@ class _Evaluator:
             scores = baselines.same_for_all(counts.double(), len(history))
         return lambda low, high: scores(low, high).to(self.device)
 
-    def _negatives(self, own: Windows, user_index: np.ndarray) -> dict[Protocol, Tensor]:
-        weights: dict[Protocol, Tensor] = {
-            "popularity-100": self.popularity,
-            "uniform-100": torch.ones_like(self.popularity),
+    def _negatives(self, own: Windows, target: Tensor, user_index: np.ndarray) -> dict[Protocol, Tensor]:
+        number = torch.arange(len(target))
+        target_alone = Windows(target.int(), number, number + 1)
+        ones = torch.ones_like(self.popularity)
+        drawn: dict[Protocol, tuple[Tensor, Windows]] = {  # by which weights, and what not
+            "popularity-100": (self.popularity, own),
+            "popularity-100-with-seen": (self.popularity, target_alone),
+            "uniform-100": (ones, own),
+            "uniform-100-with-seen": (ones, target_alone),
         }
         seed = self.config.evaluation.seed
         return {
-            protocol: draw_negatives(weight, own, user_index, seed, NUM_NEGATIVES)
-            for protocol, weight in weights.items()
+            protocol: draw_negatives(weights, never, user_index, seed, NUM_NEGATIVES)
+            for protocol, (weights, never) in drawn.items()
             if protocol in self.protocols
         }
 

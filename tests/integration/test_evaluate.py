@@ -1,9 +1,10 @@
 import math
+from typing import get_args
 
 import numpy as np
 import pytest
 
-from bert4rec.config import load_config
+from bert4rec.config import Protocol, load_config
 from bert4rec.dataset import PreparedDataset
 from bert4rec.evaluate import evaluate
 from bert4rec.storage import InputError
@@ -14,7 +15,7 @@ from tests.unit.test_model import NUM_ITEMS, make_model
 
 pytestmark = [pytest.mark.integration, pytest.mark.usefixtures("ray_session")]
 
-PROTOCOLS = ("all", "all-with-seen", "popularity-100", "uniform-100")
+PROTOCOLS = get_args(Protocol)
 BASELINES = ("popularity", "popularity-7-days", "item-knn", "ease")
 ALL = [f"evaluation.protocols=[{','.join(PROTOCOLS)}]", f"evaluation.baselines=[{','.join(BASELINES)}]"]
 
@@ -112,7 +113,9 @@ def expected_ranks(case, model, seed):
         own = set(histories[user])
         drawn = {
             "popularity-100": reference.negatives(popularity, own, user, seed, 100),
+            "popularity-100-with-seen": reference.negatives(popularity, {target}, user, seed, 100),
             "uniform-100": reference.negatives([1] * NUM_ITEMS, own, user, seed, 100),
+            "uniform-100-with-seen": reference.negatives([1] * NUM_ITEMS, {target}, user, seed, 100),
         }
         for system, values in scores.items():
             seen = {token - 1 for token in history}
