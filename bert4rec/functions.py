@@ -30,7 +30,7 @@ def _uses_onednn() -> bool:
 
 USES_ONEDNN = _uses_onednn()
 if USES_ONEDNN:  # read when the first kernel is built; with its 1024, half of a training's are built again and again
-    os.environ.setdefault("ONEDNN_PRIMITIVE_CACHE_CAPACITY", "8192")
+    os.environ.setdefault("ONEDNN_PRIMITIVE_CACHE_CAPACITY", "2048")
 
 
 def full_size(rows: int) -> int:
