@@ -1,6 +1,7 @@
 """Our side of a measurement, without Ray: `python -m benchmarks.ours WORKLOAD`."""
 
 import time
+from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
 import torch
@@ -61,22 +62,25 @@ def train(workload: Workload, histories: Histories) -> dict[str, float]:
 
 
 def recommend(workload: Workload, histories: Histories) -> dict[str, float]:
-    """From histories to arrays of original ids, for all users."""
+    """From histories to arrays of original ids, for all users; on a CPU each thread ranks users of its own, as the
+    job's workers do, which have a core each."""
     device = torch.device(workload.device)
     model = BERT4Rec(model_config(workload), len(histories.item_ids)).to(device).eval()
     began = time.perf_counter()
     windows = windows_of(histories)
-    columns: list[tuple[np.ndarray, np.ndarray, np.ndarray]] = []
-    for users in torch.split(torch.arange(len(windows)), workload.batch_size):
+
+    def rank(users: torch.Tensor) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
         seen = windows.users(users).to(device)
         scores = score_next(model, seen)
         values, items = top_k(scores, Exclusions.of(seen, device=device), len(users), model.num_items, workload.topk)
         values, items = values.cpu(), items.cpu()
         found = torch.isfinite(values)
         row = torch.nonzero(found)[:, 0]
-        columns.append(
-            (histories.user_ids[users[row].numpy()], histories.item_ids[items[found].numpy()], values[found].numpy())
-        )
+        return histories.user_ids[users[row].numpy()], histories.item_ids[items[found].numpy()], values[found].numpy()
+
+    side_by_side = workload.threads if device.type == "cpu" else 1
+    with ThreadPoolExecutor(side_by_side, initializer=torch.set_num_threads, initargs=(1,)) as threads:
+        columns = list(threads.map(rank, torch.split(torch.arange(len(windows)), workload.batch_size)))
     rows = [np.concatenate(column) for column in zip(*columns, strict=True)]
     seconds = time.perf_counter() - began
     return {"seconds": seconds, "users": len(windows), "rows": len(rows[0])}
