@@ -10,7 +10,7 @@ from benchmarks.common import Histories, Meter, Workload, report
 from bert4rec.batches import Windows, iter_steps, training_windows
 from bert4rec.config import DataConfig, ModelConfig, TrainingConfig
 from bert4rec.functions import product
-from bert4rec.loop import PASS_TOKENS, make_optimizer, train_step
+from bert4rec.loop import PASS_TOKENS, make_optimizers, train_step
 from bert4rec.model import BERT4Rec
 from bert4rec.scoring import Exclusions, score_next, top_k
 
@@ -40,7 +40,7 @@ def train(workload: Workload, histories: Histories) -> dict[str, float]:
     num_items = len(histories.item_ids)
     windows = training_windows(windows_of(histories), data)
     model = BERT4Rec(model_config(workload), num_items).to(device).train()
-    optimizer = make_optimizer(model, training)
+    optimizers = make_optimizers(model, training)
     scaler = torch.amp.GradScaler(device.type, enabled=workload.precision == "16-mixed")  # type: ignore[attr-defined]
     meter, epoch, waited, is_over = Meter(workload.seconds), 0, 0.0, False
     while not is_over:
@@ -52,7 +52,7 @@ def train(workload: Workload, histories: Histories) -> dict[str, float]:
             waited += time.perf_counter() - began
             if step is None:
                 break
-            train_step(model, step, optimizer, scaler, training)
+            train_step(model, step, optimizers, scaler, training)
             if meter.warmup_steps > 0:
                 waited = 0.0
             _wait(device)

@@ -7,7 +7,7 @@ import torch
 from bert4rec.batches import Windows, training_windows
 from bert4rec.config import load_config
 from bert4rec.dataset import PreparedDataset
-from bert4rec.loop import make_optimizer, train_epoch, validate
+from bert4rec.loop import make_optimizers, train_epoch, validate
 from bert4rec.model import BERT4Rec
 
 
@@ -19,13 +19,13 @@ def main() -> None:
     model = BERT4Rec(config.model, dataset.num_items, dataset.manifest.catalogue)
     sequences = Windows.from_sequences(dataset.sequences(config.data.memory_mb))
     windows = training_windows(sequences, config.data)
-    optimizer = make_optimizer(model, config.training)
+    optimizers = make_optimizers(model, config.training)
     scaler = torch.amp.GradScaler("cpu", enabled=False)  # type: ignore[attr-defined]
     for epoch in range(config.training.num_epochs):
-        train_epoch(model, windows, config, model.num_items, 0, epoch, optimizer, scaler)
+        train_epoch(model, windows, config, model.num_items, 0, epoch, optimizers, scaler)
         metrics = validate(model, sequences, config)
         model.save_pretrained(directory)
-        torch.save(optimizer.state_dict(), f"{directory}/training_state.pt")
+        torch.save([optimizer.state_dict() for optimizer in optimizers], f"{directory}/training_state.pt")
     print(f"val_ndcg@10 {metrics['val_ndcg@10']:.6f}")
 
 

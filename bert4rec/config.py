@@ -117,9 +117,10 @@ class TrainingConfig(_Group):
     lr: float = Field(0.001, gt=0)
     """Peak learning rate."""
     weight_decay: float = Field(0.0, ge=0)
-    """L2 penalty (adam) or decoupled decay (adamw) of matrices; biases, norms and the padding row have none."""
-    optimizer: Literal["adam", "adamw"] = "adamw"
-    """Optimiser; the fused kernels of torch."""
+    """L2 penalty (adam) or decoupled decay (adamw, muon) of matrices; biases, norms and the padding row have none."""
+    optimizer: Literal["adam", "adamw", "muon"] = "adamw"
+    """Optimiser; the fused kernels of torch. muon: the transformer's matrices by Muon (Jordan et al. 2024, as scaled in
+    arXiv 2502.16982), all else by adamw."""
     scheduler: Literal["constant", "cosine", "linear"] = "constant"
     """Learning rate after the warm-up: constant, or falling to zero at num_epochs."""
     warmup_epochs: float = Field(0.0, ge=0)

@@ -36,19 +36,30 @@ def learning_rate(training: TrainingConfig, epochs_done: float) -> float:
     return training.lr * (1 - share if training.scheduler == "linear" else (1 + math.cos(math.pi * share)) / 2)
 
 
-def make_optimizer(model: nn.Module, training: TrainingConfig) -> torch.optim.Optimizer:
-    """The configured optimiser over all parameters of `model`."""
-    matrices = [p for p in model.parameters() if p.ndim > 1]
+def make_optimizers(model: nn.Module, training: TrainingConfig) -> list[torch.optim.Optimizer]:
+    """The configured optimiser, or optimisers, of all parameters of `model`."""
+    muon = [
+        p
+        for name, p in model.named_parameters()
+        if training.optimizer == "muon" and p.ndim == 2 and ("blocks." in name or "output_transform." in name)
+    ]
+    by_muon = {id(p) for p in muon}
+    matrices = [p for p in model.parameters() if p.ndim > 1 and id(p) not in by_muon]
     vectors = [p for p in model.parameters() if p.ndim == 1]  # biases and norms are not decayed
-    kind = torch.optim.AdamW if training.optimizer == "adamw" else torch.optim.Adam
+    kind = torch.optim.Adam if training.optimizer == "adam" else torch.optim.AdamW
     groups = [{"params": matrices, "weight_decay": training.weight_decay}, {"params": vectors, "weight_decay": 0.0}]
-    return kind(groups, lr=training.lr, fused=True)
+    optimizers: list[torch.optim.Optimizer] = [kind(groups, lr=training.lr, fused=True)]
+    if muon:
+        # Its steps are scaled to the size of AdamW's, so that one learning rate suits both (Liu et al. 2025).
+        decay, scaled = training.weight_decay, "match_rms_adamw"
+        optimizers.append(torch.optim.Muon(muon, lr=training.lr, weight_decay=decay, adjust_lr_fn=scaled))
+    return optimizers
 
 
 def train_step(
     model: nn.Module,
     step: Step,
-    optimizer: torch.optim.Optimizer,
+    optimizers: list[torch.optim.Optimizer],
     scaler: Any,  # noqa: ANN401 - torch.amp.GradScaler, which torch does not export
     training: TrainingConfig,
     world_size: int = 1,
@@ -62,7 +73,8 @@ def train_step(
     device = next(model.parameters()).device
     dtype = {"32-true": None, "16-mixed": torch.float16, "bf16-mixed": torch.bfloat16}[training.precision]
     sums = torch.zeros(2, dtype=torch.float64, device=device)
-    optimizer.zero_grad(set_to_none=True)
+    for optimizer in optimizers:
+        optimizer.zero_grad(set_to_none=True)
     for index, batch in enumerate(step.batches):
         is_last = index == len(step.batches) - 1
         with model.no_sync() if is_distributed and not is_last else nullcontext():  # type: ignore[operator]
@@ -71,9 +83,11 @@ def train_step(
             scaler.scale(loss * (world_size / max(step.num_targets, 1))).backward()
         sums += torch.stack([loss.detach(), (batch.labels > 0).sum()])
     if training.gradient_clip_val is not None:
-        scaler.unscale_(optimizer)
+        for optimizer in optimizers:
+            scaler.unscale_(optimizer)
         nn.utils.clip_grad_norm_(model.parameters(), training.gradient_clip_val)
-    scaler.step(optimizer)
+    for optimizer in optimizers:
+        scaler.step(optimizer)
     scaler.update()
     return sums
 
@@ -85,7 +99,7 @@ def train_epoch(
     num_items: int,
     num_new_items: int,
     epoch: int,
-    optimizer: torch.optim.Optimizer,
+    optimizers: list[torch.optim.Optimizer],
     scaler: Any,  # noqa: ANN401
     on_step: Callable[[int, int, float], None] = lambda step, num_steps, tokens_per_second: None,
 ) -> dict[str, float]:
@@ -124,16 +138,17 @@ def train_epoch(
         windows, data, config.model, num_items, epoch, rank, world_size, max_tokens, device, num_new_items
     )
     for index, step in enumerate(steps):
-        for group in optimizer.param_groups:
-            group["lr"] = learning_rate(training, epoch + (index + 0.5) / num_steps)
-        by_step.append(train_step(model, step, optimizer, scaler, training, world_size))
+        rate = learning_rate(training, epoch + (index + 0.5) / num_steps)
+        for group in (group for optimizer in optimizers for group in optimizer.param_groups):
+            group["lr"] = rate
+        by_step.append(train_step(model, step, optimizers, scaler, training, world_size))
         num_tokens += step.num_tokens
         on_step(index + 1, num_steps, num_tokens / (time.monotonic() - began))
     sums = torch.stack(by_step)  # [steps, 2]; looked at only now, since every look waits for the device
     _all_reduce(sums)
     seconds = time.monotonic() - began
     total = sums.sum(0)
-    loss, rate = float(total[0] / total[1].clamp(min=1)), float(optimizer.param_groups[0]["lr"])
+    loss = float(total[0] / total[1].clamp(min=1))
     if not math.isfinite(loss):
         bad = int((~torch.isfinite(sums[:, 0])).to(torch.uint8).argmax())  # the first
         whole_steps = iter_steps(windows, data, config.model, num_items, epoch, 0, 1, max_tokens, device, num_new_items)

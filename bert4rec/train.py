@@ -33,7 +33,7 @@ from bert4rec.config import Config, EvaluationConfig
 from bert4rec.dataset import ITEMS, Manifest, PreparedDataset, Sequences
 from bert4rec.functions import make_loss
 from bert4rec.items import Metadata
-from bert4rec.loop import make_optimizer, train_epoch, validate
+from bert4rec.loop import make_optimizers, train_epoch, validate
 from bert4rec.model import BERT4Rec
 from bert4rec.progress import Progress, Reporter
 from bert4rec.recommender import some_of
@@ -322,19 +322,20 @@ def _run_epochs(
 
     state: dict[str, Any] = {"epoch": 0, "history": [], "best": None, "improvements": 0, "validations_since_best": 0}
     checkpoint = ray.train.get_checkpoint()
-    optimizer_state = scaler_state = None
+    optimizer_states = scaler_state = None
     if checkpoint is not None:
         with checkpoint.as_directory() as directory:
             weights, state = _load_checkpoint(directory)
         model.load_state_dict(weights)
-        optimizer_state, scaler_state = state.pop("optimizer"), state.pop("scaler")
+        optimizer_states, scaler_state = state.pop("optimizers"), state.pop("scaler")
         if rank == 0:
             reporter.skip(state["epoch"])
     wrapped = prepare_model(model, parallel_strategy_kwargs={"broadcast_buffers": False})  # the tables never change
-    optimizer = make_optimizer(model, training)
+    optimizers = make_optimizers(model, training)
     scaler = torch.amp.GradScaler(device.type, enabled=training.precision == "16-mixed")  # type: ignore[attr-defined]
-    if optimizer_state is not None:
-        optimizer.load_state_dict(optimizer_state)
+    if optimizer_states is not None:
+        for optimizer, saved in zip(optimizers, optimizer_states, strict=True):
+            optimizer.load_state_dict(saved)
         scaler.load_state_dict(scaler_state or {})
 
     def on_step(step: int, num_steps: int, tokens_per_second: float) -> None:
@@ -345,7 +346,7 @@ def _run_epochs(
     last_validation = ""
     while state["epoch"] < training.num_epochs and not _should_stop(config, state):
         metrics = train_epoch(
-            wrapped, windows, config, model.num_items, model.num_new_items, state["epoch"], optimizer, scaler, on_step
+            wrapped, windows, config, model.num_items, model.num_new_items, state["epoch"], optimizers, scaler, on_step
         )
         state["epoch"] += 1
         if state["epoch"] % training.val_check_interval and state["epoch"] < training.num_epochs:
@@ -357,7 +358,7 @@ def _run_epochs(
                 )
             metrics |= validate(model, sequences, config, read.before)
         _note_best(state, metrics, config.monitor)
-        _report(model, state, optimizer, scaler, metrics, config, dataset)
+        _report(model, state, optimizers, scaler, metrics, config, dataset)
         if rank == 0:
             reporter.record(metrics)
             last_validation = _summary(metrics, config.monitor)
@@ -403,7 +404,7 @@ def _should_stop(config: Config, state: dict[str, Any]) -> bool:
 def _report(
     model: BERT4Rec,
     state: dict[str, Any],
-    optimizer: torch.optim.Optimizer,
+    optimizers: list[torch.optim.Optimizer],
     scaler: Any,  # noqa: ANN401
     metrics: dict[str, float],
     config: Config,
@@ -422,7 +423,8 @@ def _report(
         storage.write_bytes(storage.join(directory, ITEMS), storage.read_bytes(storage.join(dataset.path, ITEMS)))
         card = model_card(model, config, dataset.manifest, dataset.items(), metrics, name)
         storage.write_bytes(storage.join(directory, CARD), card.encode())
-        resume = {**state, "optimizer": optimizer.state_dict(), "scaler": scaler.state_dict()}
+        states = [optimizer.state_dict() for optimizer in optimizers]
+        resume = {**state, "optimizers": states, "scaler": scaler.state_dict()}
         torch.save(resume, os.path.join(directory, STATE))
         digest = storage.sha256(storage.join(directory, STATE))
         storage.write_bytes(storage.join(directory, STATE_HASH), f"{digest}  {STATE}\n".encode())

@@ -47,6 +47,7 @@ def without_times(history):
 @pytest.mark.parametrize("repeat", range(REPEATS))
 def test_killed_worker_changes_nothing_and_a_rerun_finds_it_done(tmp_path, dataset_path, capsys, repeat):
     settings = ["training.num_workers=2", "training.num_epochs=30", "training.early_stopping=false"]
+    settings.append("training.optimizer=muon")  # beside AdamW: the state of both is kept
     undisturbed = train(config_for(tmp_path / "a", *settings), dataset_path)
 
     config = config_for(tmp_path / "b", *settings)
