@@ -24,8 +24,8 @@ _GPU_LOGIT_BYTES = 512 * 2**20
 def _uses_onednn() -> bool:
     """Whether float32 products go to oneDNN: MKL, which torch takes, has no AVX-512 for processors of other makers."""
     cpu = torch.cpu.get_capabilities()
-    is_of_another_maker = cpu["architecture"] == "x86_64" and "Intel" not in cpu["cpu_name"]
-    return is_of_another_maker and torch.backends.mkldnn.is_available()  # type: ignore[no-untyped-call, no-any-return]
+    lacks_avx512 = bool(cpu.get("avx512_f")) and "Intel" not in cpu.get("cpu_name", "Intel")
+    return lacks_avx512 and torch.backends.mkldnn.is_available()  # type: ignore[no-untyped-call, no-any-return]
 
 
 USES_ONEDNN = _uses_onednn()
@@ -83,6 +83,14 @@ def product_over_rows(a: Tensor, b: Tensor) -> Tensor:
     """[S, M], [S, N] -> [M, N] = a.T @ b."""
     # The wide one last is up to twice as fast.
     return product(a.t(), b.t()) if a.shape[1] <= b.shape[1] else product(b.t(), a.t()).t()
+
+
+def add_product_over_rows(total: Tensor, a: Tensor, b: Tensor) -> None:
+    """Add a.T @ b to `total`, [M, N] float32."""
+    if (USES_ONEDNN and a.device.type == "cpu") or a.dtype != total.dtype:
+        total += product_over_rows(a, b)
+    else:
+        torch.addmm(total, a.t(), b, out=total)
 
 
 class Dropout(nn.Module):
@@ -163,7 +171,7 @@ class _LinearCrossEntropy(torch.autograd.Function):
                 grad_bias += grad_logits.sum(0)
                 grad_logits = grad_logits.to(dtype)
                 grad_states[low : low + rows] = product(grad_logits, matrix.t())[:count]
-                grad_weights += product_over_rows(grad_logits, part).float()
+                add_product_over_rows(grad_weights, grad_logits, part)
         ctx.save_for_backward(grad_states.to(hidden.dtype), grad_weights.to(weights.dtype), grad_bias.to(bias.dtype))
         return loss
 
