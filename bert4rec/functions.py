@@ -17,7 +17,8 @@ from bert4rec.config import TrainingConfig
 Loss = Callable[[Tensor, Tensor, Tensor, Tensor], Tensor]
 """loss(hidden [N, D], weights [V, D], bias [V], labels [N] from 0) -> sum over the targets."""
 
-_CPU_LOGIT_BYTES = 4 * 2**20
+_CPU_LOGIT_BYTES = 4 * 2**20  # what caches hold...
+_FEWEST_ROWS, _MOST_CPU_LOGIT_BYTES = 128, 256 * 2**20  # ...but all weights are read for each few rows
 _GPU_LOGIT_BYTES = 512 * 2**20
 
 
@@ -157,8 +158,11 @@ class _LinearCrossEntropy(torch.autograd.Function):
             grad_weights = torch.zeros_like(weights, dtype=torch.float32)
             grad_bias = torch.zeros_like(bias, dtype=torch.float32)
             loss = torch.zeros((), device=hidden.device)
-            logit_bytes = _CPU_LOGIT_BYTES if hidden.device.type == "cpu" else _GPU_LOGIT_BYTES
-            rows = max(16, logit_bytes // (4 * len(weights)))
+            row_bytes = 4 * len(weights)
+            if hidden.device.type == "cpu":
+                rows = max(_CPU_LOGIT_BYTES // row_bytes, min(_FEWEST_ROWS, _MOST_CPU_LOGIT_BYTES // row_bytes), 16)
+            else:
+                rows = max(_GPU_LOGIT_BYTES // row_bytes, 16)
             for low in range(0, len(states), rows):
                 part, target = states[low : low + rows], labels[low : low + rows, None]
                 count = len(part)
