@@ -259,6 +259,13 @@ def median(results: Sequence[Mapping[str, float]], name: str) -> float:
     return float(np.median([result[name] for result in results]))
 
 
+def share_of_peak(rate: float, peaks: Sequence[Mapping[str, float]]) -> str:
+    """Of the best product in any turn, and of torch's own where that is slower."""
+    best, torch = (max(peak[name] for peak in peaks) for name in ("flops", "torch"))
+    others = f"; {rate / torch:.1%} of torch.mm's {torch / 1e9:.0f}" if torch < 0.9 * best else ""
+    return f"{rate / best:.1%} of {best / 1e9:.0f}{others}"
+
+
 def markdown(rows: Sequence[Mapping[str, str]]) -> str:
     """A table of rows with the same columns."""
     lines = [list(rows[0]), ["---"] * len(rows[0]), *(list(row.values()) for row in rows)]

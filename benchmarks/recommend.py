@@ -17,6 +17,7 @@ from benchmarks.common import (
     rectools_environment,
     run,
     scoring_flops,
+    share_of_peak,
     synthetic_histories,
 )
 
@@ -76,9 +77,9 @@ def _measure(
     workload: Workload, contenders: dict[str, tuple[str, str]], repeats: int, flops: float
 ) -> list[dict[str, str]]:
     results: dict[str, list[dict[str, float]]] = {name: [] for name in contenders}
-    peak = 0.0
+    peaks: list[dict[str, float]] = []
     for _ in range(repeats):
-        peak = max(peak, run("benchmarks.ours", replace(workload, task="peak", seconds=3))["flops"])
+        peaks.append(run("benchmarks.ours", replace(workload, task="peak", seconds=3)))
         for name, (module, python) in contenders.items():
             results[name].append(run(module, workload, python))
     own = median(results["ours"], "seconds")
@@ -92,7 +93,7 @@ def _measure(
                 "users/s": f"{ran[0]['users'] / seconds:,.0f}",
                 "seconds": f"{seconds:.2f}",
                 "useful GFLOP/s": f"{flops / seconds / 1e9:.1f}",
-                "share of peak": f"{flops / seconds / peak:.1%} of {peak / 1e9:.0f}",
+                "share of peak": share_of_peak(flops / seconds, peaks),
                 "memory, MiB": f"{median(ran, 'memory') / 2**20:,.0f}",
                 "ours is": "" if name == "ours" else f"{seconds / own:.1f}×",
             }

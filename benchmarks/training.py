@@ -14,6 +14,7 @@ from benchmarks.common import (
     recbole_environment,
     rectools_environment,
     run,
+    share_of_peak,
     training_flops,
 )
 
@@ -90,9 +91,9 @@ def _measure(
     workload: Workload, contenders: dict[str, tuple[str, str, int]], repeats: int, num_items: int
 ) -> list[dict[str, str]]:
     results: dict[str, list[dict[str, float]]] = {name: [] for name in contenders}
-    peak = 0.0
+    peaks: list[dict[str, float]] = []
     for _ in range(repeats):
-        peak = max(peak, run("benchmarks.ours", replace(workload, task="peak", seconds=3))["flops"])
+        peaks.append(run("benchmarks.ours", replace(workload, task="peak", seconds=3)))
         for name, (module, python, loader_workers) in contenders.items():
             ran = run(module, replace(workload, loader_workers=loader_workers), python)
             flops = training_flops(workload, ran["tokens"], ran["squares"], num_items)
@@ -107,7 +108,7 @@ def _measure(
             "tokens/s": f"{median(ran, 'tokens_rate'):,.0f}",
             "users/s": f"{median(ran, 'users_rate'):,.0f}",
             "useful GFLOP/s": f"{median(ran, 'flops_rate') / 1e9:.1f}",
-            "share of peak": f"{median(ran, 'flops_rate') / peak:.1%} of {peak / 1e9:.0f}",
+            "share of peak": share_of_peak(median(ran, "flops_rate"), peaks),
             "memory, MiB": f"{median(ran, 'memory') / 2**20:,.0f}",
             "input": f"{median(ran, 'input_share'):.1%}" if name == "ours" else "",
             "ours is": "" if name == "ours" else f"{own / median(ran, 'tokens_rate'):.1f}×",

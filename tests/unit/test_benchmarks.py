@@ -17,6 +17,7 @@ from benchmarks.common import (
     read_histories,
     run,
     scoring_flops,
+    share_of_peak,
     synthetic_histories,
     training_flops,
 )
@@ -226,3 +227,10 @@ def test_ceiling_rank_by_hand():
     begun = nothing.copy()
     begun[1, 0] = True  # then the rest of genre 1 shares more, and its second series is the best but one
     assert ceiling_rank(SERIES, PARTS - 1, begun, (SERIES + 1, 2)) == 12
+
+
+def test_share_of_the_peak_names_a_slower_torch():
+    assert share_of_peak(50e9, [{"flops": 200e9, "torch": 100e9}, {"flops": 190e9, "torch": 125e9}]) == (
+        "25.0% of 200; 40.0% of torch.mm's 125"
+    )
+    assert share_of_peak(50e9, [{"flops": 200e9, "torch": 199e9}]) == "25.0% of 200"
