@@ -110,7 +110,7 @@ def test_a_loss_that_is_no_number_stops_and_keeps_the_checkpoints(run_copy, trai
     """An optimiser state with an infinite moment: the first step spoils the weights, the second loss is NaN."""
     root, last = run_copy
     state = torch.load(last / "training_state.pt", weights_only=True)
-    next(iter(state["optimizer"]["state"].values()))["exp_avg"].fill_(torch.inf)
+    next(iter(state["optimizers"][0]["state"].values()))["exp_avg"].fill_(torch.inf)
     torch.save(state, last / "training_state.pt")
     digest = storage.sha256(str(last / "training_state.pt"))
     (last / "training_state.sha256").write_text(f"{digest}  training_state.pt\n")
