@@ -173,7 +173,7 @@ class TrainingConfig(_Group):
 
 
 Protocol = Literal[
-    "all", "all-with-seen", "popularity-100", "popularity-100-with-seen", "uniform-100", "uniform-100-with-seen"
+    "all", "all-with-seen", "popularity-100", "popularity-100-of-all", "uniform-100", "uniform-100-of-all"
 ]
 Baseline = Literal["popularity", "popularity-7-days", "item-knn", "ease"]
 
@@ -188,8 +188,8 @@ class EvaluationConfig(_Group):
     """Target that `jobs.evaluate` ranks; auto: test where data.holdout is 2 or data.split temporal, else validation."""
     protocols: tuple[Protocol, ...] = Field(("all",), min_length=1)
     """What `jobs.evaluate` ranks the target among: all items but the seen ones (all), all items (all-with-seen), 100
-    items that the user never had, drawn by popularity (popularity-100) or uniformly (uniform-100); or 100 drawn from
-    all items but the target (...-100-with-seen), as some published figures are."""
+    items that the user never had, drawn by popularity (popularity-100) or uniformly (uniform-100); or what is not seen
+    of 100 drawn from all items but the target (...-100-of-all), as in some published figures."""
     seed: int = Field(42, ge=0)
     """Seed of the drawn items: the same ones for every model."""
     baselines: tuple[Baseline, ...] = ("popularity",)

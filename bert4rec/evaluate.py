@@ -292,9 +292,9 @@ class _Evaluator:
         ones = torch.ones_like(self.popularity)
         drawn: dict[Protocol, tuple[Tensor, Windows]] = {  # by which weights, and what not
             "popularity-100": (self.popularity, own),
-            "popularity-100-with-seen": (self.popularity, target_alone),
+            "popularity-100-of-all": (self.popularity, target_alone),
             "uniform-100": (ones, own),
-            "uniform-100-with-seen": (ones, target_alone),
+            "uniform-100-of-all": (ones, target_alone),
         }
         seed = self.config.evaluation.seed
         return {
@@ -308,7 +308,10 @@ class _Evaluator:
     ) -> Tensor:
         target, num_items = target.to(self.device), self.model.num_items
         if protocol in negatives:
-            rank = rank_among(scores, negatives[protocol].to(self.device), target, num_items)
+            candidates = negatives[protocol]
+            if protocol.endswith("-of-all"):
+                candidates = candidates.masked_fill(_is_in(history, candidates, num_items), -1)
+            rank = rank_among(scores, candidates.to(self.device), target, num_items)
         else:
             seen = history if protocol == "all" else None
             rank = rank_of_target(scores, Exclusions.of(_on(seen, self.device), device=self.device), target, num_items)
@@ -327,6 +330,13 @@ class _Evaluator:
 
 def _on(windows: Windows | None, device: torch.device) -> Windows | None:
     return None if windows is None else windows.to(device)
+
+
+def _is_in(histories: Windows, items: Tensor, num_items: int) -> Tensor:
+    """[B, C] bool: whether each item [B, C], counted from 0, is in the history of its row."""
+    row, tokens = histories.flat()
+    shift = (num_items + 1) * torch.arange(len(items))
+    return torch.isin(items + 1 + shift[:, None], tokens + shift[row])
 
 
 def _remembered(scores: Scorer) -> Scorer:

@@ -13,9 +13,9 @@ RANKED = {
     "all": "all items ranked without the user's seen ones",
     "all-with-seen": "all items ranked with the user's seen ones",
     "popularity-100": "ranked among 100 items drawn by popularity, none of the user's own",
-    "popularity-100-with-seen": "ranked among 100 items drawn by popularity, the user's own too",
+    "popularity-100-of-all": "ranked among what the user has not seen of 100 items drawn by popularity",
     "uniform-100": "ranked among 100 items drawn uniformly, none of the user's own",
-    "uniform-100-with-seen": "ranked among 100 items drawn uniformly, the user's own too",
+    "uniform-100-of-all": "ranked among what the user has not seen of 100 items drawn uniformly",
 }
 
 

@@ -110,15 +110,14 @@ def expected_ranks(case, model, seed):
             "popularity-7-days": counted(case.recent),
         }
         scores |= {name: sum(weights[name][token - 1] for token in sorted(set(history))).tolist() for name in weights}
-        own = set(histories[user])
+        own, seen = set(histories[user]), {token - 1 for token in history}
         drawn = {
             "popularity-100": reference.negatives(popularity, own, user, seed, 100),
-            "popularity-100-with-seen": reference.negatives(popularity, {target}, user, seed, 100),
+            "popularity-100-of-all": set(reference.negatives(popularity, {target}, user, seed, 100)) - seen,
             "uniform-100": reference.negatives([1] * NUM_ITEMS, own, user, seed, 100),
-            "uniform-100-with-seen": reference.negatives([1] * NUM_ITEMS, {target}, user, seed, 100),
+            "uniform-100-of-all": set(reference.negatives([1] * NUM_ITEMS, {target}, user, seed, 100)) - seen,
         }
         for system, values in scores.items():
-            seen = {token - 1 for token in history}
             ranks["all", system].append(reference.rank(values, target - 1, seen))
             ranks["all-with-seen", system].append(reference.rank(values, target - 1, set()))
             for protocol, items in drawn.items():
