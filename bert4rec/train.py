@@ -437,7 +437,7 @@ def _load_checkpoint(directory: str) -> tuple[dict[str, torch.Tensor], dict[str,
     Raises
     ------
     InputError
-        If it is missing, damaged or altered.
+        If it is missing, damaged, altered, or of an older version.
     """
     path = storage.join(directory, STATE)
     try:
@@ -447,6 +447,8 @@ def _load_checkpoint(directory: str) -> tuple[dict[str, torch.Tensor], dict[str,
     if not is_whole:
         raise InputError(f"{path}: is missing, damaged or was altered (SHA-256 in {STATE_HASH})")
     state: dict[str, Any] = torch.load(os.path.join(directory, STATE), map_location="cpu", weights_only=True)
+    if "optimizers" not in state:
+        raise InputError(f"{path}: was written by an older version; train anew with another run.name")
     return BERT4Rec.from_pretrained(directory).state_dict(), state
 
 

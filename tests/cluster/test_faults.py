@@ -92,6 +92,13 @@ def test_an_interrupted_run_ends_like_an_undisturbed_one(run_copy, trained, data
         assert (Path(result.best_checkpoint) / name).read_bytes() == (Path(trained.best_checkpoint) / name).read_bytes()
 
 
+def save_state(state, checkpoint):
+    """With its digest, as training writes them."""
+    torch.save(state, checkpoint / "training_state.pt")
+    digest = storage.sha256(str(checkpoint / "training_state.pt"))
+    (checkpoint / "training_state.sha256").write_text(f"{digest}  training_state.pt\n")
+
+
 @pytest.mark.parametrize("damage", [flip_a_bit, lambda file: os.truncate(file, 1000), os.unlink])
 @pytest.mark.parametrize("name", ["training_state.pt", "model.safetensors", "config.json"])
 def test_a_damaged_checkpoint_is_named_before_it_is_used(run_copy, dataset_path, damage, name, monkeypatch):
@@ -106,14 +113,23 @@ def test_a_damaged_checkpoint_is_named_before_it_is_used(run_copy, dataset_path,
     assert str(last) in str(raised.value)
 
 
+def test_a_checkpoint_of_an_older_version_is_named(run_copy):
+    from bert4rec.train import _load_checkpoint as load_checkpoint
+
+    _, last = run_copy
+    state = torch.load(last / "training_state.pt", weights_only=True)
+    state["optimizer"] = state.pop("optimizers")
+    save_state(state, last)
+    with pytest.raises(InputError, match=r"training_state.pt: was written by an older version.*another run\.name"):
+        load_checkpoint(str(last))
+
+
 def test_a_loss_that_is_no_number_stops_and_keeps_the_checkpoints(run_copy, trained, dataset_path):
     """An optimiser state with an infinite moment: the first step spoils the weights, the second loss is NaN."""
     root, last = run_copy
     state = torch.load(last / "training_state.pt", weights_only=True)
     next(iter(state["optimizers"][0]["state"].values()))["exp_avg"].fill_(torch.inf)
-    torch.save(state, last / "training_state.pt")
-    digest = storage.sha256(str(last / "training_state.pt"))
-    (last / "training_state.sha256").write_text(f"{digest}  training_state.pt\n")
+    save_state(state, last)
     before = {file: file.read_bytes() for file in (root / "run").glob("bert4rec-*/*")}
     epoch = state["epoch"] + 1
     expected = (
