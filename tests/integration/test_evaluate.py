@@ -11,7 +11,7 @@ from bert4rec.storage import InputError
 from bert4rec.train import train
 from tests import reference
 from tests.datasets import random_histories, write_dataset
-from tests.unit.test_model import NUM_ITEMS, make_model
+from tests.unit.test_model import make_model
 
 pytestmark = [pytest.mark.integration, pytest.mark.usefixtures("ray_session")]
 
@@ -19,6 +19,7 @@ PROTOCOLS = get_args(Protocol)
 BASELINES = ("popularity", "popularity-7-days", "item-knn", "ease")
 ALL = [f"evaluation.protocols=[{','.join(PROTOCOLS)}]", f"evaluation.baselines=[{','.join(BASELINES)}]"]
 
+NUM_ITEMS = 120  # of which users have up to 28, so that some have fewer than 100 left to draw, and some more
 HISTORIES = random_histories(600, NUM_ITEMS, seed=5, longest=28)  # two parts
 for _user in range(1, 600, 9):
     HISTORIES[_user].append(HISTORIES[_user][0])  # these repeat an item
@@ -43,7 +44,7 @@ def dataset_path(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def model():
-    model = make_model()
+    model = make_model(NUM_ITEMS)
     model.catalogue, model.held_out = "test", 2
     return model
 
@@ -203,12 +204,12 @@ def test_a_result_names_what_was_measured(dataset_path, checkpoint):
 
 def test_baselines_that_cannot_be_had_are_named(tmp_path, checkpoint):
     path = write_dataset(tmp_path / "d", HISTORIES, NUM_ITEMS)
-    config = load_config(None, ["data.holdout=2", *ALL, "evaluation.max_baseline_items=29"])
+    config = load_config(None, ["data.holdout=2", *ALL, "evaluation.max_baseline_items=119"])
     got = evaluate(config, path, checkpoint)
     assert list(got.protocols["all"]) == ["BERT4Rec", "popularity", "item-knn"]
     assert got.notes[:2] == [
         "baseline popularity-7-days left out: the data has no column time",
-        "baseline ease left out: 30 items are more than evaluation.max_baseline_items=29",
+        "baseline ease left out: 120 items are more than evaluation.max_baseline_items=119",
     ]
 
 

@@ -14,10 +14,10 @@ pytestmark = pytest.mark.unit
 NUM_ITEMS = 30
 
 
-def make_model(**settings):
+def make_model(num_items=NUM_ITEMS, **settings):
     torch.manual_seed(0)
     config = ModelConfig(**{"hidden_units": 16, "num_heads": 4, "num_layers": 2, "max_len": 12, **settings})
-    model = BERT4Rec(config, NUM_ITEMS, "catalogue").eval()
+    model = BERT4Rec(config, num_items, "catalogue").eval()
     for parameter in model.parameters():  # weights of 0.02 would hide mistakes behind nearly uniform attention
         if parameter.ndim > 1:
             parameter.data.mul_(10)
