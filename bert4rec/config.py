@@ -112,6 +112,8 @@ class ModelConfig(_Group):
 class TrainingConfig(_Group):
     """How the network is trained, and on what."""
 
+    start_from: str | None = None
+    """Model directory whose weights training begins with, instead of random ones; items are matched by their ids."""
     num_epochs: int = Field(500, ge=1)
     """Passes over the training users, at most."""
     lr: float = Field(0.001, gt=0)

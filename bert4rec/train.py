@@ -41,6 +41,7 @@ from bert4rec.storage import InputError
 from bert4rec.tensorboard import TensorBoardLog
 from bert4rec.tracking import MLflowLog
 from bert4rec.vectors import read_vectors
+from bert4rec.warm_start import begin_from, check_start, weights_of
 
 RUN = "run.json"
 RUN_CONFIG = "config.yaml"
@@ -98,6 +99,8 @@ def train(
     dataset = PreparedDataset(dataset_path, verify=True)
     manifest = dataset.manifest
     config = with_features(config, manifest)
+    if config.training.start_from is not None:
+        check_start(config, manifest)
     name = run_name(config, manifest)
     run_path = storage.join(storage.absolute(config.run.storage_path), name)
     finished = _open_run(config, manifest, run_path)
@@ -174,7 +177,8 @@ def train(
 
 
 def with_features(config: Config, manifest: Manifest) -> Config:
-    """The config with the metadata features that can be used; what has no file is switched off, which is said."""
+    """The config with absolute paths, and with the metadata features that can be used; what has no file is switched
+    off, which is said."""
     features: dict[str, bool] = {}
     for name, plural, vocabulary in (
         ("genre", "genres", manifest.genres),
@@ -199,7 +203,11 @@ def with_features(config: Config, manifest: Manifest) -> Config:
     embedding = config.embedding.model_copy(
         update={"output_path": config.embeddings_path}
     )  # workers have other folders
-    return config.model_copy(update={"model": config.model.model_copy(update=features), "embedding": embedding})
+    training = config.training
+    if training.start_from is not None:
+        training = training.model_copy(update={"start_from": storage.absolute(training.start_from)})
+    model = config.model.model_copy(update=features)
+    return config.model_copy(update={"model": model, "embedding": embedding, "training": training})
 
 
 def checkpoint_name(metrics: dict[str, float], monitor: str) -> str:
@@ -224,13 +232,15 @@ def what_shapes_the_result(config: Config) -> dict[str, Any]:
         include={"data", "model", "training", "evaluation"},
         exclude={
             "data": {"data_dir", "data_file", "memory_mb"},
-            "training": {"accelerator", "cpus_per_worker", "max_failures", "min_workers"},
+            "training": {"accelerator", "cpus_per_worker", "max_failures", "min_workers", "start_from"},
             "evaluation": set(EvaluationConfig.model_fields) - {"exclude_seen"},
         },
     )
     settings = {f"{group}.{key}": value for group, fields in keys.items() for key, value in fields.items()}
     if config.model.use_title_emb:
         settings["title embeddings"] = hashlib.sha256(storage.read_bytes(config.embeddings_path)).hexdigest()[:16]
+    if config.training.start_from is not None:
+        settings["weights of training.start_from"] = weights_of(config.training.start_from)[:16]
     return settings
 
 
@@ -330,6 +340,8 @@ def _run_epochs(
         optimizer_states, scaler_state = state.pop("optimizers"), state.pop("scaler")
         if rank == 0:
             reporter.skip(state["epoch"])
+    elif training.start_from is not None:
+        begin_from(model, training.start_from, dataset.items().ids)
     wrapped = prepare_model(model, parallel_strategy_kwargs={"broadcast_buffers": False})  # the tables never change
     optimizers = make_optimizers(model, training)
     scaler = torch.amp.GradScaler(device.type, enabled=training.precision == "16-mixed")  # type: ignore[attr-defined]

@@ -92,6 +92,22 @@ def test_full_data_is_judged_by_train_loss(tmp_path, dataset_path):
     assert len(result.history) == 4
 
 
+def test_training_begins_with_the_weights_of_an_earlier_model(tmp_path, dataset_path, monkeypatch):
+    first = train(config_for(tmp_path, "data.holdout=2"), dataset_path)
+    monkeypatch.chdir(first.run_path)  # workers have another folder
+    best = Path(first.best_checkpoint).name
+    settings = ["data.holdout=2", "training.lr=1e-12", "training.num_epochs=1", f"training.start_from={best}"]
+    second = train(config_for(tmp_path, *settings), dataset_path)
+    assert second.run_path != first.run_path
+    for name, value in second.best_metrics.items():
+        if name.startswith("val_"):
+            assert value == pytest.approx(first.best_metrics[name]), name
+    assert len(second.history) == 1
+    name = f"run.name={Path(second.run_path).name}"
+    with pytest.raises(InputError, match=r"weights of training\.start_from was [0-9a-f]{16}, is None"):
+        train(config_for(tmp_path, *settings[:-1], name), dataset_path)
+
+
 def test_early_stopping_and_validation_interval(tmp_path, dataset_path):
     result = train(
         config_for(

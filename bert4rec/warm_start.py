@@ -1,0 +1,98 @@
+"""Training that begins with the weights of an earlier model instead of random ones (`training.start_from`)."""
+
+import pyarrow as pa
+import pyarrow.compute as pc
+import torch
+
+from bert4rec import storage
+from bert4rec.config import Config
+from bert4rec.dataset import ITEMS, Manifest, read_items
+from bert4rec.model import CONFIG, BERT4Rec
+from bert4rec.recommender import some_of
+from bert4rec.storage import InputError
+
+_MAY_DIFFER = {"dropout_rate", "random_mask_prob", "last_item_mask_ratio", "metadata_dropout"}
+"""What is of the training alone: all else in `model.` is the network, and the same."""
+
+
+def weights_of(directory: str) -> str:
+    """SHA-256 of the weights in a model directory."""
+    return str(storage.read_sealed(storage.join(directory, CONFIG))["weights_sha256"])
+
+
+def check_start(config: Config, manifest: Manifest) -> None:
+    """Find out before training whether it can begin with the model of training.start_from.
+
+    Raises
+    ------
+    InputError
+        If that is no model of the same network, or saw what this training is to be validated by.
+    """
+    directory = config.training.start_from
+    assert directory is not None
+    old = BERT4Rec.from_pretrained(directory)
+    network = config.model.model_dump()
+    differing = [
+        f"model.{key} was {value}, is {network[key]}"
+        for key, value in old.config.model_dump().items()
+        if key not in _MAY_DIFFER and value != network[key]
+    ]
+    if differing:
+        raise InputError(f"training.start_from={directory}: another network ({'; '.join(differing)})")
+    if set(old.metadata_shape) - {"title"} and old.catalogue != manifest.catalogue:
+        raise InputError(
+            f"training.start_from={directory}: a model with genres, directors or writers, whose numbers are "
+            "those of its own catalogue, and this is another one; train anew"
+        )
+    data = config.data
+    if data.use_full_data:
+        return
+    saw = f"training.start_from={directory}: was trained on what this training is to be validated by"
+    if data.split == "temporal":
+        cutoff = manifest.cutoffs["validation"]
+        if old.trained_before is None or old.trained_before > cutoff:
+            until = "at any time" if old.trained_before is None else f"until {old.trained_before}"
+            raise InputError(f"{saw}: interactions {until}; the validation cut-off is {cutoff} (Unix time)")
+    elif old.held_out < data.holdout:
+        raise InputError(
+            f"{saw}: only the last {old.held_out} items of each user were held out, expected data.holdout="
+            f"{data.holdout} or more; without validation (data.use_full_data=true) it can go on"
+        )
+
+
+@torch.no_grad()
+def begin_from(model: BERT4Rec, directory: str, ids: pa.Array) -> None:
+    """Take over the weights of a model directory: each item's by its id; an item that it did not know keeps its own.
+
+    Parameters
+    ----------
+    model : BERT4Rec
+        Of the same network (`check_start`).
+    ids : Array
+        [V] its items.
+
+    Raises
+    ------
+    InputError
+        If no item is known.
+    """
+    old = BERT4Rec.from_pretrained(directory)
+    old_ids = read_items(storage.join(directory, ITEMS)).ids
+    place = pc.index_in(ids.cast(pa.string()), old_ids.cast(pa.string())).fill_null(-1)
+    row = torch.from_numpy(place.to_numpy().astype("int64"))
+    known = row >= 0
+    if not known.any():
+        raise InputError(
+            f"training.start_from={directory}: a model of other data: none of its {len(old_ids):,} items, such as "
+            f"{some_of(old_ids)}, is among these {len(ids):,}, such as {some_of(ids)}"
+        )
+    before = dict(old.named_parameters())
+    for name, own in model.named_parameters():
+        if name == "items.embedding.weight":  # padding, the items, [MASK]
+            own[0], own[-1] = before[name][0], before[name][-1]
+            own[1:-1][known] = before[name][1:-1][row[known]]
+            own[len(own) - 1 - model.num_new_items : -1] = 0
+        elif name in ("output_bias", "output_embedding"):
+            own[known] = before[name][row[known]]
+        else:
+            own.copy_(before[name])
