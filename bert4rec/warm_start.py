@@ -30,6 +30,12 @@ def check_start(config: Config, manifest: Manifest) -> None:
     """
     directory = config.training.start_from
     assert directory is not None
+    for name in (CONFIG, ITEMS):
+        if not storage.exists(storage.join(directory, name)):
+            raise InputError(
+                f"training.start_from={directory}: no model directory, as it has no {name}; expected one such as "
+                "runs/NAME/bert4rec-40-0.1763"
+            )
     old = BERT4Rec.from_pretrained(directory)
     network = config.model.model_dump()
     differing = [

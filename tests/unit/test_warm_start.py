@@ -84,11 +84,20 @@ def test_what_training_can_begin_with(tmp_path, held_out, trained_before, settin
             check_start(config, manifest("another", validation=1000))
 
 
+def test_what_is_no_model_directory_is_named(tmp_path):
+    for missing in ("config.json", ITEMS):
+        config = load_config(None, [*SETTINGS, f"training.start_from={tmp_path}"])
+        with pytest.raises(InputError, match=f"no model directory, as it has no {missing}; expected one such as"):
+            check_start(config, manifest())
+        make_model(2).save_pretrained(str(tmp_path))
+
+
 def test_numbers_of_genres_are_those_of_one_catalogue(tmp_path):
     model = BERT4Rec(ModelConfig(hidden_units=16, num_heads=4, max_len=12, use_genre_emb=True, use_title_emb=False), 2,
                      "catalogue", {"genre": [3, 2]})  # fmt: skip
     model.held_out = 1
     model.save_pretrained(str(tmp_path))
+    (tmp_path / ITEMS).touch()
     config = load_config(None, [*SETTINGS, f"training.start_from={tmp_path}", "model.use_genre_emb=true"])
     check_start(config, manifest())
     with pytest.raises(InputError, match="a model with genres"):
