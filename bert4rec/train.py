@@ -17,7 +17,6 @@ from typing import Any
 
 import numpy as np
 import pyarrow as pa
-import pyarrow.compute as pc
 import ray
 import ray.train
 import torch
@@ -36,7 +35,7 @@ from bert4rec.items import Metadata
 from bert4rec.loop import make_optimizers, train_epoch, validate
 from bert4rec.model import BERT4Rec
 from bert4rec.progress import Progress, Reporter
-from bert4rec.recommender import some_of
+from bert4rec.recommender import find_ids, some_of
 from bert4rec.storage import InputError
 from bert4rec.tensorboard import TensorBoardLog
 from bert4rec.tracking import MLflowLog
@@ -383,7 +382,7 @@ def _metadata(config: Config, dataset: PreparedDataset) -> Metadata:
     titles = None
     if config.model.use_title_emb:
         ids, vectors = read_vectors(config.embeddings_path)
-        row = pc.index_in(items.ids.cast(pa.string()), ids.cast(pa.string())).fill_null(-1).to_numpy()
+        row = find_ids(items.ids.cast(pa.string()), ids)
         if (row < 0).all():
             raise InputError(
                 f"{config.embeddings_path}: was made for other data: none of its {len(ids):,} items, such as "

@@ -1,14 +1,13 @@
 """Training that begins with the weights of an earlier model instead of random ones (`training.start_from`)."""
 
 import pyarrow as pa
-import pyarrow.compute as pc
 import torch
 
 from bert4rec import storage
 from bert4rec.config import Config
-from bert4rec.dataset import ITEMS, Manifest, read_items
+from bert4rec.dataset import ITEMS, Manifest
 from bert4rec.model import CONFIG, BERT4Rec
-from bert4rec.recommender import some_of
+from bert4rec.recommender import find_ids, load, some_of
 from bert4rec.storage import InputError
 
 _MAY_DIFFER = {"dropout_rate", "random_mask_prob", "last_item_mask_ratio", "metadata_dropout"}
@@ -80,19 +79,18 @@ def begin_from(model: BERT4Rec, directory: str, ids: pa.Array) -> None:
     Raises
     ------
     InputError
-        If no item is known.
+        If no item is known, or a file is missing or damaged.
     """
-    old = BERT4Rec.from_pretrained(directory)
-    old_ids = read_items(storage.join(directory, ITEMS)).ids
-    place = pc.index_in(ids.cast(pa.string()), old_ids.cast(pa.string())).fill_null(-1)
-    row = torch.from_numpy(place.to_numpy().astype("int64"))
+    old = load(directory)
+    old_ids = old.items.ids
+    row = torch.from_numpy(find_ids(ids.cast(pa.string()), old_ids))
     known = row >= 0
     if not known.any():
         raise InputError(
             f"training.start_from={directory}: a model of other data: none of its {len(old_ids):,} items, such as "
             f"{some_of(old_ids)}, is among these {len(ids):,}, such as {some_of(ids)}"
         )
-    before = dict(old.named_parameters())
+    before = dict(old.model.named_parameters())
     for name, own in model.named_parameters():
         if name == "items.embedding.weight":  # padding, the items, [MASK]
             own[0], own[-1] = before[name][0], before[name][-1]
