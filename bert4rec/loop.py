@@ -16,6 +16,7 @@ from bert4rec.batches import Before, Step, Windows, held_out, iter_steps
 from bert4rec.config import Config, TrainingConfig
 from bert4rec.metrics import RankCounts
 from bert4rec.model import BERT4Rec
+from bert4rec.muon import Float32Muon, uses_float32
 from bert4rec.scoring import Exclusions, rank_of_target, score_next
 from bert4rec.storage import InputError
 
@@ -52,7 +53,8 @@ def make_optimizers(model: nn.Module, training: TrainingConfig) -> list[torch.op
     if muon:
         # Its steps are scaled to the size of AdamW's, so that one learning rate suits both (Liu et al. 2025).
         decay, scaled = training.weight_decay, "match_rms_adamw"
-        optimizers.append(torch.optim.Muon(muon, lr=training.lr, weight_decay=decay, adjust_lr_fn=scaled))
+        muon_kind = Float32Muon if uses_float32(muon[0].device) else torch.optim.Muon
+        optimizers.append(muon_kind(muon, lr=training.lr, weight_decay=decay, adjust_lr_fn=scaled))
     return optimizers
 
 
