@@ -53,7 +53,9 @@ def test_steps_are_those_of_torch_and_so_is_the_state():
             assert torch.equal(
                 optimizers[0].state[our]["momentum_buffer"], optimizers[1].state[their]["momentum_buffer"]
             )
-            assert float((our - their).detach().norm()) < 0.02 * float((their.detach() - 1).norm())  # theirs is in bfloat16
+            assert float((our - their).detach().norm()) < 0.02 * float(
+                (their.detach() - 1).norm()
+            )  # theirs is in bfloat16
     assert torch.equal(unused, torch.ones(8, 8))
 
 
