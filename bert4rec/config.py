@@ -76,6 +76,9 @@ class ModelConfig(_Group):
     """Transformer blocks."""
     max_len: int = Field(200, ge=2)
     """Longest sequence, the appended [MASK] of scoring counted in."""
+    position_encoding: Literal["learned", "rotary"] = "learned"
+    """Where an item stands: a learned embedding of its distance from the end (as the paper); or, besides, queries and
+    keys turned by it (RoPE, Su et al. 2021, arXiv 2104.09864), so that attention sees how far apart two items are."""
     dropout_rate: float = Field(0.2, ge=0, lt=1)
     """Dropout after the embeddings and after each sub-layer (Section 3.3)."""
     random_mask_prob: float = Field(0.2, gt=0, le=1)
@@ -104,6 +107,11 @@ class ModelConfig(_Group):
     def _parts_fit_together(self) -> Self:
         if self.hidden_units % self.num_heads:
             raise ValueError(f"model.num_heads={self.num_heads} does not divide model.hidden_units={self.hidden_units}")
+        if self.position_encoding == "rotary" and self.hidden_units // self.num_heads % 2:
+            raise ValueError(
+                "model.position_encoding=rotary needs an even width of each head, and model.hidden_units="
+                f"{self.hidden_units} with model.num_heads={self.num_heads} gives {self.hidden_units // self.num_heads}"
+            )
         if self.output_features == "fused" and not self.share_embeddings:
             raise ValueError("model.output_features=fused needs model.share_embeddings=true")
         return self

@@ -58,6 +58,10 @@ class ScoringFunction(nn.Module):
         if not self.is_tied:
             self.register_buffer("weights", weights.clone())  # [V, D]
         self.position_embedding = model.position_embedding
+        self.is_rotary = model.is_rotary
+        if self.is_rotary:  # [max_len, D/H], cosines and sines, as ONNX has no complex numbers
+            turns = model.get_buffer("turns")
+            self.register_buffer("turns", torch.cat([turns.real, turns.imag], dim=1))
         self.embedding_norm = model.embedding_norm
         self.blocks = model.blocks
         self.output_transform = model.output_transform
@@ -80,11 +84,13 @@ class ScoringFunction(nn.Module):
         from_end = torch.arange(tokens.shape[1], device=tokens.device).flip(0)
         # What is too old is masked, not cut off: so any length is one and the same program.
         keep = ((tokens != PADDING) & (from_end < self.max_len))[:, None, None, :]  # (B, 1, 1, L+1)
-        position = self.position_embedding(from_end.clamp(max=self.max_len - 1))
-        x = self.embedding_norm(F.embedding(tokens, self.get_buffer("vectors")) + position)  # (B, L+1, D)
+        position = from_end.clamp(max=self.max_len - 1)
+        x = F.embedding(tokens, self.get_buffer("vectors")) + self.position_embedding(position)  # (B, L+1, D)
+        x = self.embedding_norm(x)
+        turns = F.embedding(position, self.get_buffer("turns")) if self.is_rotary else None  # (L+1, D/H)
         for number, block in enumerate(self.blocks):
             is_last = number == len(self.blocks) - 1
-            x = self._block(block, x, x[:, -1:] if is_last else x, keep)
+            x = self._block(block, x, x[:, -1:] if is_last else x, keep, turns)
         state = F.gelu(self.output_transform(x[:, -1]))  # (B, D)
         if self.is_tied:
             scores = F.linear(state, self.get_buffer("vectors"))[:, 1:-1]
@@ -100,13 +106,14 @@ class ScoringFunction(nn.Module):
         best = scores.topk(self.topk, dim=1)
         return best.values, best.indices + 1
 
-    def _block(self, block: nn.Module, x: Tensor, query: Tensor, keep: Tensor) -> Tensor:
+    def _block(self, block: nn.Module, x: Tensor, query: Tensor, keep: Tensor, turns: Tensor | None) -> Tensor:
         """Post-norm transformer block for the positions `query` of `x`."""
         layer = dict(block.named_children())
         key, value = layer["key_value"](x).chunk(2, dim=-1)
-        attended = F.scaled_dot_product_attention(
-            self._heads(layer["query"](query)), self._heads(key), self._heads(value), attn_mask=keep
-        )
+        q, k, v = self._heads(layer["query"](query)), self._heads(key), self._heads(value)
+        if turns is not None:
+            q, k = _turned(q, turns[-q.shape[2] :]), _turned(k, turns)
+        attended = F.scaled_dot_product_attention(q, k, v, attn_mask=keep)
         attended = attended.transpose(1, 2).flatten(2)
         hidden = layer["attention_norm"](query + layer["attention_output"](attended))
         output: Tensor = layer["output_norm"](hidden + layer["feed_forward"](hidden))
@@ -114,6 +121,12 @@ class ScoringFunction(nn.Module):
 
     def _heads(self, x: Tensor) -> Tensor:
         return x.view(*x.shape[:2], self.num_heads, -1).transpose(1, 2)  # (B, H, L, D/H)
+
+
+def _turned(x: Tensor, turns: Tensor) -> Tensor:
+    """`model.turned` in real numbers: [B, H, L, D/H] by cosines and sines [L, D/H]."""
+    (a, b), (cos, sin) = (x[..., ::2], x[..., 1::2]), turns.chunk(2, dim=-1)
+    return torch.stack([a * cos - b * sin, a * sin + b * cos], dim=-1).flatten(-2)
 
 
 def export_program(function: ScoringFunction) -> torch.export.ExportedProgram:

@@ -47,6 +47,7 @@ class Block(nn.Module):
         x: Tensor,
         groups: list[Group],
         keep: list[Tensor | None],
+        turns: Tensor | None = None,
         query: Tensor | None = None,
         wanted: Tensor | None = None,
     ) -> Tensor:
@@ -58,6 +59,8 @@ class Block(nn.Module):
             [S, D].
         keep : list
             For each group [B, 1, 1, L] bool, false at padding, or None where there is none.
+        turns : Tensor
+            [S, 1, D/2H] complex, what queries and keys are turned by with rotary positions.
         query, wanted : Tensor
             [Q] positions to attend from, and [N] which of those are really wanted: all work after the keys and values
             is then done for those alone.
@@ -70,20 +73,25 @@ class Block(nn.Module):
         x_query = x if query is None else x.index_select(0, query)  # (Q, D)
         queries = [group.rows * (group.length if query is None else group.queries) for group in groups]
         keys = [group.rows * group.length for group in groups]
+        q = self.query(x_query)
+        k, v = self.key_value(x).chunk(2, dim=-1)
+        if turns is not None:
+            q, k = turned(q, turns if query is None else turns[query]), turned(k, turns)
         attended = []
-        for group, mask, q, key_value in zip(
+        for group, mask, *parts in zip(
             groups,
             keep,
-            torch.split(self.query(x_query)[: sum(queries)], queries),
-            torch.split(self.key_value(x)[: sum(keys)], keys),
+            torch.split(q[: sum(queries)], queries),
+            torch.split(k[: sum(keys)], keys),
+            torch.split(v[: sum(keys)], keys),
             strict=True,
         ):
             query_heads, key_heads, value_heads = (
                 part.view(group.rows, -1, self.num_heads, part.shape[1] // self.num_heads).transpose(1, 2)
-                for part in (q, *key_value.chunk(2, dim=-1))
+                for part in parts
             )
             mixed = F.scaled_dot_product_attention(query_heads, key_heads, value_heads, attn_mask=mask)
-            attended.append(mixed.transpose(1, 2).reshape(q.shape))  # (B, H, M, D/H) -> (B*M, D)
+            attended.append(mixed.transpose(1, 2).reshape(parts[0].shape))  # (B, H, M, D/H) -> (B*M, D)
         attended.append(x_query.new_zeros(len(x_query) - sum(queries), x_query.shape[1]))
         context = torch.cat(attended)
         if wanted is not None:
@@ -91,6 +99,18 @@ class Block(nn.Module):
         x_query = self.attention_norm(x_query + self.dropout(self.attention_output(context)))
         hidden: Tensor = self.output_norm(x_query + self.dropout(self.feed_forward(x_query)))
         return hidden
+
+
+def rotary_turns(max_len: int, size: int) -> Tensor:
+    """[max_len, size/2] complex: e^(i p / 10000^(2j/size)) for distance p from the end (RoPE, arXiv 2104.09864)."""
+    angles = torch.arange(max_len)[:, None] * 10_000.0 ** (-torch.arange(0, size, 2) / size)
+    return torch.polar(torch.ones_like(angles), angles)
+
+
+def turned(x: Tensor, turns: Tensor) -> Tensor:
+    """[S, D], each head's neighbouring columns taken for complex numbers and multiplied by `turns` [S, 1, D/2H]."""
+    pairs = torch.view_as_complex(x.float().view(len(x), -1, turns.shape[-1], 2))
+    return torch.view_as_real(pairs * turns).flatten(1).to(x.dtype)
 
 
 class BERT4Rec(nn.Module):
@@ -133,6 +153,10 @@ class BERT4Rec(nn.Module):
             new = torch.arange(1, num_items + 1) > num_items - num_new_items
             self.get_buffer("unrankable").copy_(new & ~self.items.have_metadata(torch.arange(1, num_items + 1)))
         self.position_embedding = nn.Embedding(config.max_len, width)
+        self.is_rotary = config.position_encoding == "rotary"
+        if self.is_rotary:
+            turns = rotary_turns(config.max_len, width // config.num_heads)
+            self.register_buffer("turns", turns, persistent=False)
         self.dropout = Dropout(config.dropout_rate)
         self.embedding_norm = nn.LayerNorm(width)
         self.blocks = nn.ModuleList(Block(config) for _ in range(config.num_layers))
@@ -152,17 +176,18 @@ class BERT4Rec(nn.Module):
         """[N, D] final hidden states at the queries that have a label, in their order."""
         x = self.items(batch.tokens) + self.position_embedding(batch.position)  # (S, D)
         x = self.embedding_norm(self.dropout(x))
+        turns = self.get_buffer("turns")[batch.position][:, None] if self.is_rotary else None
         keep = [
             (tokens != PADDING)[:, None, None, :] if group.is_padded else None
             for group, tokens in zip(batch.groups, batch.rectangles(), strict=True)
         ]
         for block in self.blocks[:-1]:
-            x = block(x, batch.groups, keep)
+            x = block(x, batch.groups, keep, turns)
         wanted = torch.nonzero(batch.labels).flatten()
         count = len(wanted)
         if x.device.type == "cpu":
             wanted = F.pad(wanted, (0, full_size(count) - count))
-        hidden: Tensor = self.blocks[-1](x, batch.groups, keep, batch.query, wanted)
+        hidden: Tensor = self.blocks[-1](x, batch.groups, keep, turns, batch.query, wanted)
         return hidden[:count]
 
     def project(self, hidden: Tensor) -> Tensor:

@@ -38,7 +38,10 @@ def hidden_states(model: BERT4Rec, sequence: list[int]) -> torch.Tensor:
         outputs = []
         for head in range(heads):
             part = slice(head * size, (head + 1) * size)
-            attention = torch.softmax(query[:, part] @ key[:, part].T / math.sqrt(size), dim=1)
+            head_query, head_key = query[:, part], key[:, part]
+            if model.config.position_encoding == "rotary":
+                head_query, head_key = rotated(head_query), rotated(head_key)
+            attention = torch.softmax(head_query @ head_key.T / math.sqrt(size), dim=1)
             outputs.append(attention @ value[:, part])
         attended = torch.cat(outputs, dim=1) @ block.attention_output.weight.T + block.attention_output.bias
         x = F.layer_norm(x + attended, (width,), block.attention_norm.weight, block.attention_norm.bias)
@@ -48,6 +51,20 @@ def hidden_states(model: BERT4Rec, sequence: list[int]) -> torch.Tensor:
             x + inner @ second.weight.T + second.bias, (width,), block.output_norm.weight, block.output_norm.bias
         )
     return x
+
+
+def rotated(x: torch.Tensor) -> torch.Tensor:
+    """[L, size]: columns 2j and 2j+1 turned by p / 10000^(2j/size), p the distance from the end (arXiv 2104.09864)."""
+    length, size = x.shape
+    rows = []
+    for place in range(length):
+        row = []
+        for j in range(size // 2):
+            angle = (length - 1 - place) / 10_000 ** (2 * j / size)
+            a, b = x[place, 2 * j], x[place, 2 * j + 1]
+            row += [a * math.cos(angle) - b * math.sin(angle), a * math.sin(angle) + b * math.cos(angle)]
+        rows.append(torch.stack(row))
+    return torch.stack(rows)
 
 
 def logits(model: BERT4Rec, sequence: list[int]) -> torch.Tensor:

@@ -61,6 +61,13 @@ def test_a_wrong_setting_is_one_clear_message(override, words):
     assert "\n" not in str(error.value)
 
 
+def test_rotary_positions_turn_pairs():
+    settings = ["model.hidden_units=6", "model.num_heads=2"]
+    load_config(None, settings)
+    with pytest.raises(InputError, match=r"rotary needs an even width of each head, .* gives 3$"):
+        load_config(None, [*settings, "model.position_encoding=rotary"])
+
+
 @pytest.mark.parametrize(
     ("content", "words"),
     [("model: [1", "not valid YAML"), ("model: 3", "expected groups"), ("- 1", "expected groups")],

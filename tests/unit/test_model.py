@@ -38,9 +38,10 @@ def either_library(request, monkeypatch):
 
 
 @pytest.mark.usefixtures("either_library")
+@pytest.mark.parametrize("position_encoding", ["learned", "rotary"])
 @pytest.mark.parametrize("num_layers", [1, 3])
-def test_hidden_states_equal_the_slow_network(num_layers):
-    model = make_model(num_layers=num_layers)
+def test_hidden_states_equal_the_slow_network(num_layers, position_encoding):
+    model = make_model(num_layers=num_layers, position_encoding=position_encoding)
     histories = sorted(random_histories(30, NUM_ITEMS).values(), key=len, reverse=True)
     batch = packed(torch.tensor(reference.last_items(histories, 12)))
     assert len({group.length for group in batch.groups}) > 1
@@ -64,10 +65,10 @@ def test_attention_goes_both_ways():
 
 
 @pytest.mark.usefixtures("either_library")
-@pytest.mark.parametrize("share_embeddings", [True, False])
-def test_a_step_has_the_loss_and_gradients_of_the_slow_way(share_embeddings):
+@pytest.mark.parametrize("settings", [{}, {"share_embeddings": False}, {"position_encoding": "rotary"}])
+def test_a_step_has_the_loss_and_gradients_of_the_slow_way(settings):
     """Micro-batches by length, logits at targets only, the last block at targets only: the same arithmetic."""
-    model = make_model(share_embeddings=share_embeddings, dropout_rate=0.0, random_mask_prob=0.4)
+    model = make_model(dropout_rate=0.0, random_mask_prob=0.4, **settings)
     data = DataConfig(batch_size=16)
     windows = windows_of(list(random_histories(16, NUM_ITEMS, longest=20).values()))
     device = torch.device("cpu")
@@ -92,6 +93,18 @@ def test_a_step_has_the_loss_and_gradients_of_the_slow_way(share_embeddings):
         torch.testing.assert_close(fast[name], expected, rtol=1e-3, atol=1e-5, msg=name)
 
 
+def test_rotary_attention_sees_distances_alone():
+    """Without the learned embedding, a sequence shifted by what nothing attends to has the same states."""
+    model = make_model(position_encoding="rotary")
+    torch.nn.init.zeros_(model.position_embedding.weight)
+    block = model.blocks[0]
+    x, turns = torch.randn(5, 16), model.turns[:, None]
+    group = [batches.Group(1, 5, 5, False)]
+    early, late = (block(x, group, [None], turns[first : first + 5].flip(0)) for first in (0, 7))
+    torch.testing.assert_close(early, late, rtol=1e-4, atol=1e-5)
+    assert not torch.allclose(early, block(x, group, [None], turns[:5]), atol=1e-2)  # before is not after
+
+
 def test_no_target_adds_no_loss_and_breaks_nothing():
     model = make_model()
     tokens = torch.tensor([[1, 2], [0, 3]])
@@ -109,9 +122,9 @@ def test_initial_weights():
     assert not model.output_bias.any()
 
 
-@pytest.mark.parametrize("share_embeddings", [True, False])
-def test_saved_and_read_again_it_scores_the_same(tmp_path, share_embeddings):
-    model = make_model(share_embeddings=share_embeddings)
+@pytest.mark.parametrize("settings", [{}, {"share_embeddings": False}, {"position_encoding": "rotary"}])
+def test_saved_and_read_again_it_scores_the_same(tmp_path, settings):
+    model = make_model(**settings)
     model.save_pretrained(str(tmp_path / "m"))
     again = BERT4Rec.from_pretrained(str(tmp_path / "m"))
     assert (again.num_items, again.catalogue, again.config) == (NUM_ITEMS, "catalogue", model.config)
