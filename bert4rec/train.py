@@ -236,6 +236,8 @@ def what_shapes_the_result(config: Config) -> dict[str, Any]:
         },
     )
     settings = {f"{group}.{key}": value for group, fields in keys.items() for key, value in fields.items()}
+    if config.model.position_encoding == "learned":
+        del settings["model.position_encoding"]  # runs from before there was a choice keep their names
     if config.model.use_title_emb:
         settings["title embeddings"] = hashlib.sha256(storage.read_bytes(config.embeddings_path)).hexdigest()[:16]
     if config.training.start_from is not None:

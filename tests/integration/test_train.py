@@ -7,12 +7,13 @@ import pyarrow.parquet as pq
 import pytest
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
+from bert4rec import storage
 from bert4rec.config import load_config
 from bert4rec.dataset import PreparedDataset
 from bert4rec.loop import learning_rate
 from bert4rec.model import BERT4Rec
 from bert4rec.storage import InputError
-from bert4rec.train import train
+from bert4rec.train import train, what_shapes_the_result
 from tests.datasets import random_histories, write_dataset
 from tests.processes import REPEATS, KillOnce, random_delay
 
@@ -198,3 +199,10 @@ def test_dataset_fingerprint_is_part_of_the_name(tmp_path, dataset_path):
     config = config_for(tmp_path)
     names = {run_name(config, PreparedDataset(path).manifest) for path in (dataset_path, other)}
     assert len(names) == 2
+
+
+def test_a_key_that_came_later_renames_no_run():
+    """The same command goes on with a run that an earlier version began."""
+    assert storage.fingerprint(what_shapes_the_result(load_config())) == "0232de4b68dc657b"
+    rotary = what_shapes_the_result(load_config(None, ["model.position_encoding=rotary"]))
+    assert rotary["model.position_encoding"] == "rotary"
