@@ -9,7 +9,7 @@ from benchmarks.common import options, publish
 from bert4rec.config import ModelConfig, TrainingConfig
 from bert4rec.loop import make_optimizers
 from bert4rec.model import BERT4Rec
-from bert4rec.muon import Float32Muon
+from bert4rec.muon import Float32Muon, uses_float32
 
 
 def main() -> None:
@@ -45,7 +45,7 @@ def main() -> None:
         ]
     notes = [
         f"2 layers, {args.threads} threads; seed {args.seed}; medians of {args.repeats} turns; bfloat16 in hardware: "
-        f"{torch.cpu.get_capabilities().get('avx512_bf16', False)}.",
+        f"{not uses_float32(torch.device('cpu'))}.",
     ]
     publish("benchmarks.muon", notes, rows, args.output)
 

@@ -6,6 +6,8 @@ from bert4rec.loop import make_optimizers
 from bert4rec.model import BERT4Rec
 from bert4rec.muon import Float32Muon, orthogonalised, uses_float32
 
+pytestmark = pytest.mark.unit
+
 
 def by_singular_values(matrix: torch.Tensor) -> torch.Tensor:
     """The same polynomial of each singular value of the normed matrix, in float64."""
