@@ -168,6 +168,14 @@ def windows_before(windows: Windows, cutoff: str, before: Before | None) -> Wind
     return Windows(windows.items, windows.start, windows.start + torch.tensor(before[cutoff], dtype=torch.int64))
 
 
+def item_counts(windows: Windows, num_items: int) -> Tensor:
+    """[V] int64 how often each item stands in the windows."""
+    counts = torch.zeros(num_items + 1, dtype=torch.int64)
+    for users in torch.split(torch.arange(len(windows)), 65_536):  # the whole may not fit the memory
+        counts += torch.bincount(windows.users(users).flat()[1], minlength=num_items + 1)
+    return counts[1:]
+
+
 def last_items(windows: Windows, max_len: int) -> Tensor:
     """[B, L] int64 tokens of each user's last `max_len` items, L the longest of them."""
     length = windows.lengths.clamp(max=max_len)

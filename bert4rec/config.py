@@ -226,6 +226,8 @@ class InferenceConfig(_Group):
     """Never recommend an item of the user's whole history."""
     exclude_future: bool = True
     """Never recommend an item released in a later year than the user's last interaction, where both are known."""
+    popularity_discount: float = Field(0.0, ge=0, allow_inf_nan=False)
+    """Recommend less popular items: this times log(1 + training interactions) is taken from each item's score."""
     formats: tuple[Literal["parquet", "csv"], ...] = Field(("parquet", "csv"), min_length=1)
     """Files to write."""
     output_path: str | None = None

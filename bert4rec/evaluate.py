@@ -50,6 +50,8 @@ class Evaluation:
     data: dict[str, Any]
     """The settings that say what is held out, and the cut-offs of a temporal split."""
     split: str
+    popularity_discount: float
+    """Of the model's scores: `inference.popularity_discount`."""
     seed: int
     """Of the drawn negatives."""
     protocols: dict[str, dict[str, Metrics]]
@@ -76,7 +78,8 @@ def evaluate(config: Config, dataset_path: str, checkpoint: str) -> Evaluation:
         to evaluate.
     """
     dataset = PreparedDataset(dataset_path, verify=True)
-    model = load_for(dataset, checkpoint)  # a wrong model is found here, not in an actor
+    discount = config.inference.popularity_discount
+    model = load_for(dataset, checkpoint, discount)  # a wrong model is found here, not in an actor
     split = evaluated_split(config)
     _check_is_held_out(config, dataset, model, checkpoint)
     use_gpu, num_workers = for_scoring(config)
@@ -138,6 +141,7 @@ def evaluate(config: Config, dataset_path: str, checkpoint: str) -> Evaluation:
             "cutoffs": dataset.manifest.cutoffs if config.data.split == "temporal" else {},
         },
         split=split,
+        popularity_discount=discount,
         seed=config.evaluation.seed,
         protocols={
             protocol: {system: RankCounts(ranks[protocol, system].sum((0, 1))).metrics() for system in systems}
@@ -278,7 +282,7 @@ class _Evaluator:
 
     def _scorer(self, system: str, history: Windows) -> Scorer:
         if system == MODEL:
-            return score_next(self.model, history.to(self.device))
+            return score_next(self.model, history.to(self.device), self.config.inference.popularity_discount)
         if system in self.fitted:
             scores = baselines.from_history(self.fitted[system], history)
         else:

@@ -41,9 +41,17 @@ class ScoringFunction(nn.Module):
         Give the best items only, instead of the scores of all.
     exclude_seen
         With `topk`: never an item of the history.
+    popularity_discount
+        As in `scoring.score_next`.
     """
 
-    def __init__(self, model: BERT4Rec, topk: int | None = None, exclude_seen: bool = True) -> None:
+    def __init__(
+        self,
+        model: BERT4Rec,
+        topk: int | None = None,
+        exclude_seen: bool = True,
+        popularity_discount: float = 0,
+    ) -> None:
         super().__init__()
         self.num_heads, self.max_len = model.config.num_heads, model.config.max_len
         self.mask_token = model.num_items + 1
@@ -52,6 +60,8 @@ class ScoringFunction(nn.Module):
             every = torch.arange(model.num_items + 2, device=model.output_bias.device)
             vectors = model.items(every).clone()
             weights, bias = (tensor.detach() for tensor in model.output_weights())
+            if popularity_discount:
+                bias = bias - popularity_discount * model.log_popularity()
         self.register_buffer("vectors", vectors)  # [V+2, D]
         self.register_buffer("bias", bias.clone())  # [V]
         self.is_tied = torch.equal(weights, vectors[1:-1])

@@ -148,6 +148,7 @@ class BERT4Rec(nn.Module):
         width = config.hidden_units
         self.items = ItemVectors(config, num_items, self.metadata_shape)
         self.register_buffer("unrankable", torch.zeros(num_items, dtype=torch.bool))
+        self.register_buffer("item_counts", torch.zeros(num_items, dtype=torch.int64))  # set by who trains
         if isinstance(metadata, Metadata):
             self.items.set_tables(metadata)
             new = torch.arange(1, num_items + 1) > num_items - num_new_items
@@ -215,6 +216,22 @@ class BERT4Rec(nn.Module):
         weights = self.items.embedding.weight[1:-1] if self.config.share_embeddings else self.output_embedding
         return weights, self.output_bias
 
+    def log_popularity(self) -> Tensor:
+        """[V] float32 log(1 + n) of each item's n interactions in the training data.
+
+        Raises
+        ------
+        InputError
+            If the model was trained by a version that did not count them.
+        """
+        counts = self.get_buffer("item_counts")
+        if not counts.any():
+            raise InputError(
+                "inference.popularity_discount needs to know how often each item was interacted with, and this model "
+                "is of an earlier version, which did not keep that; train it again under another run.name"
+            )
+        return counts.float().log1p()
+
     def forward(self, batch: Batch) -> Tensor:
         """Sum of the loss over all targets."""
         weights, bias = self.output_weights()
@@ -268,7 +285,9 @@ class BERT4Rec(nn.Module):
             )
             model.held_out = content["held_out"]
             model.trained_before = content.get("trained_before")
-            model.load_state_dict(safetensors.torch.load(weights))
+            state = safetensors.torch.load(weights)
+            state.setdefault("item_counts", model.get_buffer("item_counts"))  # earlier versions did not keep them
+            model.load_state_dict(state)
         except FileNotFoundError:
             raise InputError(f"{directory}: {WEIGHTS} is missing; this is no whole model directory") from None
         except (KeyError, TypeError, ValidationError, RuntimeError, safetensors.SafetensorError) as error:

@@ -55,7 +55,7 @@ def recommend(config: Config, dataset_path: str, checkpoint: str, output_path: s
     began = time.monotonic()
     inference = config.inference
     dataset = PreparedDataset(dataset_path, verify=True)
-    load_for(dataset, checkpoint)  # a wrong model is found here, not in an actor
+    load_for(dataset, checkpoint, inference.popularity_discount)  # a wrong model is found here, not in an actor
     check_request(inference, dataset, output_path)
     identity = {"dataset": dataset.manifest.fingerprint, **_identity(checkpoint, inference)}
     counted = _finished(output_path, identity)

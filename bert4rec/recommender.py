@@ -54,7 +54,7 @@ class Recommender:
                 device=device,
             )
             values, items = top_k(
-                score_next(self.model, histories),
+                score_next(self.model, histories, inference.popularity_discount),
                 exclusions,
                 len(users),
                 self.model.num_items,
@@ -74,7 +74,13 @@ class Recommender:
             yield Ranked(table, len(users), int((found.sum(1) < inference.topk).sum()))
 
     def recommend(
-        self, history: Sequence[ItemId], topk: int = 10, *, exclude_seen: bool = True, last_year: int | None = None
+        self,
+        history: Sequence[ItemId],
+        topk: int = 10,
+        *,
+        exclude_seen: bool = True,
+        last_year: int | None = None,
+        popularity_discount: float = 0,
     ) -> pd.DataFrame:
         """The next items of one history.
 
@@ -86,6 +92,8 @@ class Recommender:
             Rows, at most.
         last_year
             Year of the last interaction: items released later are left out.
+        popularity_discount
+            How much less popular the items are to be: as inference.popularity_discount.
 
         Returns
         -------
@@ -109,7 +117,8 @@ class Recommender:
             last_year=np.array([last_year or 0], np.int16),
             has_last_year=np.array([last_year is not None]),
         )
-        (ranked,) = self.rank(sequences, InferenceConfig(topk=topk, exclude_seen=exclude_seen))
+        inference = InferenceConfig(topk=topk, exclude_seen=exclude_seen, popularity_discount=popularity_discount)
+        (ranked,) = self.rank(sequences, inference)
         return self._frame(pc.index_in(ranked.table["item"], self.items.ids), "score", ranked.table["score"])
 
     def similar(self, item: ItemId, topk: int = 10) -> pd.DataFrame:

@@ -288,7 +288,7 @@ def _metrics_section(evaluation: dict[str, Any] | None) -> Section:
     protocols: dict[str, dict[str, Metrics]] = evaluation["protocols"]
     section.text = (
         f"Each user's held-out item of the {evaluation['split']} split, {evaluation['num_users']:,} users, "
-        f"{evaluation['num_items']:,} items. What each protocol ranks is in docs/evaluation.md."
+        f"{evaluation['num_items']:,} items. What each protocol ranks is in docs/evaluation.md." + _discount(evaluation)
     )
     escaped = {html.escape(protocol): systems for protocol, systems in protocols.items()}
     for metric in ("ndcg@10", "hr@10"):
@@ -340,6 +340,7 @@ def _recommended_section(
         return section
     covered = int((recommended > 0).sum())
     section.text = f"The top {given.settings['topk']} of {dataset.manifest.num_users:,} users."
+    section.text += _discount(given.settings)
     section.tiles = [
         (f"{int(recommended.sum()):,}", "recommendations"),
         (f"{covered:,} ({covered / len(items.ids):.0%})", "items recommended to anyone: coverage of the catalogue"),
@@ -390,6 +391,11 @@ def _recommended_section(
         }
     )
     return section
+
+
+def _discount(made_with: dict[str, Any]) -> str:
+    discount = made_with.get("popularity_discount")  # results of earlier versions have none
+    return f" The model's scores are with inference.popularity_discount={discount:g}." if discount else ""
 
 
 def _filter_section(items: ItemTable, users: _Users, settings: dict[str, Any]) -> Section:

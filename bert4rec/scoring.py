@@ -97,15 +97,17 @@ class Exclusions:
         return scores
 
 
-def load_for(dataset: PreparedDataset, checkpoint: str) -> BERT4Rec:
-    """The model of `checkpoint`, if it was trained on this dataset's catalogue.
+def load_for(dataset: PreparedDataset, checkpoint: str, popularity_discount: float = 0) -> BERT4Rec:
+    """The model of `checkpoint`, if it was trained on this dataset's catalogue and can be scored with the discount.
 
     Raises
     ------
     InputError
-        If it was not, or is damaged.
+        If not, or if it is damaged.
     """
     model = BERT4Rec.from_pretrained(checkpoint)
+    if popularity_discount:
+        model.log_popularity()
     if model.catalogue != dataset.manifest.catalogue:
         raise InputError(
             f"{checkpoint}: this model was trained on another catalogue (fingerprint {model.catalogue}, "
@@ -126,10 +128,16 @@ def next_item_states(model: BERT4Rec, histories: Windows) -> Tensor:
 
 
 @torch.inference_mode()
-def score_next(model: BERT4Rec, histories: Windows) -> Scorer:
-    """Scores of all items as the next one of each history."""
+def score_next(model: BERT4Rec, histories: Windows, popularity_discount: float = 0) -> Scorer:
+    """Scores of all items as the next one of each history.
+
+    From the model's logits, `popularity_discount` times log(1 + training interactions of the item) is taken away: of
+    log p(item | history) that leaves log p(item | history) - t log p(item) (Menon et al. 2021, equation 8).
+    """
     states = next_item_states(model, histories)
     weights, bias = (tensor.detach() for tensor in model.output_weights())
+    if popularity_discount:
+        bias = bias - popularity_discount * model.log_popularity()
     block: Tensor | None = None
 
     def scores(low: int, high: int) -> Tensor:

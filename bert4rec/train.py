@@ -26,7 +26,7 @@ from ray.train import Checkpoint, CheckpointConfig, FailureConfig, ScalingConfig
 from ray.train.torch import TorchConfig, TorchTrainer, prepare_model
 
 from bert4rec import storage, workers
-from bert4rec.batches import Windows, held_out_users, training_windows
+from bert4rec.batches import Windows, held_out_users, item_counts, training_windows
 from bert4rec.card import CARD, model_card
 from bert4rec.config import Config, EvaluationConfig
 from bert4rec.dataset import ITEMS, Manifest, PreparedDataset, Sequences
@@ -325,11 +325,9 @@ def _run_epochs(
             "nothing to validate on"
         )
 
-    counts = None
-    if training.negative_sampling == "popularity":
-        known = model.num_items - model.num_new_items
-        counts = torch.bincount(windows.flat()[1], minlength=known + 1)[1:].float()
-    model.loss = make_loss(training, counts)
+    counts = item_counts(windows, model.num_items)
+    known = counts[: model.num_items - model.num_new_items].float()
+    model.loss = make_loss(training, known if training.negative_sampling == "popularity" else None)
 
     state: dict[str, Any] = {"epoch": 0, "history": [], "best": None, "improvements": 0, "validations_since_best": 0}
     checkpoint = ray.train.get_checkpoint()
@@ -343,6 +341,7 @@ def _run_epochs(
             reporter.skip(state["epoch"])
     elif training.start_from is not None:
         begin_from(model, training.start_from, dataset.items().ids)
+    model.get_buffer("item_counts").copy_(counts)
     wrapped = prepare_model(model, parallel_strategy_kwargs={"broadcast_buffers": False})  # the tables never change
     optimizers = make_optimizers(model, training)
     scaler = torch.amp.GradScaler(device.type, enabled=training.precision == "16-mixed")  # type: ignore[attr-defined]

@@ -6,7 +6,7 @@ from dataclasses import asdict
 from bert4rec import storage
 from bert4rec.cli import checkpoint_and_output, run_job, table_of_metrics
 from bert4rec.config import Config
-from bert4rec.evaluate import RECOMMENDED, Evaluation, evaluate
+from bert4rec.evaluate import MODEL, RECOMMENDED, Evaluation, evaluate
 
 EVALUATION = "evaluation.json"
 RANKED = {
@@ -26,6 +26,8 @@ def evaluate_model(config: Config, checkpoint: str | None = None) -> Evaluation:
     for note in result.notes:
         print(f"note: {note}")
     print(f"{_held_out(result)}; {result.num_users:,} users, {result.num_items:,} items, {checkpoint}")
+    if result.popularity_discount:
+        print(f"{MODEL} with inference.popularity_discount={result.popularity_discount:g}")
     print(f"dataset {result.dataset}, fingerprint {result.fingerprint}")
     for protocol, rows in result.protocols.items():
         print(f"\nprotocol {protocol}: {RANKED[protocol]}\n{table_of_metrics(rows)}")

@@ -24,7 +24,9 @@ def export_model(config: Config) -> str:
     topk, num_items = config.export.topk, recommender.model.num_items
     if topk is not None and topk > num_items:
         raise InputError(f"export.topk={topk} is larger than the catalogue, which has {num_items} items")
-    program = export_program(ScoringFunction(recommender.model, topk, config.inference.exclude_seen))
+    inference = config.inference
+    function = ScoringFunction(recommender.model, topk, inference.exclude_seen, inference.popularity_discount)
+    program = export_program(function)
     print(f"model: {checkpoint}\nhistory [users, length] int64 -> " + _outputs(topk, num_items))
     for form in config.export.formats:
         print(f"{form}: {WRITERS[form](program, output_path)}")

@@ -22,8 +22,8 @@ def recommend_users(config: Config) -> None:
     dataset = PreparedDataset(config.prepared_path)
     if inference.output_path:
         check_request(inference, dataset, output_path)
-    model = load_for(dataset, checkpoint).to(device_for(config.training.accelerator))
-    recommender = Recommender(model, dataset.items())
+    model = load_for(dataset, checkpoint, inference.popularity_discount)
+    recommender = Recommender(model.to(device_for(config.training.accelerator)), dataset.items())
     print(f"model: {checkpoint}")
     if inference.users is not None or inference.users_file is not None:
         sequences = _few_users(config, dataset, recommender)

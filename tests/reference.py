@@ -94,10 +94,11 @@ def recommendations(
     last_year: int | None,
     exclude_seen: bool = True,
     exclude_future: bool = True,
+    popularity_discount: float = 0,
 ) -> list[tuple[int, float]]:
     """(token, score) of the best k items of one user, one item at a time."""
     recent = history[-(model.config.max_len - 1) :]
-    scores = logits(model, [*recent, model.num_items + 1])[-1].tolist()
+    scores = discounted(model, logits(model, [*recent, model.num_items + 1])[-1].tolist(), popularity_discount)
     kept = []
     for token in range(1, model.num_items + 1):
         year = years[token - 1]
@@ -107,6 +108,12 @@ def recommendations(
             continue
         kept.append((token, scores[token - 1]))
     return sorted(kept, key=lambda pair: -pair[1])[:k]
+
+
+def discounted(model: BERT4Rec, scores: list[float], popularity_discount: float) -> list[float]:
+    """Less popular items first: from each score so many times log(1 + the item's training interactions)."""
+    counts = model.item_counts.tolist()
+    return [score - popularity_discount * math.log(1 + n) for score, n in zip(scores, counts, strict=True)]
 
 
 def rank(scores: list[float], target: int, excluded: set[int]) -> int:

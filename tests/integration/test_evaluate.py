@@ -3,6 +3,7 @@ from typing import get_args
 
 import numpy as np
 import pytest
+import torch
 
 from bert4rec.config import Protocol, load_config
 from bert4rec.dataset import PreparedDataset
@@ -46,6 +47,7 @@ def dataset_path(tmp_path_factory):
 def model():
     model = make_model(NUM_ITEMS)
     model.catalogue, model.held_out = "test", 2
+    model.item_counts += torch.tensor(counted(last_item_but_one().training))
     return model
 
 
@@ -93,7 +95,7 @@ def counted(histories):
     return [sum(items.count(token) for items in histories) for token in range(1, NUM_ITEMS + 1)]
 
 
-def expected_ranks(case, model, seed):
+def expected_ranks(case, model, seed, discount):
     """{(protocol, system): rank of each user}, and {system: each user's first ten}."""
     popularity = counted(case.training)
     weights = {
@@ -106,7 +108,7 @@ def expected_ranks(case, model, seed):
     for user, history, target in case.users:
         tokens = [*history[-(model.config.max_len - 1) :], NUM_ITEMS + 1]
         scores = {
-            "BERT4Rec": reference.logits(model, tokens)[-1].tolist(),
+            "BERT4Rec": reference.discounted(model, reference.logits(model, tokens)[-1].tolist(), discount),
             "popularity": popularity,
             "popularity-7-days": counted(case.recent),
         }
@@ -142,6 +144,7 @@ def ndcg10(ranks):
     [
         (["evaluation.split=validation"], last_item_but_one),
         ([], last_item),
+        (["inference.popularity_discount=0.4"], last_item),
         (["data.split=temporal", "data.min_interactions=4"], after_the_test_cut_off),
     ],
 )
@@ -153,12 +156,14 @@ def test_every_protocol_and_system_equals_the_slow_way(dataset_path, checkpoint,
         model.save_pretrained(checkpoint)
         model.trained_before = None
     case = make_case()
-    got = evaluate(load_config(None, [*settings, "inference.batch_size=77"]), dataset_path, checkpoint)
-    if make_case == last_item:
+    config = load_config(None, [*settings, "inference.batch_size=77"])
+    got = evaluate(config, dataset_path, checkpoint)
+    assert got.popularity_discount == config.inference.popularity_discount
+    if not options:
         other = load_config(None, [*settings, "inference.num_workers=1"])
         assert got == evaluate(other, dataset_path, checkpoint)
 
-    ranks, best = expected_ranks(case, model, 9)
+    ranks, best = expected_ranks(case, model, 9, got.popularity_discount)
     lengths = [len(history) for _, history, _ in case.users]
     popularity = counted(case.training)
     falling = sorted(range(NUM_ITEMS), key=lambda item: -popularity[item])

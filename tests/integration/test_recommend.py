@@ -85,6 +85,22 @@ def test_every_user_gets_what_the_slow_way_gives(tmp_path, dataset_path, checkpo
     assert sorted(path.name for path in (tmp_path / "out").iterdir()) == ["manifest.json", "recommendations.csv"]
 
 
+def test_less_popular_items_on_request(tmp_path, dataset_path, checkpoint, model):
+    config = load_config(None, ["inference.topk=7", "inference.popularity_discount=0.5"])
+    with pytest.raises(InputError, match=r"popularity_discount.*earlier version, which did not keep that"):
+        recommend(config, dataset_path, checkpoint, str(tmp_path / "out"))
+    model.item_counts += torch.arange(NUM_ITEMS, 0, -1)
+    model.save_pretrained(str(tmp_path / "m"))
+    recommend(config, dataset_path, str(tmp_path / "m"), str(tmp_path / "out"))
+    best = {
+        user: reference.recommendations(model, HISTORIES[user], 7, YEARS, LAST_YEARS[index], popularity_discount=0.5)
+        for index, user in enumerate(sorted(HISTORIES))
+    }
+    model.item_counts.zero_()
+    expected = [(user, 100 + token) for user, items in best.items() for token, _ in items]
+    assert [(row["user"], row["item"]) for row in read(tmp_path / "out")] == expected
+
+
 def test_finished_parts_of_a_killed_job_are_kept(tmp_path, dataset_path, checkpoint, monkeypatch):
     """Stop between scoring and publishing, spoil one part: the rerun does that one again, and no other."""
     config = load_config(None, ["inference.topk=4"])

@@ -29,9 +29,12 @@ SMALL = [
 ]
 
 
+HISTORIES = random_histories(75, 20)
+
+
 @pytest.fixture(scope="module")
 def dataset_path(tmp_path_factory):
-    return write_dataset(tmp_path_factory.mktemp("data") / "d", random_histories(75, 20), 20)
+    return write_dataset(tmp_path_factory.mktemp("data") / "d", HISTORIES, 20)
 
 
 def config_for(storage_path, *overrides):
@@ -91,6 +94,9 @@ def test_full_data_is_judged_by_train_loss(tmp_path, dataset_path):
     assert all("val_ndcg@10" not in metrics for metrics in result.history)
     assert result.best_metrics["train_loss"] == min(metrics["train_loss"] for metrics in result.history)
     assert len(result.history) == 4
+    tokens = [token for items in HISTORIES.values() for token in items if len(items) >= 3]
+    counts = BERT4Rec.from_pretrained(result.best_checkpoint).item_counts
+    assert counts.tolist() == [tokens.count(token) for token in range(1, 21)]
 
 
 def test_training_begins_with_the_weights_of_an_earlier_model(tmp_path, dataset_path, monkeypatch):

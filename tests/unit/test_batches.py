@@ -52,6 +52,18 @@ def test_windows_flat_and_to_keep_the_histories():
     assert windows.users(torch.tensor([2, 0])).flat()[1].tolist() == [4, 1, 2]
 
 
+def test_item_counts_by_hand():
+    windows = windows_of([[1, 2, 2], [5, 1]])
+    assert batches.item_counts(windows.users(torch.arange(2).repeat(70_000)), 5).tolist() == [
+        140_000,
+        140_000,
+        0,
+        0,
+        70_000,
+    ]
+    assert batches.item_counts(windows.without_last(1), 5).tolist() == [1, 1, 0, 0, 1]
+
+
 def test_splits_by_hand():
     windows = windows_of([[1, 2, 3, 4], [5, 6], [7, 8, 9]])
     one = DataConfig(min_interactions=3, holdout=1)

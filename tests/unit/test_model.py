@@ -124,8 +124,10 @@ def test_initial_weights():
 @pytest.mark.parametrize("settings", [{}, {"share_embeddings": False}, {"position_encoding": "rotary"}])
 def test_saved_and_read_again_it_scores_the_same(tmp_path, settings):
     model = make_model(**settings)
+    model.item_counts += torch.arange(NUM_ITEMS)
     model.save_pretrained(str(tmp_path / "m"))
     again = BERT4Rec.from_pretrained(str(tmp_path / "m"))
+    assert torch.equal(again.item_counts, torch.arange(NUM_ITEMS))
     assert (again.num_items, again.catalogue, again.config) == (NUM_ITEMS, "catalogue", model.config)
     tokens = torch.tensor([[3, 9, 4, 31]])
     torch.testing.assert_close(again.encode(packed(tokens)), model.encode(packed(tokens)), rtol=0, atol=0)

@@ -31,7 +31,9 @@ def dataset(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def recommender(dataset):
-    return Recommender(make_model(), dataset.items())
+    model = make_model()
+    model.item_counts += torch.arange(NUM_ITEMS, 0, -1)
+    return Recommender(model, dataset.items())
 
 
 @pytest.mark.parametrize("batch_size", [7, 512])
@@ -45,11 +47,18 @@ def test_every_user_of_any_batch_gets_what_the_slow_way_gives(dataset, recommend
     assert [(row["user"], row["item"], row["rank"]) for row in rows] == expected
 
 
-def test_one_history_gets_what_the_slow_way_gives(recommender):
+@pytest.mark.parametrize("discount", [0, 0.7])
+def test_one_history_gets_what_the_slow_way_gives(recommender, discount):
     for history, last_year, exclude_seen in ([3, 9, 4], None, True), ([5, 1], 1994, True), (HISTORIES[7], 1990, False):
-        best = reference.recommendations(recommender.model, history, 6, YEARS, last_year, exclude_seen)
+        best = reference.recommendations(
+            recommender.model, history, 6, YEARS, last_year, exclude_seen, popularity_discount=discount
+        )
         got = recommender.recommend(
-            [100 + token for token in history], topk=6, exclude_seen=exclude_seen, last_year=last_year
+            [100 + token for token in history],
+            topk=6,
+            exclude_seen=exclude_seen,
+            last_year=last_year,
+            popularity_discount=discount,
         )
         assert got["item"].tolist() == [100 + token for token, _ in best]
         assert got["title"].tolist() == [f"film {token}" for token, _ in best]

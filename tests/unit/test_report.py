@@ -136,10 +136,12 @@ def test_without_times_metadata_training_or_recommendations(tmp_path):
 
 
 def test_filters_that_were_off_are_said_to_be(dataset, tmp_path):
-    given = write_recommendations(tmp_path / "r", [(1, 105, 1, 2.5)], exclude_seen=False, exclude_future=False)
+    settings = {"exclude_seen": False, "exclude_future": False, "popularity_discount": 0.3}
+    given = write_recommendations(tmp_path / "r", [(1, 105, 1, 2.5)], **settings)
     page = report.render(load_config(), dataset, "run", RUN, None, given)
     assert "inference.exclude_seen=false" in page
     assert "inference.exclude_future=false" in page
+    assert "inference.popularity_discount=0.3" in page
     assert "Seen items" not in titles_of(page)
 
 

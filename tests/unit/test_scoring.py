@@ -8,6 +8,7 @@ import torch
 from bert4rec.dataset import ItemTable, Sequences
 from bert4rec.metrics import RankCounts, hit_rate, mrr, ndcg
 from bert4rec.scoring import Exclusions, item_blocks, next_item_states, rank_among, rank_of_target, score_next, top_k
+from bert4rec.storage import InputError
 from tests import reference
 from tests.datasets import random_histories
 from tests.unit.test_batches import windows_of
@@ -59,6 +60,18 @@ def test_top_k_equals_the_slow_way_user_by_user(exclude_seen, exclude_future, sc
         kept = torch.isfinite(values[user])
         assert (items[user][kept] + 1).tolist() == [token for token, _ in expected]
         np.testing.assert_allclose(values[user][kept], [score for _, score in expected], rtol=1e-4)
+
+
+def test_scores_are_discounted_by_popularity():
+    model = make_model()
+    histories = windows_of([[3, 9, 4], [1]])
+    plain = score_next(model, histories)(0, NUM_ITEMS).clone()
+    with pytest.raises(InputError, match=r"popularity_discount.*earlier version"):
+        score_next(model, histories, 0.5)
+    model.item_counts[:3] = torch.tensor([0, 1, 99])
+    taken = (plain - score_next(model, histories, 0.5)(0, NUM_ITEMS)).tolist()
+    for of_user in taken:
+        assert of_user[:4] == pytest.approx([0, 0.346574, 2.302585, 0], abs=1e-5)  # half of log 1, 2 and 100
 
 
 def test_a_user_who_has_seen_nearly_all_gets_the_rest():
