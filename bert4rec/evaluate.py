@@ -170,26 +170,13 @@ def evaluated_protocols(config: Config) -> list[Protocol]:
 
 
 def _check_is_held_out(config: Config, dataset: PreparedDataset, model: BERT4Rec, checkpoint: str) -> None:
-    split = evaluated_split(config)
-    if config.data.split == "temporal":
-        cutoff = dataset.manifest.cutoffs[split]
-        if model.trained_before is None or model.trained_before > cutoff:
-            until = "at any time" if model.trained_before is None else f"until {model.trained_before}"
-            raise InputError(
-                f"{checkpoint}: was trained on interactions {until}, so it may have seen what came after the {split} "
-                f"cut-off {cutoff} (Unix time); train with data.split=temporal and this data.split_time"
-            )
-        return
-    if split == "test" and config.data.holdout == 1 and config.monitor != "train_loss":
+    split, data = evaluated_split(config), config.data
+    if data.split == "leave-one-out" and split == "test" and data.holdout == 1 and config.monitor != "train_loss":
         raise InputError(
             f"evaluation.split=test: with data.holdout=1 {config.monitor} is of the test item, and has chosen the "
             "checkpoint; train with data.holdout=2, or a set number of epochs with training.monitor_metric=train_loss"
         )
-    if config.data.holdout > model.held_out:
-        raise InputError(
-            f"{checkpoint}: was trained with the last {model.held_out} items of each user held out, so it has seen the "
-            f"{split} item of data.holdout={config.data.holdout}; train with that holdout"
-        )
+    model.check_is_held_out(split, data, dataset.manifest.cutoffs, checkpoint)
 
 
 def _usable_baselines(config: Config, dataset: PreparedDataset) -> tuple[list[str], list[str]]:

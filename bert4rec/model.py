@@ -17,7 +17,7 @@ from torch import Tensor, nn
 
 from bert4rec import storage
 from bert4rec.batches import Batch, Group
-from bert4rec.config import ModelConfig
+from bert4rec.config import DataConfig, ModelConfig
 from bert4rec.dataset import PADDING
 from bert4rec.functions import Dropout, Linear, Loss, full_size, linear_cross_entropy
 from bert4rec.items import ItemVectors, Metadata
@@ -215,6 +215,36 @@ class BERT4Rec(nn.Module):
             return fused, self.output_bias.masked_fill(self.get_buffer("unrankable"), -torch.inf)
         weights = self.items.embedding.weight[1:-1] if self.config.share_embeddings else self.output_embedding
         return weights, self.output_bias
+
+    def check_is_held_out(self, split: str, data: DataConfig, cutoffs: dict[str, int], source: str) -> None:
+        """See that training has not seen the targets of `split`, "validation" or "test".
+
+        Parameters
+        ----------
+        cutoffs : dict
+            Of the prepared dataset, for a temporal split.
+        source : str
+            What the message calls the model by.
+
+        Raises
+        ------
+        InputError
+            If it has.
+        """
+        if data.split == "temporal":
+            cutoff = cutoffs[split]
+            if self.trained_before is None or self.trained_before > cutoff:
+                until = "at any time" if self.trained_before is None else f"until {self.trained_before}"
+                raise InputError(
+                    f"{source}: was trained on interactions {until}, so it may have seen what came after the {split} "
+                    f"cut-off {cutoff} (Unix time); expected one trained with data.split=temporal and this "
+                    "data.split_time"
+                )
+        elif self.held_out < data.holdout:
+            raise InputError(
+                f"{source}: was trained with the last {self.held_out} items of each user held out, so it has seen the "
+                f"{split} item of data.holdout={data.holdout}; expected one trained with that holdout"
+            )
 
     def log_popularity(self) -> Tensor:
         """[V] float32 log(1 + n) of each item's n interactions in the training data.

@@ -49,20 +49,8 @@ def check_start(config: Config, manifest: Manifest) -> None:
             f"training.start_from={directory}: a model with genres, directors or writers, whose numbers are "
             "those of its own catalogue, and this is another one; train anew"
         )
-    data = config.data
-    if data.use_full_data:
-        return
-    saw = f"training.start_from={directory}: was trained on what this training is to be validated by"
-    if data.split == "temporal":
-        cutoff = manifest.cutoffs["validation"]
-        if old.trained_before is None or old.trained_before > cutoff:
-            until = "at any time" if old.trained_before is None else f"until {old.trained_before}"
-            raise InputError(f"{saw}: interactions {until}; the validation cut-off is {cutoff} (Unix time)")
-    elif old.held_out < data.holdout:
-        raise InputError(
-            f"{saw}: only the last {old.held_out} items of each user were held out, expected data.holdout="
-            f"{data.holdout} or more; without validation (data.use_full_data=true) it can go on"
-        )
+    if not config.data.use_full_data:  # else nothing is validated
+        old.check_is_held_out("validation", config.data, manifest.cutoffs, f"training.start_from={directory}")
 
 
 @torch.no_grad()
