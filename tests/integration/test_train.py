@@ -79,8 +79,9 @@ def test_killed_worker_changes_nothing_and_a_rerun_finds_it_done(tmp_path, datas
 
 def test_one_worker_and_two_learn_the_same(tmp_path, dataset_path):
     """Without dropout only the order of additions differs."""
+    settings = ["model.dropout_rate=0", "model.position_encoding=rotary"]
     histories = [
-        train(config_for(tmp_path, "model.dropout_rate=0", f"training.num_workers={count}"), dataset_path).history
+        train(config_for(tmp_path, *settings, f"training.num_workers={count}"), dataset_path).history
         for count in (1, 2)
     ]
     for one, two in zip(*histories, strict=True):
