@@ -42,7 +42,7 @@ class ScoringFunction(nn.Module):
     exclude_seen
         With `topk`: never an item of the history.
     popularity_discount
-        As in `scoring.score_next`.
+        See `BERT4Rec.output_weights`.
     """
 
     def __init__(
@@ -59,9 +59,7 @@ class ScoringFunction(nn.Module):
         with torch.no_grad():
             every = torch.arange(model.num_items + 2, device=model.output_bias.device)
             vectors = model.items(every).clone()
-            weights, bias = (tensor.detach() for tensor in model.output_weights())
-            if popularity_discount:
-                bias = bias - popularity_discount * model.log_popularity()
+            weights, bias = (tensor.detach() for tensor in model.output_weights(popularity_discount))
         self.register_buffer("vectors", vectors)  # [V+2, D]
         self.register_buffer("bias", bias.clone())  # [V]
         self.is_tied = torch.equal(weights, vectors[1:-1])

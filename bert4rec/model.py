@@ -204,17 +204,34 @@ class BERT4Rec(nn.Module):
         self._fused = None  # moved to another device
         return super()._apply(fn, recurse)  # type: ignore[no-untyped-call, no-any-return]
 
-    def output_weights(self) -> tuple[Tensor, Tensor]:
-        """Weights [V, D] and bias [V] of the output layer; special tokens have none and are never predicted."""
+    def output_weights(self, popularity_discount: float = 0) -> tuple[Tensor, Tensor]:
+        """Weights [V, D] and bias [V] of the output layer; special tokens have none and are never predicted.
+
+        From the bias, `popularity_discount` times log(1 + n) of the item's n training interactions is taken away: of
+        log p(item | history) that leaves log p(item | history) - t log p(item) (Menon et al. 2021, equation 8).
+
+        Raises
+        ------
+        InputError
+            If there is a discount, and the model was trained by a version that did not count the interactions.
+        """
+        bias: Tensor = self.output_bias
+        if popularity_discount:
+            counts = self.get_buffer("item_counts")
+            if not counts.any():
+                raise InputError(
+                    "inference.popularity_discount needs to know how often each item was interacted with, and this "
+                    "model is of an earlier version, which did not keep that; train it again under another run.name"
+                )
+            bias = bias - popularity_discount * counts.float().log1p()
         if self.config.output_features == "fused":
             fused = self._fused
             if fused is None:
-                fused = self.items(torch.arange(1, self.num_items + 1, device=self.output_bias.device))
+                fused = self.items(torch.arange(1, self.num_items + 1, device=bias.device))
                 self._fused = fused if torch.is_inference_mode_enabled() else None
             # A new item without any metadata has nothing to be scored by.
-            return fused, self.output_bias.masked_fill(self.get_buffer("unrankable"), -torch.inf)
-        weights = self.items.embedding.weight[1:-1] if self.config.share_embeddings else self.output_embedding
-        return weights, self.output_bias
+            return fused, bias.masked_fill(self.get_buffer("unrankable"), -torch.inf)
+        return self.items.embedding.weight[1:-1] if self.config.share_embeddings else self.output_embedding, bias
 
     def check_is_held_out(self, split: str, data: DataConfig, cutoffs: dict[str, int], source: str) -> None:
         """See that training has not seen the targets of `split`, "validation" or "test".
@@ -245,22 +262,6 @@ class BERT4Rec(nn.Module):
                 f"{source}: was trained with the last {self.held_out} items of each user held out, so it has seen the "
                 f"{split} item of data.holdout={data.holdout}; expected one trained with that holdout"
             )
-
-    def log_popularity(self) -> Tensor:
-        """[V] float32 log(1 + n) of each item's n interactions in the training data.
-
-        Raises
-        ------
-        InputError
-            If the model was trained by a version that did not count them.
-        """
-        counts = self.get_buffer("item_counts")
-        if not counts.any():
-            raise InputError(
-                "inference.popularity_discount needs to know how often each item was interacted with, and this model "
-                "is of an earlier version, which did not keep that; train it again under another run.name"
-            )
-        return counts.float().log1p()
 
     def forward(self, batch: Batch) -> Tensor:
         """Sum of the loss over all targets."""

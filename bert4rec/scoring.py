@@ -107,7 +107,7 @@ def load_for(dataset: PreparedDataset, checkpoint: str, popularity_discount: flo
     """
     model = BERT4Rec.from_pretrained(checkpoint)
     if popularity_discount:
-        model.log_popularity()
+        model.output_weights(popularity_discount)
     if model.catalogue != dataset.manifest.catalogue:
         raise InputError(
             f"{checkpoint}: this model was trained on another catalogue (fingerprint {model.catalogue}, "
@@ -129,15 +129,9 @@ def next_item_states(model: BERT4Rec, histories: Windows) -> Tensor:
 
 @torch.inference_mode()
 def score_next(model: BERT4Rec, histories: Windows, popularity_discount: float = 0) -> Scorer:
-    """Scores of all items as the next one of each history.
-
-    From the model's logits, `popularity_discount` times log(1 + training interactions of the item) is taken away: of
-    log p(item | history) that leaves log p(item | history) - t log p(item) (Menon et al. 2021, equation 8).
-    """
+    """Scores of all items as the next one of each history; of the discount see `BERT4Rec.output_weights`."""
     states = next_item_states(model, histories)
-    weights, bias = (tensor.detach() for tensor in model.output_weights())
-    if popularity_discount:
-        bias = bias - popularity_discount * model.log_popularity()
+    weights, bias = (tensor.detach() for tensor in model.output_weights(popularity_discount))
     block: Tensor | None = None
 
     def scores(low: int, high: int) -> Tensor:
