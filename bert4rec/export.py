@@ -42,7 +42,7 @@ class ScoringFunction(nn.Module):
     exclude_seen
         With `topk`: never an item of the history.
     popularity_discount
-        See `BERT4Rec.output_weights`.
+        See `BERT4Rec.discounted_bias`.
     """
 
     def __init__(

@@ -205,25 +205,8 @@ class BERT4Rec(nn.Module):
         return super()._apply(fn, recurse)  # type: ignore[no-untyped-call, no-any-return]
 
     def output_weights(self, popularity_discount: float = 0) -> tuple[Tensor, Tensor]:
-        """Weights [V, D] and bias [V] of the output layer; special tokens have none and are never predicted.
-
-        From the bias, `popularity_discount` times log(1 + n) of the item's n training interactions is taken away: of
-        log p(item | history) that leaves log p(item | history) - t log p(item) (Menon et al. 2021, equation 8).
-
-        Raises
-        ------
-        InputError
-            If there is a discount, and the model was trained by a version that did not count the interactions.
-        """
-        bias: Tensor = self.output_bias
-        if popularity_discount:
-            counts = self.get_buffer("item_counts")
-            if not counts.any():
-                raise InputError(
-                    "inference.popularity_discount needs to know how often each item was interacted with, and this "
-                    "model is of an earlier version, which did not keep that; train it again under another run.name"
-                )
-            bias = bias - popularity_discount * counts.float().log1p()
+        """Weights [V, D] and `discounted_bias` [V]; special tokens have none and are never predicted."""
+        bias = self.discounted_bias(popularity_discount)
         if self.config.output_features == "fused":
             fused = self._fused
             if fused is None:
@@ -232,6 +215,26 @@ class BERT4Rec(nn.Module):
             # A new item without any metadata has nothing to be scored by.
             return fused, bias.masked_fill(self.get_buffer("unrankable"), -torch.inf)
         return self.items.embedding.weight[1:-1] if self.config.share_embeddings else self.output_embedding, bias
+
+    def discounted_bias(self, popularity_discount: float) -> Tensor:
+        """[V] the output bias less `popularity_discount` times log(1 + n) of each item's n training interactions.
+
+        Of log p(item | history) that leaves log p(item | history) - t log p(item) (Menon et al. 2021, equation 8).
+
+        Raises
+        ------
+        InputError
+            If there is a discount, and the model was trained by a version that did not count the interactions.
+        """
+        if not popularity_discount:
+            return self.output_bias
+        counts = self.get_buffer("item_counts")
+        if not counts.any():
+            raise InputError(
+                "inference.popularity_discount needs to know how often each item was interacted with, and this "
+                "model is of an earlier version, which did not keep that; train it again under another run.name"
+            )
+        return self.output_bias - popularity_discount * counts.float().log1p()
 
     def check_is_held_out(self, split: str, data: DataConfig, cutoffs: dict[str, int], source: str) -> None:
         """See that training has not seen the targets of `split`, "validation" or "test".

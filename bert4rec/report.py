@@ -339,8 +339,9 @@ def _recommended_section(
         section.missing.append(reason)
         return section
     covered = int((recommended > 0).sum())
-    section.text = f"The top {given.settings['topk']} of {dataset.manifest.num_users:,} users."
-    section.text += _discount(given.settings)
+    section.text = f"The top {given.settings['topk']} of {dataset.manifest.num_users:,} users." + _discount(
+        given.settings
+    )
     section.tiles = [
         (f"{int(recommended.sum()):,}", "recommendations"),
         (f"{covered:,} ({covered / len(items.ids):.0%})", "items recommended to anyone: coverage of the catalogue"),

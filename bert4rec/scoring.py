@@ -106,8 +106,7 @@ def load_for(dataset: PreparedDataset, checkpoint: str, popularity_discount: flo
         If not, or if it is damaged.
     """
     model = BERT4Rec.from_pretrained(checkpoint)
-    if popularity_discount:
-        model.output_weights(popularity_discount)
+    model.discounted_bias(popularity_discount)  # raises where there can be none
     if model.catalogue != dataset.manifest.catalogue:
         raise InputError(
             f"{checkpoint}: this model was trained on another catalogue (fingerprint {model.catalogue}, "
@@ -129,7 +128,7 @@ def next_item_states(model: BERT4Rec, histories: Windows) -> Tensor:
 
 @torch.inference_mode()
 def score_next(model: BERT4Rec, histories: Windows, popularity_discount: float = 0) -> Scorer:
-    """Scores of all items as the next one of each history; of the discount see `BERT4Rec.output_weights`."""
+    """Scores of all items as the next one of each history; of the discount see `BERT4Rec.discounted_bias`."""
     states = next_item_states(model, histories)
     weights, bias = (tensor.detach() for tensor in model.output_weights(popularity_discount))
     block: Tensor | None = None

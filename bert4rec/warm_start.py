@@ -50,7 +50,10 @@ def check_start(config: Config, manifest: Manifest) -> None:
             "those of its own catalogue, and this is another one; train anew"
         )
     if not config.data.use_full_data:  # else nothing is validated
-        old.check_is_held_out("validation", config.data, manifest.cutoffs, f"training.start_from={directory}")
+        try:
+            old.check_is_held_out("validation", config.data, manifest.cutoffs, f"training.start_from={directory}")
+        except InputError as error:
+            raise InputError(f"{error}; without validation (data.use_full_data=true) it can go on") from None
 
 
 @torch.no_grad()

@@ -85,10 +85,11 @@ def test_every_user_gets_what_the_slow_way_gives(tmp_path, dataset_path, checkpo
     assert sorted(path.name for path in (tmp_path / "out").iterdir()) == ["manifest.json", "recommendations.csv"]
 
 
-def test_less_popular_items_on_request(tmp_path, dataset_path, checkpoint, model):
+def test_less_popular_items_on_request(tmp_path, dataset_path, checkpoint):
     config = load_config(None, ["inference.topk=7", "inference.popularity_discount=0.5"])
     with pytest.raises(InputError, match=r"popularity_discount.*earlier version, which did not keep that"):
         recommend(config, dataset_path, checkpoint, str(tmp_path / "out"))
+    model = BERT4Rec.from_pretrained(checkpoint)
     model.item_counts += torch.arange(NUM_ITEMS, 0, -1)
     model.save_pretrained(str(tmp_path / "m"))
     recommend(config, dataset_path, str(tmp_path / "m"), str(tmp_path / "out"))
@@ -96,7 +97,6 @@ def test_less_popular_items_on_request(tmp_path, dataset_path, checkpoint, model
         user: reference.recommendations(model, HISTORIES[user], 7, YEARS, LAST_YEARS[index], popularity_discount=0.5)
         for index, user in enumerate(sorted(HISTORIES))
     }
-    model.item_counts.zero_()
     expected = [(user, 100 + token) for user, items in best.items() for token, _ in items]
     assert [(row["user"], row["item"]) for row in read(tmp_path / "out")] == expected
 

@@ -67,7 +67,12 @@ def test_ids_are_compared_as_text_and_other_data_refused(tmp_path):
         (1, None, ["model.dropout_rate=0.5", "model.random_mask_prob=0.9"], None),
         (0, None, ["data.use_full_data=true"], None),
         (0, None, [], r"the last 0 items of each user held out, so it has seen the validation item of data\.holdout=1"),
-        (1, None, ["data.holdout=2"], r"start_from=.*the last 1 items.*data\.holdout=2"),
+        (
+            1,
+            None,
+            ["data.holdout=2"],
+            r"start_from=.*the last 1 items.*data\.holdout=2.*use_full_data=true\) it can go on",
+        ),
         (2, None, ["model.hidden_units=8"], r"another network \(model\.hidden_units was 16, is 8\)"),
         (0, 1000, ["data.split=temporal"], None),
         (0, 1001, ["data.split=temporal"], r"interactions until 1001,.*after the validation cut-off 1000"),
