@@ -260,10 +260,11 @@ def median(results: Sequence[Mapping[str, float]], name: str) -> float:
 
 
 def share_of_peak(rate: float, peaks: Sequence[Mapping[str, float]]) -> str:
-    """Of the best product in any turn, and of torch's own where that is slower."""
+    """Of the best product in any turn, of the products' mean speed, and of torch's own best where that is slower."""
     best, torch = (max(peak[name] for peak in peaks) for name in ("flops", "torch"))
+    sustained = median(peaks, "sustained")
     others = f"; {rate / torch:.1%} of torch.mm's {torch / 1e9:.0f}" if torch < 0.9 * best else ""
-    return f"{rate / best:.1%} of {best / 1e9:.0f}{others}"
+    return f"{rate / best:.1%} of {best / 1e9:.0f}; {rate / sustained:.1%} of {sustained / 1e9:.0f} sustained{others}"
 
 
 def markdown(rows: Sequence[Mapping[str, str]]) -> str:

@@ -69,8 +69,9 @@ def main() -> None:
         f"Data: {args.data}, {histories}; {1 - real.mean() / max_len:.0%} padding at max_len {max_len}. 2 layers, mask "
         f"0.2, dropout 0.2, {args.device}, {args.precision}, {args.threads} threads; seed {args.seed}; medians of "
         f"{args.repeats} turns of at least {args.seconds:g} s, in turn. Tokens are real ones; useful FLOP: "
-        "`training_flops` in benchmarks/common.py; peak: best square product in the same call; memory: of the whole "
-        "process, its libraries included; input: share of the time in which training waits for its next step.",
+        "`training_flops` in benchmarks/common.py; peak: the fastest square product in the same call, and their mean "
+        "speed (sustained); memory: of the whole process, its libraries included; input: share of the time in which "
+        "training waits for its next step.",
     ]
     publish("benchmarks.training", notes, rows, args.output)
 
@@ -93,7 +94,7 @@ def _measure(
     results: dict[str, list[dict[str, float]]] = {name: [] for name in contenders}
     peaks: list[dict[str, float]] = []
     for _ in range(repeats):
-        peaks.append(run("benchmarks.ours", replace(workload, task="peak", seconds=3)))
+        peaks.append(run("benchmarks.ours", replace(workload, task="peak", seconds=6)))
         for name, (module, python, loader_workers) in contenders.items():
             ran = run(module, replace(workload, loader_workers=loader_workers), python)
             flops = training_flops(workload, ran["tokens"], ran["squares"], num_items)

@@ -1,7 +1,9 @@
 """What all jobs share: options, Ray's start, errors as one message, exit codes, where a run's things lie."""
 
 import argparse
+import atexit
 import csv
+import gc
 import io
 import logging
 import os
@@ -27,6 +29,8 @@ from bert4rec.config import Config, load_config
 from bert4rec.storage import InputError
 from bert4rec.train import RUN
 from bert4rec.workers import check_shared, first_line, root_cause
+
+atexit.register(gc.freeze)  # else Python looks at each of a million objects once more before a job ends, for a second
 
 DEFAULT_CONFIG = Path(__file__).parent.parent / "configs" / "ml-100k.yaml"
 
@@ -145,6 +149,7 @@ def start_ray(verbose: bool = False) -> None:
     if address == "local":  # processes that would only take time from the work
         dashboard = {"include_dashboard": False}
         os.environ.setdefault("RAY_TRAIN_ENABLE_PREEMPTION_WATCHER", "0")  # nobody takes this machine's nodes away
+        os.environ.setdefault("RAY_worker_niceness", "0")  # with Ray's 15 its other processes interrupt the work's
     try:
         ray.init(address=address, log_to_driver=verbose, logging_level=level, **dashboard)
     except ConnectionError as error:
