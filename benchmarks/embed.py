@@ -28,8 +28,8 @@ from bert4rec.config import EmbeddingConfig
 from bert4rec.dataset import Part
 from bert4rec.embed import Embedder, in_parts, read_texts
 from bert4rec.encoders import load_encoder
+from bert4rec.parts import map_parts
 from bert4rec.progress import Progress
-from bert4rec.workers import map_parts
 
 
 class Gate:

@@ -22,12 +22,10 @@ import pyarrow as pa
 import pyarrow.fs as pafs
 import ray
 from ray.exceptions import RayError
-from ray.train import TrainingFailedError
 
 from bert4rec import reference, storage
 from bert4rec.config import Config, load_config
 from bert4rec.storage import InputError
-from bert4rec.train import RUN
 from bert4rec.workers import check_shared, first_line, root_cause
 
 atexit.register(gc.freeze)  # else Python looks at each of a million objects once more before a job ends, for a second
@@ -52,15 +50,22 @@ def run_job(
         work(config)
     except InputError as error:
         sys.exit(_fail(str(error), 2))
-    except (RayError, TrainingFailedError, OSError, pa.ArrowException, csv.Error) as error:
+    except KeyboardInterrupt:
+        sys.exit(_fail("interrupted; the same command goes on from here", 130))
+    except _expected_errors() as error:
         cause = root_cause(error)
         if isinstance(cause, InputError):
             sys.exit(_fail(str(cause), 2))
         if arguments.verbose:
             raise
         sys.exit(_fail(f"{first_line(cause)} (--verbose shows all)", 1))
-    except KeyboardInterrupt:
-        sys.exit(_fail("interrupted; the same command goes on from here", 130))
+
+
+def _expected_errors() -> tuple[type[BaseException], ...]:
+    """Errors that are told in a line; asked for only when there is one, since Ray Train takes a second to import."""
+    from ray.train import TrainingFailedError
+
+    return RayError, TrainingFailedError, OSError, pa.ArrowException, csv.Error
 
 
 def newest_run(storage_path: str) -> str:
@@ -75,7 +80,7 @@ def newest_run(storage_path: str) -> str:
     filesystem, inner = storage.open_store(root)
     found = filesystem.get_file_info(pafs.FileSelector(inner, allow_not_found=True))
     runs = [info.base_name for info in found if info.type == pafs.FileType.Directory]
-    finished = [(filesystem.get_file_info(f"{inner}/{run}/{RUN}"), run) for run in runs]
+    finished = [(filesystem.get_file_info(f"{inner}/{run}/{storage.RUN}"), run) for run in runs]
     times = [(info.mtime_ns, run) for info, run in finished if info.type == pafs.FileType.File]
     if not times:
         raise InputError(f"{root}: no trained run; run `python -m jobs.train` first, or set inference.checkpoint_path")
@@ -94,9 +99,10 @@ def checkpoint_and_output(config: Config, checkpoint: str | None = None) -> tupl
     if checkpoint is None:
         root = storage.absolute(config.run.storage_path)
         run = storage.join(root, config.run.name) if config.run.name else newest_run(root)
-        if not storage.exists(storage.join(run, RUN)):
-            raise InputError(f"{run}: no finished training ({RUN} is missing); run `python -m jobs.train` first")
-        checkpoint = storage.inside(run, str(storage.read_json(storage.join(run, RUN))["best_checkpoint"]))
+        if not storage.exists(storage.join(run, storage.RUN)):
+            missing = f"no finished training ({storage.RUN} is missing)"
+            raise InputError(f"{run}: {missing}; run `python -m jobs.train` first")
+        checkpoint = storage.inside(run, str(storage.read_json(storage.join(run, storage.RUN))["best_checkpoint"]))
     checkpoint = storage.absolute(checkpoint)
     output = config.inference.output_path or storage.join(os.path.dirname(checkpoint.rstrip("/")), "recommendations")
     return checkpoint, storage.absolute(output)

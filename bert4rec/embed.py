@@ -21,10 +21,10 @@ from bert4rec.dataset import Part
 from bert4rec.encoders import Encode, find_model, fit_tfidf_svd, identify, load_encoder, weight_bytes
 from bert4rec.inputs import find_metadata, readable
 from bert4rec.metadata import read_metadata
+from bert4rec.parts import map_parts
 from bert4rec.progress import Progress, Reporter
 from bert4rec.storage import InputError
 from bert4rec.vectors import as_ids, to_lists, write_table, write_tsv
-from bert4rec.workers import map_parts
 
 _MODEL = b"bert4rec.model"
 _ACTOR_BYTES = 2**30  # of an encoder's actor beside its weights: Python, torch and the states of a batch

@@ -19,10 +19,11 @@ from bert4rec.dataset import Part, PreparedDataset
 from bert4rec.metrics import RankCounts
 from bert4rec.model import BERT4Rec
 from bert4rec.negatives import NUM_NEGATIVES, draw_negatives
+from bert4rec.parts import map_parts
 from bert4rec.progress import Progress, Reporter
 from bert4rec.scoring import Exclusions, Scorer, load_for, rank_among, rank_of_target, score_next, top_k
 from bert4rec.storage import InputError
-from bert4rec.workers import for_scoring, map_parts
+from bert4rec.workers import for_scoring
 
 MODEL = "BERT4Rec"
 RECOMMENDED = 10

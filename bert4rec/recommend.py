@@ -18,11 +18,12 @@ from bert4rec import storage
 from bert4rec.config import Config, InferenceConfig
 from bert4rec.dataset import Part, PreparedDataset
 from bert4rec.model import WEIGHTS, BERT4Rec
+from bert4rec.parts import map_parts
 from bert4rec.progress import Progress, Reporter
 from bert4rec.recommender import Ranked, Recommender
 from bert4rec.scoring import load_for
 from bert4rec.storage import InputError
-from bert4rec.workers import for_scoring, map_parts
+from bert4rec.workers import for_scoring
 
 UNFINISHED = "_unfinished"
 IDENTITY = "identity.json"

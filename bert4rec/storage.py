@@ -13,6 +13,7 @@ import pyarrow as pa
 import pyarrow.fs as pafs
 
 MANIFEST = "manifest.json"
+RUN = "run.json"  # of a trained run, written last
 _CHECKSUM = "checksum"
 _BLOCK_BYTES = 8 << 20
 

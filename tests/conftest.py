@@ -1,10 +1,11 @@
-"""One local Ray for the whole session; quiet, and on its own even where a cluster runs beside it."""
+"""One local Ray for the whole session, set up as the jobs do; quiet, and on its own even beside a cluster."""
 
 import os
 
 os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
 os.environ.setdefault("RAY_DATA_DISABLE_PROGRESS_BARS", "1")
 os.environ.setdefault("RAY_TRAIN_HEALTH_CHECK_INTERVAL_S", "0.2")
+os.environ.setdefault("RAY_worker_niceness", "0")
 
 import pytest
 import ray

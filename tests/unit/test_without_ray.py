@@ -6,7 +6,7 @@ import pytest
 
 pytestmark = pytest.mark.unit
 
-WITH_RAY = {"api", "cli", "embed", "evaluate", "prepare", "progress", "recommend", "train", "tune", "workers"}
+WITH_RAY = {"api", "cli", "embed", "evaluate", "parts", "prepare", "progress", "recommend", "train", "tune", "workers"}
 
 
 def test_the_core_imports_without_ray():
@@ -22,6 +22,12 @@ def test_the_core_imports_without_ray():
         text=True,
     )
     assert done.stdout == "False\n", done.stderr
+
+
+def test_prepare_waits_for_no_more_than_it_needs():
+    code = "import sys, jobs.prepare; print([name for name in ('torch', 'ray.data', 'ray.train') if name in sys.modules])"
+    done = subprocess.run([sys.executable, "-c", code], cwd=Path(__file__).parents[2], capture_output=True, text=True)
+    assert done.stdout == "[]\n", done.stderr
 
 
 def test_the_package_imports_what_is_used():
