@@ -50,7 +50,7 @@ def without_times(history):
 @pytest.mark.cluster
 @pytest.mark.parametrize("repeat", range(REPEATS))
 def test_killed_worker_changes_nothing_and_a_rerun_finds_it_done(tmp_path, dataset_path, capsys, repeat):
-    settings = ["training.num_workers=2", "training.num_epochs=30", "training.early_stopping=false"]
+    settings = ["training.num_workers=2", "training.num_epochs=16", "training.early_stopping=false"]
     settings.append("training.optimizer=muon")  # beside AdamW: the state of both is kept
     undisturbed = train(config_for(tmp_path / "a", *settings), dataset_path)
 
@@ -60,7 +60,7 @@ def test_killed_worker_changes_nothing_and_a_rerun_finds_it_done(tmp_path, datas
     with KillOnce("RayTrainWorker", lambda: list(run_path.glob("bert4rec-02-*")), random_delay()):
         disturbed = train(config, dataset_path)
     assert without_times(disturbed.history) == without_times(undisturbed.history)
-    assert [int(epoch["epoch"]) for epoch in disturbed.history] == list(range(1, 31))
+    assert [int(epoch["epoch"]) for epoch in disturbed.history] == list(range(1, 17))
     best = max(undisturbed.history, key=lambda metrics: metrics["val_ndcg@10"])
     assert undisturbed.best_metrics["val_ndcg@10"] == best["val_ndcg@10"]
     expected = f"bert4rec-{int(undisturbed.best_metrics['epoch']):02d}-{best['val_ndcg@10']:.4f}"
