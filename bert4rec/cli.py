@@ -25,7 +25,7 @@ from ray.exceptions import RayError
 
 from bert4rec import reference, storage
 from bert4rec.config import Config, load_config
-from bert4rec.storage import InputError
+from bert4rec.storage import RUN, InputError
 from bert4rec.workers import check_shared, first_line, root_cause
 
 atexit.register(gc.freeze)  # else Python looks at each of a million objects once more before a job ends, for a second
@@ -80,7 +80,7 @@ def newest_run(storage_path: str) -> str:
     filesystem, inner = storage.open_store(root)
     found = filesystem.get_file_info(pafs.FileSelector(inner, allow_not_found=True))
     runs = [info.base_name for info in found if info.type == pafs.FileType.Directory]
-    finished = [(filesystem.get_file_info(f"{inner}/{run}/{storage.RUN}"), run) for run in runs]
+    finished = [(filesystem.get_file_info(f"{inner}/{run}/{RUN}"), run) for run in runs]
     times = [(info.mtime_ns, run) for info, run in finished if info.type == pafs.FileType.File]
     if not times:
         raise InputError(f"{root}: no trained run; run `python -m jobs.train` first, or set inference.checkpoint_path")
@@ -99,10 +99,9 @@ def checkpoint_and_output(config: Config, checkpoint: str | None = None) -> tupl
     if checkpoint is None:
         root = storage.absolute(config.run.storage_path)
         run = storage.join(root, config.run.name) if config.run.name else newest_run(root)
-        if not storage.exists(storage.join(run, storage.RUN)):
-            missing = f"no finished training ({storage.RUN} is missing)"
-            raise InputError(f"{run}: {missing}; run `python -m jobs.train` first")
-        checkpoint = storage.inside(run, str(storage.read_json(storage.join(run, storage.RUN))["best_checkpoint"]))
+        if not storage.exists(storage.join(run, RUN)):
+            raise InputError(f"{run}: no finished training ({RUN} is missing); run `python -m jobs.train` first")
+        checkpoint = storage.inside(run, str(storage.read_json(storage.join(run, RUN))["best_checkpoint"]))
     checkpoint = storage.absolute(checkpoint)
     output = config.inference.output_path or storage.join(os.path.dirname(checkpoint.rstrip("/")), "recommendations")
     return checkpoint, storage.absolute(output)

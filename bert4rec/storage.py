@@ -13,7 +13,9 @@ import pyarrow as pa
 import pyarrow.fs as pafs
 
 MANIFEST = "manifest.json"
-RUN = "run.json"  # of a trained run, written last
+RUN = "run.json"  # of a training, written last
+RUN_CONFIG = "config.yaml"
+RUN_IDENTITY = "identity.json"
 _CHECKSUM = "checksum"
 _BLOCK_BYTES = 8 << 20
 

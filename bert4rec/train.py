@@ -36,14 +36,12 @@ from bert4rec.loop import make_optimizers, train_epoch, validate
 from bert4rec.model import BERT4Rec
 from bert4rec.progress import Progress, Reporter
 from bert4rec.recommender import find_ids, some_of
-from bert4rec.storage import InputError
+from bert4rec.storage import RUN, RUN_CONFIG, RUN_IDENTITY, InputError
 from bert4rec.tensorboard import TensorBoardLog
 from bert4rec.tracking import MLflowLog
 from bert4rec.vectors import read_vectors
 from bert4rec.warm_start import begin_from, check_start, weights_of
 
-RUN_CONFIG = "config.yaml"
-RUN_IDENTITY = "identity.json"
 STATE = "training_state.pt"
 STATE_HASH = "training_state.sha256"  # as sha256sum writes and checks it
 
@@ -170,7 +168,7 @@ def train(
         mlflow.close(trained.best_metrics)
     # Names, not paths: a run's directory may be moved.
     names = {key: os.path.basename(getattr(trained, key)) for key in ("best_checkpoint", "last_checkpoint")}
-    storage.write_json(storage.join(run_path, storage.RUN), asdict(trained) | names)
+    storage.write_json(storage.join(run_path, RUN), asdict(trained) | names)
     return trained
 
 
@@ -248,10 +246,10 @@ def _open_run(config: Config, manifest: Manifest, run_path: str) -> TrainResult 
     """The result of a run that is finished; refuses one of other settings or data, marks a new one."""
     if begin_directory(run_path, config, {"dataset": manifest.fingerprint, **what_shapes_the_result(config)}):
         return None
-    if not storage.exists(storage.join(run_path, storage.RUN)):
+    if not storage.exists(storage.join(run_path, RUN)):
         print(f"continuing run {run_path}")
         return None
-    finished = storage.read_json(storage.join(run_path, storage.RUN)) | {"run_path": run_path}
+    finished = storage.read_json(storage.join(run_path, RUN)) | {"run_path": run_path}
     paths = {key: storage.inside(run_path, finished[key]) for key in ("best_checkpoint", "last_checkpoint")}
     return TrainResult(**finished | paths)
 

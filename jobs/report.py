@@ -14,8 +14,7 @@ from bert4rec.config import Config, load_config
 from bert4rec.dataset import PreparedDataset
 from bert4rec.recommend import PARQUET
 from bert4rec.report import REPORT, Recommendations, render
-from bert4rec.storage import InputError
-from bert4rec.train import RUN_CONFIG, RUN_IDENTITY
+from bert4rec.storage import RUN, RUN_CONFIG, RUN_IDENTITY, InputError
 from bert4rec.workers import first_line
 from jobs.evaluate import EVALUATION
 
@@ -36,7 +35,7 @@ def report_run(
     config = load_config(storage.join(run, RUN_CONFIG))
     identity = storage.read_json(storage.join(run, RUN_IDENTITY))["dataset"]
     dataset = _find_dataset(config, run, identity, prepared)
-    finished, evaluation = (_read_if_there(storage.join(run, name)) for name in (storage.RUN, EVALUATION))
+    finished, evaluation = (_read_if_there(storage.join(run, name)) for name in (RUN, EVALUATION))
     recommendations = recommendations or config.inference.output_path or storage.join(run, "recommendations")
     page = render(
         config,
