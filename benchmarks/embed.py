@@ -24,11 +24,11 @@ import ray
 import torch
 from sentence_transformers import SentenceTransformer
 
+from bert4rec.cluster.users import map_parts
 from bert4rec.config import EmbeddingConfig
-from bert4rec.dataset import Part
-from bert4rec.embed import Embedder, in_parts, read_texts
-from bert4rec.encoders import load_encoder
-from bert4rec.parts import map_parts
+from bert4rec.data.dataset import Part
+from bert4rec.embedding.embed import Embedder, in_parts, read_texts
+from bert4rec.embedding.encoders import load_encoder
 from bert4rec.progress import Progress
 
 

@@ -7,9 +7,9 @@ import torch
 
 from benchmarks.common import options, publish
 from bert4rec.config import ModelConfig, TrainingConfig
-from bert4rec.loop import make_optimizers
-from bert4rec.model import BERT4Rec
-from bert4rec.muon import Float32Muon, uses_float32
+from bert4rec.model.network import BERT4Rec
+from bert4rec.training.loop import make_optimizers
+from bert4rec.training.muon import Float32Muon, uses_float32
 
 
 def main() -> None:

@@ -7,12 +7,12 @@ import numpy as np
 import torch
 
 from benchmarks.common import Histories, Meter, Workload, report
-from bert4rec.batches import Windows, iter_steps, training_windows
 from bert4rec.config import DataConfig, ModelConfig, TrainingConfig
-from bert4rec.functions import product
-from bert4rec.loop import PASS_TOKENS, make_optimizers, train_step
-from bert4rec.model import BERT4Rec
-from bert4rec.scoring import Exclusions, score_next, top_k
+from bert4rec.inference.ranking import Exclusions, score_next, top_k
+from bert4rec.model.batches import Windows, iter_steps, training_windows
+from bert4rec.model.layers import product
+from bert4rec.model.network import BERT4Rec
+from bert4rec.training.loop import PASS_TOKENS, make_optimizers, train_step
 
 
 def windows_of(histories: Histories) -> Windows:

@@ -18,7 +18,7 @@ def main() -> None:
     import ray
 
     from bert4rec.config import DataConfig
-    from bert4rec.prepare import prepare
+    from bert4rec.data.prepare import prepare
 
     workload = Workload.from_command_line()
     memory = TreeMemory()

@@ -4,11 +4,11 @@ import sys
 
 import torch
 
-from bert4rec.batches import Windows, training_windows
 from bert4rec.config import load_config
-from bert4rec.dataset import PreparedDataset
-from bert4rec.loop import make_optimizers, train_epoch, validate
-from bert4rec.model import BERT4Rec
+from bert4rec.data.dataset import PreparedDataset
+from bert4rec.model.batches import Windows, training_windows
+from bert4rec.model.network import BERT4Rec
+from bert4rec.training.loop import make_optimizers, train_epoch, validate
 
 
 def main() -> None:

@@ -7,8 +7,6 @@ rank without Ray. Nothing is imported before it is used, so that Ray is imported
 """
 
 import importlib
-import sys
-from types import ModuleType
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
@@ -19,8 +17,8 @@ if TYPE_CHECKING:
     from bert4rec.api import train as train
     from bert4rec.config import Config as Config
     from bert4rec.config import load_config as load_config
-    from bert4rec.model import BERT4Rec as BERT4Rec
-    from bert4rec.recommender import load as load
+    from bert4rec.inference.recommender import load as load
+    from bert4rec.model.network import BERT4Rec as BERT4Rec
     from bert4rec.storage import InputError as InputError
 
 _HOME = {
@@ -28,8 +26,8 @@ _HOME = {
     **{
         "Config": "config",
         "load_config": "config",
-        "BERT4Rec": "model",
-        "load": "recommender",
+        "BERT4Rec": "model.network",
+        "load": "inference.recommender",
         "InputError": "storage",
     },
 }
@@ -47,21 +45,13 @@ __all__ = [
 ]
 
 
-class _Package(ModuleType):
-    def __getattr__(self, name: str) -> Any:  # noqa: ANN401
-        if name not in _HOME:
-            raise AttributeError(f"module {self.__name__!r} has no attribute {name!r}")
-        value = getattr(importlib.import_module(f"{self.__name__}.{_HOME[name]}"), name)
-        self.__dict__[name] = value
-        return value
-
-    def __setattr__(self, name: str, value: object) -> None:
-        """`bert4rec.train` is the function, not the module of that name, which importing that would put there."""
-        if not (name in _HOME and isinstance(value, ModuleType)):
-            super().__setattr__(name, value)
-
-    def __dir__(self) -> list[str]:
-        return sorted({*super().__dir__(), *__all__})
+def __getattr__(name: str) -> Any:  # noqa: ANN401
+    if name not in _HOME:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    value = getattr(importlib.import_module(f"{__name__}.{_HOME[name]}"), name)
+    globals()[name] = value
+    return value
 
 
-sys.modules[__name__].__class__ = _Package
+def __dir__() -> list[str]:
+    return sorted({*globals(), *__all__})

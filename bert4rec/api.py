@@ -5,15 +5,15 @@ Each joins the cluster of RAY_ADDRESS, or starts Ray on this machine, unless Ray
 
 from bert4rec.cli import checkpoint_and_output, start_ray
 from bert4rec.config import Config
-from bert4rec.embed import EmbedResult, embed_titles, read_texts
-from bert4rec.evaluate import Evaluation
-from bert4rec.evaluate import evaluate as _evaluate
-from bert4rec.movielens import fetch_if_default
-from bert4rec.prepare import prepare as _prepare
-from bert4rec.recommend import RecommendResult
-from bert4rec.recommend import recommend as _recommend
-from bert4rec.train import TrainResult
-from bert4rec.train import train as _train
+from bert4rec.data.movielens import fetch_if_default
+from bert4rec.data.prepare import prepare as _prepare
+from bert4rec.embedding.embed import EmbedResult, embed_titles, read_texts
+from bert4rec.evaluation.evaluate import Evaluation
+from bert4rec.evaluation.evaluate import evaluate as _evaluate
+from bert4rec.inference.recommend import RecommendResult
+from bert4rec.inference.recommend import recommend as _recommend
+from bert4rec.training.train import TrainResult
+from bert4rec.training.train import train as _train
 
 
 def prepare(config: Config) -> str:

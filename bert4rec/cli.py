@@ -23,10 +23,10 @@ import pyarrow.fs as pafs
 import ray
 from ray.exceptions import RayError
 
-from bert4rec import reference, storage
+from bert4rec import config_docs, storage
+from bert4rec.cluster.resources import check_shared, first_line, root_cause
 from bert4rec.config import Config, load_config
 from bert4rec.storage import RUN, InputError
-from bert4rec.workers import check_shared, first_line, root_cause
 
 atexit.register(gc.freeze)  # else Python looks at each of a million objects once more before a job ends, for a second
 
@@ -123,7 +123,7 @@ def _parser(description: str) -> argparse.ArgumentParser:
     keys = [
         f"  {key.group}.{key.name}={key.default}  ({key.type})\n"
         + textwrap.fill(key.meaning, width, initial_indent=6 * " ", subsequent_indent=6 * " ")
-        for key in reference.all_keys()
+        for key in config_docs.all_keys()
     ]
     parser = argparse.ArgumentParser(
         description=description,

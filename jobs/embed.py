@@ -2,9 +2,9 @@
 
 from bert4rec.cli import run_job
 from bert4rec.config import Config
-from bert4rec.embed import EmbedResult, embed_titles, read_texts
-from bert4rec.encoders import find_model
-from bert4rec.movielens import fetch_if_default
+from bert4rec.data.movielens import fetch_if_default
+from bert4rec.embedding.embed import EmbedResult, embed_titles, read_texts
+from bert4rec.embedding.encoders import find_model
 from bert4rec.progress import duration
 
 SHOWN_TEXTS = 5

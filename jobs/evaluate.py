@@ -6,7 +6,7 @@ from dataclasses import asdict
 from bert4rec import storage
 from bert4rec.cli import checkpoint_and_output, run_job, table_of_metrics
 from bert4rec.config import Config
-from bert4rec.evaluate import MODEL, RECOMMENDED, Evaluation, evaluate
+from bert4rec.evaluation.evaluate import MODEL, RECOMMENDED, Evaluation, evaluate
 
 EVALUATION = "evaluation.json"
 RANKED = {

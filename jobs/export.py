@@ -5,8 +5,15 @@ import os
 from bert4rec import storage
 from bert4rec.cli import checkpoint_and_output, run_job
 from bert4rec.config import Config
-from bert4rec.export import ScoringFunction, check_onnx, export_program, write_catalogue, write_onnx, write_torch
-from bert4rec.recommender import load
+from bert4rec.inference.export import (
+    ScoringFunction,
+    check_onnx,
+    export_program,
+    write_catalogue,
+    write_onnx,
+    write_torch,
+)
+from bert4rec.inference.recommender import load
 from bert4rec.storage import InputError
 
 WRITERS = {"torch": write_torch, "onnx": write_onnx}

@@ -3,7 +3,7 @@
 import argparse
 import sys
 
-from bert4rec import movielens
+from bert4rec.data import movielens
 from bert4rec.storage import InputError
 
 

@@ -5,8 +5,8 @@ import pyarrow.parquet as pq
 from bert4rec import storage
 from bert4rec.cli import run_job
 from bert4rec.config import Config
-from bert4rec.dataset import PreparedDataset
-from bert4rec.recommend import PARQUET, check_request
+from bert4rec.data.dataset import PreparedDataset
+from bert4rec.inference.recommend import PARQUET, check_request
 from jobs.embed import embed_items
 from jobs.evaluate import evaluate_model
 from jobs.prepare import prepare_dataset

@@ -2,8 +2,8 @@
 
 from bert4rec.cli import run_job
 from bert4rec.config import Config
-from bert4rec.movielens import fetch_if_default
-from bert4rec.prepare import prepare
+from bert4rec.data.movielens import fetch_if_default
+from bert4rec.data.prepare import prepare
 
 
 def prepare_dataset(config: Config) -> str:

@@ -2,12 +2,12 @@
 
 from bert4rec.cli import checkpoint_and_output, run_job
 from bert4rec.config import Config
-from bert4rec.dataset import PreparedDataset, Sequences
-from bert4rec.histories import choose_users, users_of_dataset, users_of_file
+from bert4rec.data.dataset import PreparedDataset, Sequences
+from bert4rec.inference.few_users import choose_users, users_of_dataset, users_of_file
+from bert4rec.inference.ranking import load_for
+from bert4rec.inference.recommend import CSV, PARQUET, RecommendResult, check_request, recommend, write_few
+from bert4rec.inference.recommender import Ranked, Recommender, device_for
 from bert4rec.progress import duration
-from bert4rec.recommend import CSV, PARQUET, RecommendResult, check_request, recommend, write_few
-from bert4rec.recommender import Ranked, Recommender, device_for
-from bert4rec.scoring import load_for
 
 SHOWN_NEW_USERS, SHOWN_HISTORY = 10, 5
 

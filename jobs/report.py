@@ -10,12 +10,12 @@ import pyarrow.fs as pafs
 
 from bert4rec import storage
 from bert4rec.cli import newest_run
+from bert4rec.cluster.resources import first_line
 from bert4rec.config import Config, load_config
-from bert4rec.dataset import PreparedDataset
-from bert4rec.recommend import PARQUET
-from bert4rec.report import REPORT, Recommendations, render
+from bert4rec.data.dataset import PreparedDataset
+from bert4rec.inference.recommend import PARQUET
+from bert4rec.report.page import REPORT, Recommendations, render
 from bert4rec.storage import RUN, RUN_CONFIG, RUN_IDENTITY, InputError
-from bert4rec.workers import first_line
 from jobs.evaluate import EVALUATION
 
 

@@ -3,7 +3,7 @@
 from bert4rec.cli import run_job
 from bert4rec.config import Config
 from bert4rec.progress import duration
-from bert4rec.train import TrainResult, train
+from bert4rec.training.train import TrainResult, train
 
 
 def train_model(config: Config) -> TrainResult:

@@ -2,9 +2,9 @@
 
 from bert4rec.cli import run_job
 from bert4rec.config import Config
-from bert4rec.leaderboard import ranked
 from bert4rec.progress import duration
-from bert4rec.tune import SHOWN_BEST, TuneResult, table, tune
+from bert4rec.tune.outputs import ranked
+from bert4rec.tune.tune import SHOWN_BEST, TuneResult, table, tune
 
 
 def tune_model(config: Config) -> TuneResult:

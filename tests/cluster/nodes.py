@@ -15,8 +15,8 @@ import urllib.request
 from collections.abc import Callable
 from pathlib import Path
 
+from tests.helpers.processes import descendants, wait_for
 from tests.integration.test_jobs import ROOT, without_ray
-from tests.processes import descendants, wait_for
 
 BIN = Path(sys.executable).parent
 

@@ -21,19 +21,19 @@ from ray.exceptions import RayError
 from ray.train import TrainingFailedError
 
 from bert4rec import storage
+from bert4rec.cluster.resources import first_line, root_cause
 from bert4rec.config import DataConfig, load_config
-from bert4rec.dataset import PreparedDataset
-from bert4rec.model import BERT4Rec
-from bert4rec.prepare import prepare
-from bert4rec.recommend import recommend
+from bert4rec.data.dataset import PreparedDataset
+from bert4rec.data.prepare import prepare
+from bert4rec.inference.recommend import recommend
+from bert4rec.model.network import BERT4Rec
 from bert4rec.storage import InputError
-from bert4rec.train import checkpoint_name, train
-from bert4rec.workers import first_line, root_cause
-from tests.datasets import random_histories, write_dataset
+from bert4rec.training.train import checkpoint_name, train
+from tests.helpers.datasets import random_histories, write_dataset
+from tests.helpers.processes import REPEATS, KillOnce, random_delay, wait_for
 from tests.integration.test_jobs import ROOT, without_ray
-from tests.integration.test_train import SMALL, without_times
-from tests.processes import REPEATS, KillOnce, random_delay, wait_for
-from tests.unit.test_model import NUM_ITEMS, make_model
+from tests.integration.training.test_train import SMALL, without_times
+from tests.unit.model.test_network import NUM_ITEMS, make_model
 
 pytestmark = [pytest.mark.cluster, pytest.mark.usefixtures("ray_session")]
 
@@ -103,7 +103,7 @@ def save_state(state, checkpoint):
 @pytest.mark.parametrize("name", ["training_state.pt", "model.safetensors", "config.json"])
 def test_a_damaged_checkpoint_is_named_before_it_is_used(run_copy, dataset_path, damage, name, monkeypatch):
     """By the function that reads it in the worker; its message comes out as test_a_loss_that_is_no_number shows."""
-    from bert4rec.train import _load_checkpoint as load_checkpoint
+    from bert4rec.training.train import _load_checkpoint as load_checkpoint
 
     _, last = run_copy
     damage(last / name)
@@ -114,7 +114,7 @@ def test_a_damaged_checkpoint_is_named_before_it_is_used(run_copy, dataset_path,
 
 
 def test_a_checkpoint_of_an_older_version_is_named(run_copy):
-    from bert4rec.train import _load_checkpoint as load_checkpoint
+    from bert4rec.training.train import _load_checkpoint as load_checkpoint
 
     _, last = run_copy
     state = torch.load(last / "training_state.pt", weights_only=True)
@@ -262,7 +262,7 @@ from importlib import import_module
 from bert4rec import storage
 from bert4rec.config import load_config
 
-prepare = import_module("bert4rec.prepare")  # the package's attribute is the function
+prepare = import_module("bert4rec.data.prepare")  # the package's attribute is the function
 
 def die(*arguments):
     os.kill(os.getpid(), signal.SIGKILL)

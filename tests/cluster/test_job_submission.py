@@ -8,9 +8,9 @@ import numpy as np
 import pytest
 
 from tests.cluster.nodes import ROOT, Nodes
+from tests.helpers.processes import wait_for
 from tests.integration.test_jobs import SMALL
-from tests.integration.test_train import without_times
-from tests.processes import wait_for
+from tests.integration.training.test_train import without_times
 
 pytestmark = pytest.mark.cluster
 

@@ -17,10 +17,10 @@ from ray.autoscaler._private.util import prepare_config
 
 from bert4rec.config import load_config
 from tests.cluster.nodes import ROOT, Nodes
-from tests.datasets import random_histories, write_dataset
-from tests.integration.test_train import SMALL, without_times
-from tests.processes import REPEATS, named, random_delay, wait_for
-from tests.unit.test_model import NUM_ITEMS, make_model
+from tests.helpers.datasets import random_histories, write_dataset
+from tests.helpers.processes import REPEATS, named, random_delay, wait_for
+from tests.integration.training.test_train import SMALL, without_times
+from tests.unit.model.test_network import NUM_ITEMS, make_model
 
 pytestmark = [pytest.mark.cluster, pytest.mark.slow]
 

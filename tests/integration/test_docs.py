@@ -16,7 +16,7 @@ from jobs.prepare import prepare_dataset
 from jobs.recommend import recommend_all
 from jobs.report import report_run
 from jobs.train import train_model
-from tests import commands
+from tests.helpers import commands
 
 pytestmark = pytest.mark.integration
 

@@ -11,7 +11,7 @@ import numpy as np
 import pandas as pd
 import pytest
 
-from tests.processes import REPEATS, random_delay
+from tests.helpers.processes import REPEATS, random_delay
 
 pytestmark = pytest.mark.integration
 

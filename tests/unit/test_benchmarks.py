@@ -25,9 +25,9 @@ from benchmarks.ours import model_config, windows_of
 from benchmarks.plain import PlainBERT4Rec, plain_loss
 from benchmarks.prepare import descendants, write_ratings
 from benchmarks.short_histories import NUM_GENRES, PARTS, SERIES, ceiling_rank, short_histories
-from bert4rec import functions
-from bert4rec.batches import last_items, mask_items, pack
-from bert4rec.model import BERT4Rec
+from bert4rec.model import layers
+from bert4rec.model.batches import last_items, mask_items, pack
+from bert4rec.model.network import BERT4Rec
 
 pytestmark = pytest.mark.unit
 
@@ -85,7 +85,7 @@ def count_flops(function):
 
 
 def test_training_flops_are_those_torch_counts_where_nothing_is_padding(monkeypatch):
-    monkeypatch.setattr(functions, "USES_ONEDNN", False)  # whose operator torch does not count
+    monkeypatch.setattr(layers, "USES_ONEDNN", False)  # whose operator torch does not count
     workload = small_workload("", hidden=16, mask_prob=1.0, dropout=0.0)
     num_users, length, num_items = 3, 6, 11
     model = BERT4Rec(model_config(workload), num_items)
@@ -98,7 +98,7 @@ def test_training_flops_are_those_torch_counts_where_nothing_is_padding(monkeypa
 
 
 def test_scoring_flops_are_those_torch_counts_where_nothing_is_padding(monkeypatch):
-    monkeypatch.setattr(functions, "USES_ONEDNN", False)
+    monkeypatch.setattr(layers, "USES_ONEDNN", False)
     workload = small_workload("", hidden=16)
     num_users, num_items = 3, 11
     model = BERT4Rec(model_config(workload), num_items).eval()

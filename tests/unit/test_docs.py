@@ -5,7 +5,7 @@ import re
 
 import pytest
 
-from tests import commands
+from tests.helpers import commands
 
 pytestmark = pytest.mark.unit
 

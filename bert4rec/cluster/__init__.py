@@ -1,0 +1,1 @@
+"""What a job takes of the cluster, and how work is spread over it."""

@@ -1,0 +1,1 @@
+"""Raw files to the prepared dataset, and the dataset's readers."""

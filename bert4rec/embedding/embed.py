@@ -1,0 +1,227 @@
+"""Titles and genres to vectors by item: encoders on Ray Data actors, or TF-IDF with SVD in one process.
+
+Each distinct text is embedded once. The Parquet file keeps the texts, and in its metadata the model's identity, so that
+a later run embeds only what is new. Actors write their parts beside the file, so that a killed job keeps them.
+"""
+
+import os
+import time
+from dataclasses import dataclass
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.compute as pc
+import pyarrow.parquet as pq
+import ray
+import torch
+
+from bert4rec import storage
+from bert4rec.cluster.users import map_parts
+from bert4rec.config import Config, EmbeddingConfig
+from bert4rec.data.dataset import Part
+from bert4rec.data.files import find_metadata, readable
+from bert4rec.data.metadata import read_metadata
+from bert4rec.data.vectors import as_ids, to_lists, write_table, write_tsv
+from bert4rec.embedding.encoders import Encode, find_model, fit_tfidf_svd, identify, load_encoder, weight_bytes
+from bert4rec.progress import Progress, Reporter
+from bert4rec.storage import InputError
+
+_MODEL = b"bert4rec.model.network"
+_ACTOR_BYTES = 2**30  # of an encoder's actor beside its weights: Python, torch and the states of a batch
+
+
+@dataclass(frozen=True)
+class EmbedResult:
+    """What was written."""
+
+    path: str
+    num_items: int
+    width: int
+    num_new: int
+    """Items whose vector was not there before."""
+    seconds: float
+
+
+def read_texts(data_dir: str, with_genres: bool) -> pa.Table:
+    """Columns `item`, `text` and `genres` (null where it has none) of each item that has a title, in file order.
+
+    Raises
+    ------
+    InputError
+        If there is no titles.tsv, or a file has an unusable line.
+    """
+    files = find_metadata(data_dir)
+    if "titles" not in files:
+        raise InputError(f"{data_dir}: no titles.tsv; titles can only be embedded where there is one (item, title)")
+    titles = read_metadata(data_dir, files["titles"], "title")
+    if not len(titles):
+        raise InputError(f"{storage.join(data_dir, files['titles'])}: no titles in it")
+    _, first = np.unique(_codes(titles["item"]), return_index=True)  # of several titles the first counts, as in prepare
+    items, title = (titles[name].take(pa.array(first)).combine_chunks() for name in ("item", "title"))
+    genres = pa.nulls(len(items), pa.string())
+    if "genres" in files:
+        genres = _join_genres(items, read_metadata(data_dir, files["genres"], "genre"))
+    text = pc.binary_join_element_wise(title, genres, ". Genres: ", null_handling="skip") if with_genres else title
+    return pa.table({"item": as_ids(items), "text": text, "genres": genres})
+
+
+def _join_genres(items: pa.Array, rows: pa.Table) -> pa.Array:
+    """Each item's genres in file order, each once, with commas between; null where it has none."""
+    row = pc.index_in(rows["item"], items)
+    rows, row = rows.filter(row.is_valid()).combine_chunks(), row.drop_null().to_numpy()
+    _, once = np.unique(np.stack([row, _codes(rows["genre"])]), axis=1, return_index=True)
+    once.sort()
+    order = once[np.argsort(row[once], kind="stable")]
+    ends = np.cumsum(np.bincount(row[once], minlength=len(items)))
+    lists = pa.ListArray.from_arrays(
+        pa.array(np.append(0, ends), pa.int32()), rows["genre"].take(pa.array(order)).combine_chunks()
+    )
+    return pc.if_else(pc.greater(pc.list_value_length(lists), 0), pc.binary_join(lists, ", "), None)
+
+
+def _codes(values: pa.ChunkedArray) -> np.ndarray:
+    """Numbers of the distinct values, by first occurrence."""
+    codes: np.ndarray = values.combine_chunks().dictionary_encode().indices.to_numpy()
+    return codes
+
+
+def embed_titles(config: Config, texts: pa.Table) -> EmbedResult:
+    """Write the vectors of `texts` (of `read_texts`) to `config.embeddings_path`, embedding only what is new.
+
+    Columns `item`, `embedding` and `text`. Vectors have length 1 (tfidf-svd: or 0), except those of bert-mean, whose
+    lengths are the model's own. The same input gives the same file whatever the number of actors.
+
+    Raises
+    ------
+    InputError
+        If the model cannot be had, the texts share no words (tfidf-svd), there is no GPU where one is asked for, or the
+        file is not ours or cannot be written.
+    """
+    began = time.monotonic()
+    embedding, path = config.embedding, config.embeddings_path
+    folder = find_model(embedding)
+    if not path.endswith(".parquet"):
+        raise InputError(f"embedding.output_path={embedding.output_path}: expected a name that ends in .parquet")
+    storage.check_writable(os.path.dirname(path))
+    work = f"{path}.unfinished"
+    all_texts = texts["text"].to_pylist()
+    identity = identify(embedding, folder, all_texts)
+    previous = None if embedding.overwrite else _read_previous(path)
+    known = pa.table({"text": pa.array([], pa.string()), "embedding": pa.array([], pa.list_(pa.float32()))})
+    if previous is not None and previous.schema.metadata[_MODEL] == identity:
+        known = previous.select(known.column_names).replace_schema_metadata(None)
+    is_new = pc.invert(pc.is_in(texts["text"], known["text"]))
+    new = pc.unique(texts["text"].filter(is_new))
+    if len(new) and folder is None:
+        known = pa.table({"text": texts["text"], "embedding": to_lists(fit_tfidf_svd(all_texts, embedding.width))})
+    elif len(new) and folder is not None:
+        known = pa.concat_tables([known, _encode_all(embedding, folder, identity, new, work)])
+    rows = pc.index_in(texts["text"], known["text"]).combine_chunks()
+    vectors = known["embedding"].combine_chunks().take(rows)
+    table = pa.table({"item": texts["item"], "embedding": vectors, "text": texts["text"]}, metadata={_MODEL: identity})
+    if previous is None or not table.equals(previous, check_metadata=True):
+        if embedding.backup_original and storage.exists(path):
+            storage.write_bytes(f"{path}.bak", storage.read_bytes(path))
+        write_table(path, table)
+    if embedding.write_tsv:
+        write_tsv(f"{path.removesuffix('.parquet')}.tsv", texts["item"].combine_chunks(), vectors)
+    storage.remove(work)
+    num_new = pc.sum(is_new).as_py()
+    return EmbedResult(path, len(table), len(vectors[0]), num_new, time.monotonic() - began)
+
+
+class Embedder:
+    """Embeds and writes the texts of a part."""
+
+    def __init__(
+        self,
+        embedding: EmbeddingConfig,
+        folder: str,
+        texts: ray.ObjectRef,
+        work: str,
+        use_gpu: bool,
+        reporter: Reporter,
+    ) -> None:
+        self.embedding, self.folder, self.texts, self.work = embedding, folder, ray.get(texts), work
+        self.use_gpu, self.reporter = use_gpu, reporter
+        self.encode: Encode | None = None
+
+    def __call__(self, part: Part) -> dict[str, list[str]]:
+        """Write a part's vectors; what comes back is the reason why the model cannot be loaded, or nothing."""
+        if self.encode is None:
+            try:
+                torch.set_num_threads(1)  # the one core of the actor, also where OMP_NUM_THREADS says otherwise
+                self.encode = load_encoder(self.embedding, self.folder, "cuda" if self.use_gpu else "cpu")
+            except Exception as error:  # whatever a foreign model's files may cause
+                return {"error": [f"{type(error).__name__}: {error}"]}
+        vectors = []
+        for low in range(part.low, part.high, self.embedding.batch_size):
+            batch = self.texts[low : min(low + self.embedding.batch_size, part.high)]
+            vectors.append(self.encode(batch.to_pylist()))
+            self.reporter.advance(len(batch))
+        texts, embeddings = self.texts[part.low : part.high], to_lists(np.concatenate(vectors))
+        write_table(_part_path(self.work, part), pa.table({"text": texts, "embedding": embeddings}))
+        return {"error": [""]}
+
+
+def in_parts(texts: pa.Array, batch_size: int) -> tuple[pa.Array, list[Part]]:
+    """The texts by length, so that batches hold little padding, the longest first; and parts of whole batches."""
+    lengths = pa.table({"length": pc.utf8_length(texts), "text": texts})
+    texts = texts.take(pc.sort_indices(lengths, sort_keys=[("length", "descending"), ("text", "ascending")]))
+    size = batch_size * max(4, -(-len(texts) // (256 * batch_size)))
+    starts = range(0, len(texts), size)
+    return texts, [Part(i, low, min(low + size, len(texts))) for i, low in enumerate(starts)]
+
+
+def _encode_all(embedding: EmbeddingConfig, folder: str, identity: bytes, new: pa.Array, work: str) -> pa.Table:
+    """Texts and vectors of `new`; parts that an earlier run left in `work` are not embedded again."""
+    use_gpu, num_workers = _resources(embedding, folder)
+    new, parts = in_parts(new, embedding.batch_size)
+    marker = storage.join(work, "identity.json")
+    task = {
+        "model": identity.decode(),
+        "texts": storage.fingerprint(new.to_pylist()),
+        "batch_size": embedding.batch_size,
+    }
+    if not storage.exists(marker) or storage.read_json(marker) != task:
+        storage.remove(work)
+        storage.write_json(marker, task)
+    missing = [part for part in parts if not storage.exists(_part_path(work, part))]
+    with Progress("embedding", len(new), "texts") as reporter:
+        reporter.skip(len(new) - sum(part.high - part.low for part in missing))
+        arguments = (embedding, folder, ray.put(new), work, use_gpu, reporter)
+        for result in map_parts(missing, Embedder, arguments, num_workers, use_gpu) if missing else ():
+            if errors := [error for error in result["error"] if error]:
+                raise InputError(f"{folder}: not usable as a model of {embedding.method} ({errors[0]})")
+    filesystem, inner = storage.open_store(work)
+    return pa.concat_tables([pq.read_table(_part_path(inner, part), filesystem=filesystem) for part in parts])
+
+
+def _resources(embedding: EmbeddingConfig, folder: str) -> tuple[bool, int]:
+    """Whether actors get a GPU each, and how many there are: one a GPU, or one a core as far as memory goes."""
+    total = ray.cluster_resources()
+    if embedding.device == "gpu" and not total.get("GPU"):
+        raise InputError("embedding.device=gpu, but the cluster has no GPU; set embedding.device=auto or cpu")
+    if embedding.device != "cpu" and total.get("GPU"):
+        return True, int(total["GPU"])
+    actor_bytes = 2 * weight_bytes(folder) + _ACTOR_BYTES  # of 16 bit, weights grow to twice their size
+    return False, max(1, min(int(total.get("CPU", 1)), int(total["memory"] // actor_bytes)))
+
+
+def _read_previous(path: str) -> pa.Table | None:
+    """The file of an earlier run, None where there is none."""
+    if not storage.exists(path):
+        return None
+    filesystem, inner = storage.open_store(path)
+    try:
+        with readable(path):
+            table = pq.read_table(inner, filesystem=filesystem, page_checksum_verification=True)
+    except pa.ArrowInvalid:
+        table = pa.table({})
+    if _MODEL not in (table.schema.metadata or {}):
+        raise InputError(f"{path}: not written by this job; set another embedding.output_path, or embedding.overwrite")
+    return table
+
+
+def _part_path(work: str, part: Part) -> str:
+    return storage.join(work, f"part-{part.number:05d}.parquet")

@@ -1,0 +1,385 @@
+"""Ranks the held-out item of every user: the model beside the baselines, on Ray Data actors.
+
+All that leaves a worker are counts of ranks and of recommended items, so that any order of the parts sums up to the
+same. docs/evaluation.md defines the protocols, the splits and the metrics.
+"""
+
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import ray
+import torch
+from torch import Tensor
+
+from bert4rec.cluster.resources import for_scoring
+from bert4rec.cluster.users import map_parts
+from bert4rec.config import Config, Protocol
+from bert4rec.data.dataset import Part, PreparedDataset
+from bert4rec.evaluation import baselines, metrics
+from bert4rec.evaluation.metrics import RankCounts
+from bert4rec.evaluation.negatives import NUM_NEGATIVES, draw_negatives
+from bert4rec.inference.ranking import Exclusions, Scorer, load_for, rank_among, rank_of_target, score_next, top_k
+from bert4rec.model.batches import Windows, held_out, held_out_users, training_windows
+from bert4rec.model.network import BERT4Rec
+from bert4rec.progress import Progress, Reporter
+from bert4rec.storage import InputError
+
+MODEL = "BERT4Rec"
+RECOMMENDED = 10
+"""Items a user that coverage, Gini, novelty and popularity are counted on."""
+HISTORY_LENGTHS = {"1-9": 10, "10-49": 50, "50-199": 200, "200+": None}
+"""Groups of users by the items before their target: name, and the first length beyond."""
+THIRDS = ("head", "mid", "tail")
+"""Groups of users by their target: `metrics.popularity_thirds`."""
+
+Metrics = dict[str, float]
+
+
+@dataclass(frozen=True)
+class Evaluation:
+    """Metrics of each system, the model and the baselines, by protocol."""
+
+    checkpoint: str
+    dataset: str
+    """Path of the prepared dataset."""
+    fingerprint: str
+    """Of the prepared dataset: rows of another one are not to be compared with these."""
+    num_items: int
+    num_users: int
+    """Users who have a target."""
+    data: dict[str, Any]
+    """The settings that say what is held out, and the cut-offs of a temporal split."""
+    split: str
+    popularity_discount: float
+    """Of the model's scores: `inference.popularity_discount`."""
+    seed: int
+    """Of the drawn negatives."""
+    protocols: dict[str, dict[str, Metrics]]
+    """By protocol, then system: hr@K, ndcg@K, mrr."""
+    by_history_length: dict[str, dict[str, dict[str, Metrics]]]
+    """By protocol, group of `HISTORY_LENGTHS`, then system: num_users, hr@10, ndcg@10."""
+    by_target_popularity: dict[str, dict[str, dict[str, Metrics]]]
+    """The same for `THIRDS`."""
+    beyond_accuracy: dict[str, Metrics]
+    """By system, of each user's first ten items under protocol all."""
+    notes: list[str]
+    """What was left out, a line each."""
+
+
+def evaluate(config: Config, dataset_path: str, checkpoint: str) -> Evaluation:
+    """Rank the held-out items (`evaluation.split`) by the model and by `evaluation.baselines`.
+
+    Users with fewer than data.min_interactions items are left out, as in training.
+
+    Raises
+    ------
+    InputError
+        If the model belongs to another catalogue, has been trained on what it would be judged by, or there is no user
+        to evaluate.
+    """
+    dataset = PreparedDataset(dataset_path, verify=True)
+    discount = config.inference.popularity_discount
+    model = load_for(dataset, checkpoint, discount)  # a wrong model is found here, not in an actor
+    split = evaluated_split(config)
+    _check_is_held_out(config, dataset, model, checkpoint)
+    use_gpu, num_workers = for_scoring(config)
+    names, notes = _usable_baselines(config, dataset)
+    popularity, recent = _item_counts(dataset, config, num_workers)
+    fitted: dict[str, ray.ObjectRef] = {
+        name: ray.remote(_fit).remote(name, config, dataset_path) for name in names if name in ("item-knn", "ease")
+    }
+    if fitted:
+        ray.wait(list(fitted.values()), num_returns=len(fitted))  # before the actors take all cores
+    systems, protocols = [MODEL, *names], evaluated_protocols(config)
+    keys = _keys(systems, protocols)
+    num_groups = len(HISTORY_LENGTHS) * len(THIRDS)
+    sizes = [dataset.num_items if protocol is None else num_groups * (dataset.num_items + 1) for protocol, _ in keys]
+    totals = [np.zeros(size, np.int64) for size in [*sizes, len(protocols)]]
+    with Progress("evaluating", dataset.manifest.num_users, "users") as reporter:
+        arguments = (config, dataset_path, checkpoint, systems, (popularity, recent), fitted, use_gpu, reporter)
+        for counted in map_parts(dataset.parts(), _Evaluator, arguments, num_workers, use_gpu):
+            for key, total in enumerate(totals):
+                of_key = counted["key"] == key
+                np.add.at(total, counted["value"][of_key], counted["count"][of_key])
+    *totals, short = totals
+    ranks, recommended = {}, {}
+    for (protocol, system), total in zip(keys, totals, strict=True):
+        if protocol is None:
+            recommended[system] = torch.from_numpy(total)
+        else:
+            shape = (len(HISTORY_LENGTHS), len(THIRDS), dataset.num_items + 1)
+            ranks[protocol, system] = torch.from_numpy(total).view(shape)
+    num_users = int(ranks[protocols[0], MODEL].sum())
+    if num_users == 0:
+        raise InputError(
+            f"{dataset_path}: no user has data.min_interactions={config.data.min_interactions} items"
+            + (f" before, and one after, the {split} cut-off" if config.data.split == "temporal" else "")
+        )
+    notes += [
+        f"{protocol}: {count:,} users have fewer than {NUM_NEGATIVES} items left to draw; all of those are ranked"
+        for protocol, count in zip(protocols, short.tolist(), strict=True)
+        if count
+    ]
+
+    def by(dimension: int, groups: tuple[str, ...]) -> dict[str, dict[str, dict[str, Metrics]]]:
+        return {
+            protocol: {
+                group: {system: _group_metrics(ranks[protocol, system].sum(1 - dimension)[place]) for system in systems}
+                for place, group in enumerate(groups)
+            }
+            for protocol in protocols
+        }
+
+    return Evaluation(
+        checkpoint=checkpoint,
+        dataset=dataset_path,
+        fingerprint=dataset.manifest.fingerprint,
+        num_items=dataset.num_items,
+        num_users=num_users,
+        data={
+            **config.data.model_dump(include={"split", "holdout", "min_interactions", "min_item_interactions"}),
+            "cutoffs": dataset.manifest.cutoffs if config.data.split == "temporal" else {},
+        },
+        split=split,
+        popularity_discount=discount,
+        seed=config.evaluation.seed,
+        protocols={
+            protocol: {system: RankCounts(ranks[protocol, system].sum((0, 1))).metrics() for system in systems}
+            for protocol in protocols
+        },
+        by_history_length=by(0, tuple(HISTORY_LENGTHS)),
+        by_target_popularity=by(1, THIRDS),
+        beyond_accuracy={system: _beyond_accuracy(recommended[system], popularity) for system in systems},
+        notes=notes,
+    )
+
+
+def evaluated_split(config: Config) -> str:
+    """The split that `evaluation.split` stands for."""
+    if config.evaluation.split != "auto":
+        return config.evaluation.split
+    return "test" if config.data.holdout == 2 or config.data.split == "temporal" else "validation"
+
+
+def evaluated_protocols(config: Config) -> list[Protocol]:
+    """The protocols, each once; with seen items where `evaluation.exclude_seen` is off."""
+    wanted = config.evaluation.protocols
+    if not config.evaluation.exclude_seen:
+        wanted = tuple("all-with-seen" if protocol == "all" else protocol for protocol in wanted)
+    return list(dict.fromkeys(wanted))
+
+
+def _check_is_held_out(config: Config, dataset: PreparedDataset, model: BERT4Rec, checkpoint: str) -> None:
+    split, data = evaluated_split(config), config.data
+    if data.split == "leave-one-out" and split == "test" and data.holdout == 1 and config.monitor != "train_loss":
+        raise InputError(
+            f"evaluation.split=test: with data.holdout=1 {config.monitor} is of the test item, and has chosen the "
+            "checkpoint; train with data.holdout=2, or a set number of epochs with training.monitor_metric=train_loss"
+        )
+    model.check_is_held_out(split, data, dataset.manifest.cutoffs, checkpoint)
+
+
+def _usable_baselines(config: Config, dataset: PreparedDataset) -> tuple[list[str], list[str]]:
+    """The baselines that can be had on this dataset, and a line for each of the others."""
+    evaluation = config.evaluation
+    reasons = {}
+    if not dataset.manifest.cutoffs:
+        reasons["popularity-7-days"] = (
+            "the data has no column time" if not dataset.manifest.has_time else "run `python -m jobs.prepare` again"
+        )
+    if dataset.num_items > evaluation.max_baseline_items:
+        reasons["ease"] = (
+            f"{dataset.num_items:,} items are more than evaluation.max_baseline_items={evaluation.max_baseline_items:,}"
+        )
+    wanted = list(dict.fromkeys(evaluation.baselines))
+    notes = [f"baseline {name} left out: {reasons[name]}" for name in wanted if name in reasons]
+    return [name for name in wanted if name not in reasons], notes
+
+
+def _keys(systems: list[str], protocols: list[Protocol]) -> list[tuple[Protocol | None, str]]:
+    """What a worker counts: ranks by protocol and system, and (protocol None) the items that a system recommends."""
+    return [(protocol, system) for protocol in (*protocols, None) for system in systems]
+
+
+def _group_metrics(counts: Tensor) -> Metrics:
+    ranks = RankCounts(counts)
+    if not ranks.num_users:
+        return {"num_users": 0}
+    return {"num_users": ranks.num_users, "hr@10": metrics.hit_rate(ranks, 10), "ndcg@10": metrics.ndcg(ranks, 10)}
+
+
+def _beyond_accuracy(recommended: Tensor, popularity: Tensor) -> Metrics:
+    return {
+        "coverage": metrics.coverage(recommended),
+        "gini": metrics.gini(recommended),
+        "novelty": metrics.novelty(recommended, popularity),
+        "popularity rank": metrics.mean_popularity_rank(recommended, popularity),
+        "popularity lift": metrics.popularity_lift(recommended, popularity),
+    }
+
+
+class _Evaluator:
+    """Ranks the users of a part."""
+
+    def __init__(
+        self,
+        config: Config,
+        dataset_path: str,
+        checkpoint: str,
+        systems: list[str],
+        item_counts: tuple[Tensor, Tensor],
+        fitted: dict[str, ray.ObjectRef],
+        use_gpu: bool,
+        reporter: Reporter,
+    ) -> None:
+        self.config, self.checkpoint, self.systems, self.reporter = config, checkpoint, systems, reporter
+        self.device = torch.device("cuda" if use_gpu else "cpu")
+        self.dataset = PreparedDataset(dataset_path)
+        self.model = BERT4Rec.from_pretrained(checkpoint).to(self.device)
+        self.popularity, self.recent = item_counts
+        self.thirds = metrics.popularity_thirds(self.popularity)
+        self.fitted = {name: ray.get(reference) for name, reference in fitted.items()}
+        self.protocols = evaluated_protocols(config)
+
+    def __call__(self, part: Part) -> dict[str, np.ndarray]:
+        sequences = self.dataset.read_part(part)
+        everyone, split = Windows.from_sequences(sequences), evaluated_split(self.config)
+        histories, targets = held_out(everyone, self.config.data, split, sequences.before)
+        index = held_out_users(everyone, self.config.data, split, sequences.before)
+        keys = _keys(self.systems, self.protocols)
+        values: list[list[Tensor]] = [[] for _ in range(len(keys) + 1)]  # the last: protocols short of negatives
+        for users in torch.split(torch.arange(len(histories)), self.config.inference.batch_size):
+            history, target = histories.users(users), targets[users]
+            length = torch.bucketize(history.lengths, torch.tensor([*HISTORY_LENGTHS.values()][:-1]), right=True)
+            group = length * len(THIRDS) + self.thirds[target - 1]
+            negatives = self._negatives(everyone.users(index[users]), target, part.low + index[users].numpy())
+            values[-1] += [
+                torch.full((int((drawn < 0).any(1).sum()),), self.protocols.index(protocol))
+                for protocol, drawn in negatives.items()
+            ]
+            scorers = {system: _remembered(self._scorer(system, history)) for system in self.systems}
+            for key, (protocol, system) in enumerate(keys):
+                if protocol is None:
+                    values[key].append(self._recommended(scorers[system], history))
+                else:
+                    rank = self._rank(protocol, scorers[system], history, target, negatives)
+                    values[key].append(group * (self.model.num_items + 1) + rank - 1)
+        self.reporter.advance(part.high - part.low)
+        return _counted([torch.cat([torch.empty(0, dtype=torch.int64), *each]).numpy() for each in values])
+
+    def _scorer(self, system: str, history: Windows) -> Scorer:
+        if system == MODEL:
+            return score_next(self.model, history.to(self.device), self.config.inference.popularity_discount)
+        if system in self.fitted:
+            scores = baselines.from_history(self.fitted[system], history)
+        else:
+            counts = self.popularity if system == "popularity" else self.recent
+            scores = baselines.same_for_all(counts.double(), len(history))
+        return lambda low, high: scores(low, high).to(self.device)
+
+    def _negatives(self, own: Windows, target: Tensor, user_index: np.ndarray) -> dict[Protocol, Tensor]:
+        number = torch.arange(len(target))
+        target_alone = Windows(target.int(), number, number + 1)
+        ones = torch.ones_like(self.popularity)
+        drawn: dict[Protocol, tuple[Tensor, Windows]] = {  # by which weights, and what not
+            "popularity-100": (self.popularity, own),
+            "popularity-100-of-all": (self.popularity, target_alone),
+            "uniform-100": (ones, own),
+            "uniform-100-of-all": (ones, target_alone),
+        }
+        seed = self.config.evaluation.seed
+        return {
+            protocol: draw_negatives(weights, never, user_index, seed, NUM_NEGATIVES)
+            for protocol, (weights, never) in drawn.items()
+            if protocol in self.protocols
+        }
+
+    def _rank(
+        self, protocol: Protocol, scores: Scorer, history: Windows, target: Tensor, negatives: dict[Protocol, Tensor]
+    ) -> Tensor:
+        target, num_items = target.to(self.device), self.model.num_items
+        if protocol in negatives:
+            candidates = negatives[protocol]
+            if protocol.endswith("-of-all"):
+                candidates = candidates.masked_fill(_is_in(history, candidates, num_items), -1)
+            rank = rank_among(scores, candidates.to(self.device), target, num_items)
+        else:
+            seen = history if protocol == "all" else None
+            rank = rank_of_target(scores, Exclusions.of(_on(seen, self.device), device=self.device), target, num_items)
+        if (rank < 1).any():  # such a score is above nothing, not even itself
+            raise InputError(f"{self.checkpoint}: scores of this model are no numbers")
+        return rank.cpu()
+
+    def _recommended(self, scores: Scorer, history: Windows) -> Tensor:
+        """[R] items, counted from 0, of all users' first ten."""
+        seen = history if self.config.evaluation.exclude_seen else None
+        exclusions = Exclusions.of(_on(seen, self.device), device=self.device)
+        count = min(RECOMMENDED, self.model.num_items)
+        best, items = top_k(scores, exclusions, len(history), self.model.num_items, count)
+        return items[torch.isfinite(best)].cpu()
+
+
+def _on(windows: Windows | None, device: torch.device) -> Windows | None:
+    return None if windows is None else windows.to(device)
+
+
+def _is_in(histories: Windows, items: Tensor, num_items: int) -> Tensor:
+    """[B, C] bool: whether each item [B, C], counted from 0, is in the history of its row."""
+    row, tokens = histories.flat()
+    shift = (num_items + 1) * torch.arange(len(items))
+    return torch.isin(items + 1 + shift[:, None], tokens + shift[row])
+
+
+def _remembered(scores: Scorer) -> Scorer:
+    """The same scores; those of the last block are not computed again, of which a small catalogue has only one."""
+    last: dict[tuple[int, int], Tensor] = {}
+
+    def remembered(low: int, high: int) -> Tensor:
+        if (low, high) not in last:
+            last.clear()
+            last[low, high] = scores(low, high)
+        return last[low, high].clone()  # who ranks changes it
+
+    return remembered
+
+
+def _counted(values: list[np.ndarray]) -> dict[str, np.ndarray]:
+    """How often each value occurs under each key, its place in the list."""
+    counted = [np.unique(each, return_counts=True) for each in values]
+    return {
+        "key": np.repeat(np.arange(len(values)), [len(value) for value, _ in counted]),
+        "value": np.concatenate([value for value, _ in counted]),
+        "count": np.concatenate([count for _, count in counted]),
+    }
+
+
+class _Counter:
+    """Counts the items of a part's training windows, and of the recent ones."""
+
+    def __init__(self, config: Config, dataset_path: str) -> None:
+        self.config, self.dataset = config, PreparedDataset(dataset_path)
+
+    def __call__(self, part: Part) -> dict[str, np.ndarray]:
+        sequences, data = self.dataset.read_part(part), self.config.data
+        everyone = Windows.from_sequences(sequences)
+        windows = [training_windows(everyone, data, sequences.before)]
+        if sequences.before:
+            windows.append(baselines.recent_windows(everyone, data, evaluated_split(self.config), sequences.before))
+        return _counted([each.flat()[1].numpy() for each in windows])
+
+
+def _item_counts(dataset: PreparedDataset, config: Config, num_workers: int) -> tuple[Tensor, Tensor]:
+    """[V] int64 interactions of each item in the training data, and of the last seven days before the cut-off."""
+    total = np.zeros((2, dataset.num_items), dtype=np.int64)
+    for counted in map_parts(dataset.parts(), _Counter, (config, dataset.path), num_workers, use_gpu=False):
+        np.add.at(total, (counted["key"], counted["value"] - 1), counted["count"])
+    return torch.from_numpy(total[0]), torch.from_numpy(total[1])
+
+
+def _fit(baseline: str, config: Config, dataset_path: str) -> baselines.ItemWeights:
+    dataset = PreparedDataset(dataset_path)
+    sequences = dataset.sequences(config.data.memory_mb)
+    training = training_windows(Windows.from_sequences(sequences), config.data, sequences.before)
+    fit = {"item-knn": baselines.item_knn, "ease": baselines.ease}[baseline]
+    return fit(training, dataset.num_items)

@@ -1,0 +1,1 @@
+"""From histories to top-k: ranking, batch scoring, a few users, exported programs."""

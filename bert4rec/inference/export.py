@@ -1,0 +1,225 @@
+"""The scoring function as a program that needs none of this package: `torch.export` and ONNX.
+
+Shapes: B users, L tokens, D hidden_units, H heads, V items, K top-k.
+"""
+
+import contextlib
+import csv
+import importlib.util
+import io
+import logging
+import os
+import tempfile
+import warnings
+from collections.abc import Iterator
+from pathlib import Path
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from bert4rec import storage
+from bert4rec.data.dataset import PADDING, ItemTable
+from bert4rec.model.network import BERT4Rec
+from bert4rec.storage import InputError
+
+TORCH = "model.pt2"
+ONNX = "model.onnx"
+CATALOGUE = "items.csv"
+ONNX_PACKAGES = ("onnx", "onnxscript", "onnxruntime")
+_LARGEST_ONNX = 2**31 - 2**20  # a file's limit, by its format; larger weights go into a file beside it
+
+
+class ScoringFunction(nn.Module):
+    """Histories -> scores of the next item; plain operations, weights taken from a `BERT4Rec` by name.
+
+    An item's vector, fused with its metadata, is computed once and then looked up.
+
+    Parameters
+    ----------
+    topk
+        Give the best items only, instead of the scores of all.
+    exclude_seen
+        With `topk`: never an item of the history.
+    popularity_discount
+        See `BERT4Rec.discounted_bias`.
+    """
+
+    def __init__(
+        self,
+        model: BERT4Rec,
+        topk: int | None = None,
+        exclude_seen: bool = True,
+        popularity_discount: float = 0,
+    ) -> None:
+        super().__init__()
+        self.num_heads, self.max_len = model.config.num_heads, model.config.max_len
+        self.mask_token = model.num_items + 1
+        self.topk, self.exclude_seen = topk, exclude_seen
+        with torch.no_grad():
+            every = torch.arange(model.num_items + 2, device=model.output_bias.device)
+            vectors = model.items(every).clone()
+            weights, bias = (tensor.detach() for tensor in model.output_weights(popularity_discount))
+        self.register_buffer("vectors", vectors)  # [V+2, D]
+        self.register_buffer("bias", bias.clone())  # [V]
+        self.is_tied = torch.equal(weights, vectors[1:-1])
+        if not self.is_tied:
+            self.register_buffer("weights", weights.clone())  # [V, D]
+        self.position_embedding = model.position_embedding
+        self.is_rotary = model.is_rotary
+        if self.is_rotary:  # [max_len, D/H], cosines and sines, as ONNX has no complex numbers
+            turns = model.get_buffer("turns")
+            self.register_buffer("turns", torch.cat([turns.real, turns.imag], dim=1))
+        self.embedding_norm = model.embedding_norm
+        self.blocks = model.blocks
+        self.output_transform = model.output_transform
+
+    def forward(self, history: Tensor) -> Tensor | tuple[Tensor, Tensor]:
+        """Scores of all items, or the best.
+
+        Parameters
+        ----------
+        history : Tensor
+            [B, L] int64 tokens, the latest last, padded with 0 on the left; the last max_len-1 are read.
+
+        Returns
+        -------
+        Tensor or tuple
+            [B, V] float32, column j for token j+1; or [B, K] scores, falling (-inf where fewer than K items remain),
+            and [B, K] int64 tokens.
+        """
+        tokens = torch.cat([history, torch.full_like(history[:, :1], self.mask_token)], dim=1)
+        from_end = torch.arange(tokens.shape[1], device=tokens.device).flip(0)
+        # What is too old is masked, not cut off: so any length is one and the same program.
+        keep = ((tokens != PADDING) & (from_end < self.max_len))[:, None, None, :]  # (B, 1, 1, L+1)
+        position = from_end.clamp(max=self.max_len - 1)
+        x = F.embedding(tokens, self.get_buffer("vectors")) + self.position_embedding(position)  # (B, L+1, D)
+        x = self.embedding_norm(x)
+        turns = F.embedding(position, self.get_buffer("turns")) if self.is_rotary else None  # (L+1, D/H)
+        for number, block in enumerate(self.blocks):
+            is_last = number == len(self.blocks) - 1
+            x = self._block(block, x, x[:, -1:] if is_last else x, keep, turns)
+        state = F.gelu(self.output_transform(x[:, -1]))  # (B, D)
+        if self.is_tied:
+            scores = F.linear(state, self.get_buffer("vectors"))[:, 1:-1]
+        else:
+            scores = F.linear(state, self.get_buffer("weights"))
+        scores = scores + self.get_buffer("bias")
+        if self.topk is None:
+            return scores
+        if self.exclude_seen:
+            seen = torch.zeros(scores.shape[0], self.mask_token, dtype=torch.bool, device=scores.device)
+            seen = seen.scatter(1, history, torch.ones_like(history, dtype=torch.bool))  # column 0 is padding's
+            scores = scores.masked_fill(seen[:, 1:], -torch.inf)
+        best = scores.topk(self.topk, dim=1)
+        return best.values, best.indices + 1
+
+    def _block(self, block: nn.Module, x: Tensor, query: Tensor, keep: Tensor, turns: Tensor | None) -> Tensor:
+        """Post-norm transformer block for the positions `query` of `x`."""
+        layer = dict(block.named_children())
+        key, value = layer["key_value"](x).chunk(2, dim=-1)
+        q, k, v = self._heads(layer["query"](query)), self._heads(key), self._heads(value)
+        if turns is not None:
+            q, k = _turned(q, turns[-q.shape[2] :]), _turned(k, turns)
+        attended = F.scaled_dot_product_attention(q, k, v, attn_mask=keep)
+        attended = attended.transpose(1, 2).flatten(2)
+        hidden = layer["attention_norm"](query + layer["attention_output"](attended))
+        output: Tensor = layer["output_norm"](hidden + layer["feed_forward"](hidden))
+        return output
+
+    def _heads(self, x: Tensor) -> Tensor:
+        return x.view(*x.shape[:2], self.num_heads, -1).transpose(1, 2)  # (B, H, L, D/H)
+
+
+def _turned(x: Tensor, turns: Tensor) -> Tensor:
+    """`model.turned` in real numbers: [B, H, L, D/H] by cosines and sines [L, D/H]."""
+    (a, b), (cos, sin) = (x[..., ::2], x[..., 1::2]), turns.chunk(2, dim=-1)
+    return torch.stack([a * cos - b * sin, a * sin + b * cos], dim=-1).flatten(-2)
+
+
+def export_program(function: ScoringFunction) -> torch.export.ExportedProgram:
+    """The function for any number of users and any length of history."""
+    example = torch.ones(2, 3, dtype=torch.int64, device=function.get_buffer("bias").device)
+    return torch.export.export(function.eval(), (example,), dynamic_shapes=_any_shape())
+
+
+def _any_shape() -> dict[str, dict[int, torch.export.Dim]]:
+    return {"history": {0: torch.export.Dim("users", min=1), 1: torch.export.Dim("length", min=1)}}
+
+
+def write_torch(program: torch.export.ExportedProgram, directory: str) -> str:
+    """Write `model.pt2`, for `torch.export.load`; its path."""
+    content = io.BytesIO()
+    torch.export.save(program, content)
+    path = storage.join(directory, TORCH)
+    storage.write_bytes(path, content.getvalue())
+    return path
+
+
+def write_onnx(program: torch.export.ExportedProgram, directory: str) -> str:
+    """Write `model.onnx` (and `model.onnx.data`, where the weights take more than 2 GB); its path.
+
+    Raises
+    ------
+    InputError
+        If the extra `export` is not installed.
+    """
+    check_onnx()
+    scores = ["scores"] if len(program.graph_signature.user_outputs) == 1 else ["scores", "items"]
+    num_bytes = sum(tensor.nbytes for tensor in program.state_dict.values())
+    with tempfile.TemporaryDirectory() as local, _quiet():
+        torch.onnx.export(
+            program,
+            (),
+            os.path.join(local, ONNX),
+            input_names=["history"],
+            output_names=scores,
+            dynamic_shapes=_any_shape(),
+            dynamo=True,
+            external_data=num_bytes > _LARGEST_ONNX,
+            verbose=False,
+        )
+        for file in Path(local).iterdir():
+            storage.write_bytes(storage.join(directory, file.name), file.read_bytes())
+    return storage.join(directory, ONNX)
+
+
+def write_catalogue(items: ItemTable, directory: str) -> str:
+    """Write `items.csv`: token, item, title and year of each item, in token order; its path."""
+    text = io.StringIO()
+    rows = csv.writer(text, lineterminator="\n")
+    rows.writerow(["token", "item", "title", "year"])
+    years = [int(year) if known else "" for year, known in zip(items.year, items.has_year, strict=True)]
+    rows.writerows(zip(range(1, len(years) + 1), items.ids.to_pylist(), items.title.to_pylist(), years, strict=True))
+    path = storage.join(directory, CATALOGUE)
+    storage.write_bytes(path, text.getvalue().encode())
+    return path
+
+
+def check_onnx() -> None:
+    """Find out before any work whether ONNX can be written.
+
+    Raises
+    ------
+    InputError
+        If a package of the extra `export` is missing.
+    """
+    missing = [name for name in ONNX_PACKAGES if importlib.util.find_spec(name) is None]
+    if missing:
+        raise InputError(
+            f"export.formats: onnx needs {', '.join(missing)}; pip install 'bert4rec-ray[export]', "
+            "or leave it out with export.formats=[torch]"
+        )
+
+
+@contextlib.contextmanager
+def _quiet() -> Iterator[None]:
+    """torch's exporter reports on itself, its dependencies and its own deprecations."""
+    with warnings.catch_warnings(), contextlib.redirect_stdout(io.StringIO()):
+        warnings.simplefilter("ignore")
+        previous = logging.root.manager.disable
+        logging.disable(logging.WARNING)
+        try:
+            yield
+        finally:
+            logging.disable(previous)

@@ -1,0 +1,169 @@
+"""Histories of a few users: chosen from a prepared dataset, or of new users, from a file. Without Ray."""
+
+from collections import Counter
+from collections.abc import Sequence
+from typing import NamedTuple
+
+import numpy as np
+import pandas as pd
+import pyarrow as pa
+import pyarrow.compute as pc
+import pyarrow.parquet as pq
+
+from bert4rec import storage
+from bert4rec.data.dataset import ItemTable, PreparedDataset, Sequences
+from bert4rec.data.files import find_interactions
+from bert4rec.data.interactions import check_chunk, explain, read_chunk, scan_interactions, year_of
+from bert4rec.inference.recommender import find_ids, some_of
+from bert4rec.storage import InputError
+
+_CHUNK_BYTES = 32 << 20
+
+
+class NewUsers(NamedTuple):
+    """The usable histories of a file."""
+
+    sequences: Sequences
+    """Sorted by user id."""
+    notes: list[str]
+    """What was left out, a line each, for the user."""
+
+
+def choose_users(sequences: Sequences, users: Sequence[int | str], source: str) -> Sequences:
+    """Those users, in the order asked for.
+
+    Raises
+    ------
+    InputError
+        If one is not among them; `source` says where they were looked for.
+    """
+    place = find_ids(pa.array([str(user) for user in users], pa.string()), sequences.users)
+    if (place < 0).any():
+        unknown = [repr(users[index]) for index in np.flatnonzero(place < 0).tolist()]
+        raise InputError(
+            f"inference.users: not in {source}: {', '.join(unknown[:5])}{' …' if len(unknown) > 5 else ''}; "
+            "histories of new users go into a file for inference.users_file"
+        )
+    place = place[np.sort(np.unique(place, return_index=True)[1])]  # each once
+    lengths = sequences.lengths[place]
+    ends = np.cumsum(lengths)
+    flat = np.arange(ends[-1]) + np.repeat(sequences.offsets[place] - (ends - lengths), lengths)
+    return Sequences(
+        users=sequences.users.take(pa.array(place)),
+        items=sequences.items[flat],
+        offsets=np.append(0, ends),
+        last_year=sequences.last_year[place],
+        has_last_year=sequences.has_last_year[place],
+    )
+
+
+def users_of_dataset(dataset: PreparedDataset, users: Sequence[int | str]) -> Sequences:
+    """The histories of a few users, read without the others.
+
+    Raises
+    ------
+    InputError
+        If one is not in the data.
+    """
+    tables = []
+    for file in dataset.sequence_files:
+        filesystem, inner = storage.open_store(file)
+        schema = pq.read_schema(inner, filesystem=filesystem)
+        wanted = _spelled_as(schema.field("user").type, users)
+        tables.append(pq.read_table(inner, filesystem=filesystem, filters=pc.field("user").isin(wanted)))
+    return choose_users(
+        Sequences.from_table(pa.concat_tables(tables)),
+        users,
+        f"the data, which have {dataset.manifest.num_users:,} users, such as {some_of(_first_users(dataset))}",
+    )
+
+
+def users_of_file(path: str, items: ItemTable) -> NewUsers:
+    """Histories `user,item[,time]` of a CSV or Parquet file, made into sequences as `prepare` makes them.
+
+    Interactions with items that the catalogue does not have are left out, and users who then have none.
+
+    Raises
+    ------
+    InputError
+        If the file cannot be used, or nothing of it is left.
+    """
+    path = storage.absolute(path)
+    table = _read(path)
+    users = table["user"].combine_chunks()
+    frame = pd.DataFrame({"user": users.to_numpy(zero_copy_only=False), "item": table["item"].to_numpy()})
+    notes = []
+    if has_time := "time" in table.column_names:
+        frame["time"] = table["time"].to_numpy()
+        if num_duplicates := int(frame.duplicated().sum()):
+            notes.append(f"exact duplicates of an interaction dropped: {num_duplicates:,}")
+            frame = frame.drop_duplicates()
+    frame["user"], ids = pd.factorize(frame["user"], sort=True)
+    frame = frame.sort_values(["user", "time"] if has_time else "user", kind="stable")
+    last = ~frame["user"].duplicated(keep="last")
+    last_year = year_of(frame.loc[last, "time"].to_numpy()) if has_time else np.zeros(len(ids), np.int16)
+
+    place = find_ids(pa.array(frame["item"]).cast(pa.string()), items.ids)
+    frame["token"] = place + 1
+    unknown, known = frame[place < 0], frame[place >= 0]
+    missing = unknown["item"].unique()
+    if len(known) == 0:
+        raise InputError(
+            f"{path}: none of its {len(unknown):,} interactions is with an item of the catalogue, which has "
+            f"{len(items.ids):,} items, such as {some_of(items.ids)}; found {some_of(missing)}"
+        )
+    if len(unknown):
+        notes.append(
+            f"interactions with items that the model does not know left out: {len(unknown):,}, of "
+            f"{len(missing):,} items, such as {some_of(missing)}"
+        )
+    lengths = np.bincount(known["user"], minlength=len(ids))
+    if num_empty := int((lengths == 0).sum()):
+        notes.append(f"users without any item that the model knows, who get no recommendations: {num_empty:,}")
+    kept = np.flatnonzero(lengths)
+    sequences = Sequences(
+        users=pa.array(ids[kept], users.type),
+        items=known["token"].to_numpy(np.int32),
+        offsets=np.append(0, np.cumsum(lengths[kept])),
+        last_year=last_year[kept],
+        has_last_year=np.full(len(kept), has_time),
+    )
+    return NewUsers(sequences, notes)
+
+
+def _read(path: str) -> pa.Table:
+    """user (int64 or string), item (string) and, where it has one, time, in file order.
+
+    Raises
+    ------
+    InputError
+        That of the first unusable row.
+    """
+    directory, _, name = path.rpartition("/")
+    find_interactions(directory, name)  # says what is there instead
+    _, chunks = scan_interactions(directory, name, _CHUNK_BYTES)
+    summaries = [check_chunk(chunk) for chunk in chunks]
+    bad: Counter[str] = sum((summary.bad for summary in summaries), Counter[str]())
+    for chunk, summary in zip(chunks, summaries, strict=True):
+        if summary.error or summary.bad:
+            raise explain(chunk, summary, bad)
+    if not sum(summary.num_rows for summary in summaries):
+        raise InputError(f"{path}: no data rows; expected interactions below the header")
+    int_users = all(summary.int_users for summary in summaries)
+    table = pa.concat_tables([piece for chunk in chunks for piece in read_chunk(chunk, int_users)])
+    spelled = {"user": pa.int64() if int_users else pa.string(), "item": pa.string()}
+    return pa.table(
+        {column: table[column].cast(spelled.get(column, table[column].type)) for column in table.column_names}
+    )
+
+
+def _spelled_as(kind: pa.DataType, users: Sequence[int | str]) -> pa.Array:
+    """The users that can be ids of that type, in it."""
+    if pa.types.is_string(kind):
+        return pa.array([str(user) for user in users], kind)
+    numbers = [int(user) for user in users if str(user).lstrip("-").isdecimal()]
+    return pa.array([number for number in numbers if -(2**63) <= number < 2**63], kind)
+
+
+def _first_users(dataset: PreparedDataset) -> pa.Array:
+    return dataset.read_part(dataset.parts()[0]).users[:3]

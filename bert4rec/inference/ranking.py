@@ -1,0 +1,246 @@
+"""The one path from histories to a ranking: validation, evaluation and recommendation all go through here.
+
+Scores are made and ranked on blocks of items, so that [B, V] need never be held whole.
+Shapes: B users, V items, K top-k, S seen items of all B users.
+"""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from bert4rec.data.dataset import ItemTable, PreparedDataset, Sequences
+from bert4rec.model.batches import Windows, append_mask, by_length, pack
+from bert4rec.model.layers import product
+from bert4rec.model.network import BERT4Rec
+from bert4rec.storage import InputError
+
+Scorer = Callable[[int, int], Tensor]
+"""scores(low, high) -> [B, high-low] of items low..high-1, counted from 0 (item i is token i+1).
+
+The caller may change the block, and is done with it before the next call, which may write into the same memory."""
+
+DEFAULT_SCORE_BYTES = 256 * 2**20
+CPU_BLOCK_BYTES = 2 * 2**20
+"""Of the scores that are made before they are looked at: what a CPU's caches hold is read again at no cost."""
+PASS_TOKENS = 16_384
+"""Tokens in one forward pass of scoring."""
+
+
+@dataclass(frozen=True)
+class Exclusions:
+    """Items that must not be ranked for some of B users."""
+
+    seen_row: Tensor
+    """[S] int64 user of each seen item."""
+    seen_item: Tensor
+    """[S] int64 seen item, counted from 0."""
+    release_year: Tensor | None = None
+    """[V] int32 year of release, the smallest integer where unknown (never in the future)."""
+    last_year: Tensor | None = None
+    """[B] int32 year of the last interaction, the largest integer where unknown (nothing is in its future)."""
+
+    @classmethod
+    def of(
+        cls,
+        seen: Windows | None,
+        future_of: tuple[ItemTable, Sequences, Tensor] | None = None,
+        device: torch.device | str = "cpu",
+    ) -> "Exclusions":
+        """Exclude what the windows `seen` hold, and items released in a later year than the last interaction.
+
+        Parameters
+        ----------
+        seen : Windows or None
+            B windows; none leaves seen items in.
+        future_of : tuple or None
+            The catalogue, users, and [B] indices of the batch's users among them; none leaves later releases in.
+        """
+        row = item = torch.empty(0, dtype=torch.int64, device=device)
+        if seen is not None:
+            row, tokens = seen.flat()
+            item = tokens.long() - 1
+        if future_of is None:
+            return cls(row, item)
+        items, sequences, users = future_of
+        limits = np.iinfo(np.int32)
+        release = np.where(items.has_year, items.year.astype(np.int32), limits.min)
+        last = np.where(sequences.has_last_year, sequences.last_year.astype(np.int32), limits.max)[users.numpy()]
+        return cls(row, item, torch.from_numpy(release).to(device), torch.from_numpy(last).to(device))
+
+    def split(self, blocks: list[tuple[int, int]]) -> "list[Exclusions]":
+        """Those of each block of items, counted from where it begins; the blocks follow one another."""
+        row, item = self.seen_row, self.seen_item
+        if len(blocks) > 1:
+            item, order = item.sort()
+            row = row[order]
+        begins = torch.tensor([low for low, _ in blocks[1:]], dtype=torch.int64, device=item.device)
+        places = [0, *torch.searchsorted(item, begins).tolist(), len(item)]
+        return [
+            Exclusions(
+                row[begin:end],
+                item[begin:end] - low,
+                None if self.release_year is None else self.release_year[low:high],
+                self.last_year,
+            )
+            for (low, high), begin, end in zip(blocks, places[:-1], places[1:], strict=True)
+        ]
+
+    def apply(self, scores: Tensor) -> Tensor:
+        """Set them to -inf in a block [B, width] of scores, in place."""
+        scores[self.seen_row, self.seen_item] = -torch.inf
+        if self.release_year is not None and self.last_year is not None:
+            scores.masked_fill_(self.release_year > self.last_year[:, None], -torch.inf)
+        return scores
+
+
+def load_for(dataset: PreparedDataset, checkpoint: str, popularity_discount: float = 0) -> BERT4Rec:
+    """The model of `checkpoint`, if it was trained on this dataset's catalogue and can be scored with the discount.
+
+    Raises
+    ------
+    InputError
+        If not, or if it is damaged.
+    """
+    model = BERT4Rec.from_pretrained(checkpoint)
+    model.discounted_bias(popularity_discount)  # raises where there can be none
+    if model.catalogue != dataset.manifest.catalogue:
+        raise InputError(
+            f"{checkpoint}: this model was trained on another catalogue (fingerprint {model.catalogue}, "
+            f"{model.num_items} items) than {dataset.path} (fingerprint {dataset.manifest.catalogue}, "
+            f"{dataset.num_items} items); train on this dataset, or name a checkpoint that was"
+        )
+    return model
+
+
+@torch.inference_mode()
+def next_item_states(model: BERT4Rec, histories: Windows) -> Tensor:
+    """[B, D] projected states at a [MASK] behind each history (Section 3.6); `output_weights` turn them into scores."""
+    states = torch.empty(len(histories), model.config.hidden_units, device=model.output_bias.device)
+    for rows in by_length((histories.lengths + 1).clamp(max=model.config.max_len), PASS_TOKENS):
+        tokens = append_mask(histories.users(rows), model.config.max_len, model.num_items)
+        states[rows] = model.project(model.encode(pack(tokens, None, tokens.device))).float()
+    return states
+
+
+@torch.inference_mode()
+def score_next(model: BERT4Rec, histories: Windows, popularity_discount: float = 0) -> Scorer:
+    """Scores of all items as the next one of each history; of the discount see `BERT4Rec.discounted_bias`."""
+    states = next_item_states(model, histories)
+    weights, bias = (tensor.detach() for tensor in model.output_weights(popularity_discount))
+    block: Tensor | None = None
+
+    def scores(low: int, high: int) -> Tensor:
+        nonlocal block
+        # Into the same memory each time: for few hidden units, fresh pages cost as much as the product.
+        used = block if block is not None and block.shape[1] == high - low else None
+        block = product(states, weights[low:high], bias[low:high], out=used)
+        return block
+
+    return scores
+
+
+@torch.inference_mode()
+def score_similar(model: BERT4Rec, items: Tensor) -> Scorer:
+    """Cosine of the input vectors of `items` [B], counted from 0, with those of all items."""
+    every = torch.arange(1, model.num_items + 1, device=model.output_bias.device)
+    vectors = F.normalize(model.items(every), dim=1)
+    # A new item without any metadata has nothing to be compared by.
+    unknown = model.get_buffer("unrankable")
+    return lambda low, high: F.linear(vectors[items], vectors[low:high]).masked_fill(unknown[low:high], -torch.inf)
+
+
+def item_blocks(num_users: int, num_items: int, score_bytes: int) -> list[tuple[int, int]]:
+    """Ranges of items such that a float32 block of `num_users` rows takes at most `score_bytes`."""
+    width = max(1, score_bytes // (4 * max(num_users, 1)))
+    return [(low, min(low + width, num_items)) for low in range(0, num_items, width)]
+
+
+@torch.inference_mode()
+def top_k(
+    scores: Scorer,
+    exclusions: Exclusions,
+    num_users: int,
+    num_items: int,
+    k: int,
+    score_bytes: int = DEFAULT_SCORE_BYTES,
+) -> tuple[Tensor, Tensor]:
+    """The best items of each user.
+
+    Returns
+    -------
+    values : Tensor
+        [B, K] float32, falling; -inf where fewer than K items remain.
+    items : Tensor
+        [B, K] int64, counted from 0; meaningless where the value is -inf.
+    """
+    device = exclusions.seen_row.device
+    if device.type == "cpu":
+        score_bytes = min(score_bytes, CPU_BLOCK_BYTES)
+    items = torch.zeros((num_users, k), dtype=torch.int64, device=device)
+    values = torch.empty(0, device=device)
+    blocks = item_blocks(num_users, num_items, score_bytes)
+    for (low, high), excluded in zip(blocks, exclusions.split(blocks), strict=True):
+        block = excluded.apply(scores(low, high))
+        if low == 0:
+            values = block.new_full((num_users, k), -torch.inf)
+        better = (block.amax(1) > values[:, -1]).nonzero().flatten()  # soon that is true of few users
+        best = block[better].topk(min(k, high - low), dim=1)
+        both = torch.cat([values[better], best.values], dim=1)
+        values[better], order = both.topk(k, dim=1)
+        items[better] = torch.cat([items[better], best.indices + low], dim=1).gather(1, order)
+    return values, items
+
+
+@torch.inference_mode()
+def rank_of_target(
+    scores: Scorer,
+    exclusions: Exclusions,
+    targets: Tensor,
+    num_items: int,
+    score_bytes: int = DEFAULT_SCORE_BYTES,
+) -> Tensor:
+    """[B] int64 rank, from 1, of each target token [B]; items of equal score rank before it.
+
+    A target that is itself excluded gets rank V+1: it cannot be recommended, whatever the cut-off.
+    """
+    index = (targets - 1)[:, None]
+    blocks = item_blocks(len(targets), num_items, score_bytes)
+    parts = exclusions.split(blocks)
+    kept: Tensor | None = None
+    target_score = torch.full(index.shape, -torch.inf, device=index.device)
+    for (low, high), excluded in zip(blocks, parts, strict=True):
+        block = excluded.apply(scores(low, high))  # the target's score comes of the product that it is compared with
+        inside = (index >= low) & (index < high)
+        own = block.gather(1, (index - low).clamp(0, high - low - 1))
+        target_score = torch.where(inside, own, target_score)
+        kept = block if len(blocks) == 1 else None
+    rank = torch.zeros(len(targets), dtype=torch.int64, device=index.device)
+    for (low, high), excluded in zip(blocks, parts, strict=True):
+        block = excluded.apply(scores(low, high)) if kept is None else kept
+        rank += (block >= target_score).sum(1)  # the target itself is among them: ranks start at 1
+    return torch.where(target_score[:, 0] == -torch.inf, num_items + 1, rank)
+
+
+@torch.inference_mode()
+def rank_among(
+    scores: Scorer, candidates: Tensor, targets: Tensor, num_items: int, score_bytes: int = DEFAULT_SCORE_BYTES
+) -> Tensor:
+    """[B] int64 rank, from 1, of each target token [B] among itself and its candidates; equal scores rank before it.
+
+    Parameters
+    ----------
+    candidates : Tensor
+        [B, C] int64 items, counted from 0, without the target; -1 for none.
+    """
+    wanted = torch.cat([(targets - 1)[:, None], candidates], dim=1)  # (B, 1+C)
+    found = torch.full(wanted.shape, -torch.inf, device=wanted.device)
+    for low, high in item_blocks(len(targets), num_items, score_bytes):
+        block = scores(low, high)
+        inside = (wanted >= low) & (wanted < high)
+        found = torch.where(inside, block.gather(1, (wanted - low).clamp(0, high - low - 1)), found)
+    rank = ((found >= found[:, :1]) & (wanted >= 0)).sum(1)  # the target itself is among them
+    return torch.where(found[:, 0] == -torch.inf, num_items + 1, rank)

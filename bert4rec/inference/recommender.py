@@ -1,0 +1,210 @@
+"""A model with its catalogue, in one process and without Ray.
+
+The workers of the batch job, `jobs.recommend` for a few users, and a notebook all rank with it.
+Shapes: N users, B users of a batch, K top-k.
+"""
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from typing import NamedTuple
+
+import numpy as np
+import pandas as pd
+import pyarrow as pa
+import pyarrow.compute as pc
+import torch
+
+from bert4rec import storage
+from bert4rec.config import InferenceConfig
+from bert4rec.data.dataset import ITEMS, ItemTable, Sequences, read_items
+from bert4rec.inference.ranking import Exclusions, score_next, score_similar, top_k
+from bert4rec.model.batches import Windows
+from bert4rec.model.network import BERT4Rec
+from bert4rec.storage import InputError
+
+ItemId = int | str
+
+
+class Ranked(NamedTuple):
+    """What a batch of users gets."""
+
+    table: pa.Table
+    """user, item, rank (from 1), score; by user, then rank."""
+    num_users: int
+    num_short_users: int
+    """Users for whom fewer than topk items remained."""
+
+
+@dataclass(frozen=True)
+class Recommender:
+    """Ranks the items of a catalogue for histories, and by their likeness to an item."""
+
+    model: BERT4Rec
+    items: ItemTable
+
+    def rank(self, sequences: Sequences, inference: InferenceConfig) -> Iterator[Ranked]:
+        """The best items of N users, inference.batch_size users at a time."""
+        windows = Windows.from_sequences(sequences)
+        device = self.model.output_bias.device
+        for users in torch.split(torch.arange(len(windows)), inference.batch_size):
+            histories = windows.users(users).to(device)
+            exclusions = Exclusions.of(
+                histories if inference.exclude_seen else None,
+                future_of=(self.items, sequences, users) if inference.exclude_future else None,
+                device=device,
+            )
+            values, items = top_k(
+                score_next(self.model, histories, inference.popularity_discount),
+                exclusions,
+                len(users),
+                self.model.num_items,
+                inference.topk,
+                inference.score_memory_mb * 2**20,
+            )
+            found = torch.isfinite(values).cpu()  # (B, K)
+            row, place = torch.nonzero(found, as_tuple=True)
+            table = pa.table(
+                {
+                    "user": sequences.users.take(pa.array(users[row].numpy())),
+                    "item": self.items.ids.take(pa.array(items.cpu()[found].numpy())),
+                    "rank": (place + 1).to(torch.int32).numpy(),
+                    "score": values.cpu()[found].numpy(),
+                }
+            )
+            yield Ranked(table, len(users), int((found.sum(1) < inference.topk).sum()))
+
+    def recommend(
+        self,
+        history: Sequence[ItemId],
+        topk: int = 10,
+        *,
+        exclude_seen: bool = True,
+        last_year: int | None = None,
+        popularity_discount: float = 0,
+    ) -> pd.DataFrame:
+        """The next items of one history.
+
+        Parameters
+        ----------
+        history
+            Item ids as in the data, the latest last; of a long one the model reads the last max_len-1.
+        topk
+            Rows, at most.
+        last_year
+            Year of the last interaction: items released later are left out.
+        popularity_discount
+            How much less popular the items are to be: as inference.popularity_discount.
+
+        Returns
+        -------
+        DataFrame
+            item, title and score, by rank.
+
+        Raises
+        ------
+        InputError
+            If the history is empty, an item is not in the catalogue, or there are fewer than topk items.
+        """
+        if not 1 <= topk <= len(self.items.ids):
+            raise InputError(f"topk={topk}: expected 1 to {len(self.items.ids)}, the size of the catalogue")
+        if len(history) == 0:
+            raise InputError("the history is empty; expected at least one item id")
+        tokens = self.tokens(history) + 1
+        sequences = Sequences(
+            users=pa.array([0]),
+            items=tokens.astype(np.int32),
+            offsets=np.array([0, len(tokens)]),
+            last_year=np.array([last_year or 0], np.int16),
+            has_last_year=np.array([last_year is not None]),
+        )
+        inference = InferenceConfig(topk=topk, exclude_seen=exclude_seen, popularity_discount=popularity_discount)
+        (ranked,) = self.rank(sequences, inference)
+        return self._frame(pc.index_in(ranked.table["item"], self.items.ids), "score", ranked.table["score"])
+
+    def similar(self, item: ItemId, topk: int = 10) -> pd.DataFrame:
+        """The items whose vectors have the largest cosine with that of `item`: item, title and cosine, by rank.
+
+        The vectors are what the network reads for an item: its id embedding, with its metadata where it has been
+        trained with them.
+
+        Raises
+        ------
+        InputError
+            If the item is not in the catalogue, or has neither interactions nor metadata.
+        """
+        index = torch.from_numpy(self.tokens([item])).to(self.model.output_bias.device)
+        if self.model.get_buffer("unrankable")[index].any():
+            raise InputError(f"item {item!r} has neither interactions nor metadata that this model knows")
+        itself = Exclusions(torch.zeros_like(index), index)
+        values, items = top_k(score_similar(self.model, index), itself, 1, self.model.num_items, topk)
+        found = torch.isfinite(values)
+        return self._frame(pa.array(items[found].cpu().numpy()), "cosine", pa.array(values[found].cpu().numpy()))
+
+    def tokens(self, items: Sequence[ItemId]) -> np.ndarray:
+        """[S] int64 rows of the catalogue, counted from 0.
+
+        Raises
+        ------
+        InputError
+            For items that are not in it.
+        """
+        index = find_ids(pa.array([str(item) for item in items], pa.string()), self.items.ids)
+        if (index < 0).any():
+            unknown = [repr(items[place]) for place in np.flatnonzero(index < 0).tolist()]
+            raise InputError(
+                f"not in the catalogue: item {', '.join(unknown[:5])}{' …' if len(unknown) > 5 else ''}; "
+                f"it has {len(self.items.ids):,} items, such as {some_of(self.items.ids)}"
+            )
+        return index
+
+    def _frame(self, index: pa.Array, name: str, values: pa.Array) -> pd.DataFrame:
+        columns = {"item": self.items.ids.take(index), "title": self.items.title.take(index), name: values}
+        frame: pd.DataFrame = pa.table(columns).to_pandas()
+        frame.index = pd.RangeIndex(1, len(frame) + 1, name="rank")
+        return frame
+
+
+def load(checkpoint: str, device: str = "cpu") -> Recommender:
+    """The model of a model directory, with its catalogue.
+
+    Raises
+    ------
+    InputError
+        If it is no whole model directory.
+    """
+    checkpoint = storage.absolute(checkpoint)
+    model = BERT4Rec.from_pretrained(checkpoint).to(device)
+    path = storage.join(checkpoint, ITEMS)
+    if not storage.exists(path):
+        raise InputError(
+            f"{checkpoint}: {ITEMS} is missing, which has the ids and titles of the model's items; "
+            "copy it from the prepared dataset that the model was trained on"
+        )
+    items = read_items(path)
+    if len(items.ids) != model.num_items:
+        raise InputError(f"{path}: has {len(items.ids):,} items, the model {model.num_items:,}; the copy is damaged")
+    return Recommender(model, items)
+
+
+def find_ids(spelled: pa.Array, ids: pa.Array) -> np.ndarray:
+    """[S] int64 places of ids, as strings, among `ids`; -1 where there is none."""
+    index: np.ndarray = pc.index_in(spelled, ids.cast(pa.string())).fill_null(-1).to_numpy().astype(np.int64)
+    return index
+
+
+def some_of(ids: pa.Array | np.ndarray) -> str:
+    """A few ids, to show how they are spelled."""
+    return ", ".join(repr(value) for value in ids[:3].tolist())
+
+
+def device_for(accelerator: str) -> str:
+    """The device that training.accelerator stands for on this machine.
+
+    Raises
+    ------
+    InputError
+        If there is no GPU where one is asked for.
+    """
+    if accelerator == "gpu" and not torch.cuda.is_available():
+        raise InputError("training.accelerator=gpu: this machine has no GPU that torch can use")
+    return "cuda" if accelerator != "cpu" and torch.cuda.is_available() else "cpu"

@@ -1,0 +1,357 @@
+"""From flat histories to batches: hold out, truncate, mask, pack by length. Tensor operations only, on any device.
+
+Shapes: B users, L positions, M queried positions a user, T interactions in all, S positions of a packed batch.
+Sequences are padded on the left, so that the last column is always the latest position.
+"""
+
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from typing import NamedTuple, Self
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from bert4rec.config import DataConfig, ModelConfig
+from bert4rec.data.dataset import PADDING, Sequences
+from bert4rec.model.layers import full_size
+
+MAX_PADDING = 0.04
+"""Largest share of padding in a group of rows..."""
+GROUP_TOKENS = 32
+"""...besides this many positions: what one more group costs in time, about."""
+
+
+class Group(NamedTuple):
+    """Rows of like length in a packed batch."""
+
+    rows: int
+    """B."""
+    length: int
+    """L, of the longest row."""
+    queries: int
+    """M, of the row with most of them."""
+    is_padded: bool
+    """Whether a row is shorter than L."""
+
+
+class Batch(NamedTuple):
+    """What the model reads: groups of rows laid end to end, each padded to its own length alone (see `pack`)."""
+
+    tokens: Tensor
+    """[S] int64; each group's [B, L], flat, and at the end some padding of no group (`functions.full_size`)."""
+    position: Tensor
+    """[S] int64 distance from the end of the row."""
+    query: Tensor
+    """[Q] int64 places in `tokens` whose hidden states are wanted; each group's [B, M], flat, and some more."""
+    labels: Tensor
+    """[Q] int64 true token at `query`, 0 where it only fills the row."""
+    groups: list[Group]
+
+    def rectangles(self) -> list[Tensor]:
+        """Each group's tokens [B, L]."""
+        sizes = [group.rows * group.length for group in self.groups]
+        parts = torch.split(self.tokens[: sum(sizes)], sizes)
+        return [part.view(group.rows, -1) for group, part in zip(self.groups, parts, strict=True)]
+
+
+class Step(NamedTuple):
+    """One worker's part of a training step."""
+
+    batches: list[Batch]
+    num_targets: int
+    """Targets of the whole step, over all workers."""
+    num_tokens: int
+    """Real tokens of the whole step, over all workers."""
+
+
+@dataclass(frozen=True)
+class Windows:
+    """A part of each user's history, as ranges of one flat array: user n has items[start[n]:end[n]]."""
+
+    items: Tensor
+    """[T] int32."""
+    start: Tensor
+    """[N] int64."""
+    end: Tensor
+    """[N] int64."""
+
+    @classmethod
+    def from_sequences(cls, sequences: Sequences, device: torch.device | str = "cpu") -> Self:
+        """Whole histories."""
+        offsets = torch.from_numpy(sequences.offsets)
+        own = sequences.items if sequences.items.flags.writeable else sequences.items.copy()  # Arrow's is read-only
+        items = torch.from_numpy(own)
+        return cls(items.to(device), offsets[:-1].to(device), offsets[1:].to(device))
+
+    def __len__(self) -> int:
+        return len(self.start)
+
+    @property
+    def lengths(self) -> Tensor:
+        """[N] int64."""
+        return self.end - self.start
+
+    def users(self, index: Tensor) -> "Windows":
+        """Those users only."""
+        return Windows(self.items, self.start[index], self.end[index])
+
+    def to(self, device: torch.device) -> "Windows":
+        """The same on `device`, without items that no window covers if it has to be copied."""
+        if self.items.device == device:
+            return self
+        ends = torch.cumsum(self.lengths, 0)
+        return Windows(self.flat()[1].to(device), (ends - self.lengths).to(device), ends.to(device))
+
+    def flat(self) -> tuple[Tensor, Tensor]:
+        """[S] int64 row and [S] int32 item of all interactions of all windows, in order."""
+        lengths = self.lengths
+        row = torch.repeat_interleave(torch.arange(len(self), device=lengths.device), lengths)
+        shift = self.start - (torch.cumsum(lengths, 0) - lengths)
+        return row, self.items[shift[row] + torch.arange(len(row), device=row.device)]
+
+    def without_last(self, count: int) -> "Windows":
+        """All but each user's last `count` items."""
+        return Windows(self.items, self.start, torch.maximum(self.end - count, self.start))
+
+
+Before = Mapping[str, np.ndarray]
+"""[N] each user's interactions before each cut-off of the prepared dataset (`Sequences.before`)."""
+
+
+def training_windows(windows: Windows, data: DataConfig, before: Before | None = None) -> Windows:
+    """What training may see, of users with data.min_interactions or more: what is not held out, or, in a temporal
+    split, what lies before the validation cut-off (where those interactions must be as many)."""
+    if data.split == "leave-one-out" or data.use_full_data:
+        kept = windows.users(torch.nonzero(windows.lengths >= data.min_interactions).flatten())
+        return kept if data.use_full_data else kept.without_last(data.holdout)
+    known = windows_before(windows, "validation", before)
+    return known.users(torch.nonzero(known.lengths >= data.min_interactions).flatten())
+
+
+def held_out_users(windows: Windows, data: DataConfig, split: str, before: Before | None = None) -> Tensor:
+    """[N] indices of the users who have a target in `split`, "validation" or "test".
+
+    Those with data.min_interactions or more; in a temporal split, with as many before its cut-off, and another one
+    after it, which for "validation" must lie before the test cut-off.
+    """
+    if data.split == "leave-one-out":
+        return torch.nonzero(windows.lengths >= data.min_interactions).flatten()
+    known = windows_before(windows, split, before).lengths
+    until = windows_before(windows, "test", before).lengths if split == "validation" else windows.lengths
+    return torch.nonzero((known >= data.min_interactions) & (until > known)).flatten()
+
+
+def held_out(windows: Windows, data: DataConfig, split: str, before: Before | None = None) -> tuple[Windows, Tensor]:
+    """Histories and targets of `held_out_users`.
+
+    Returns
+    -------
+    histories : Windows
+        What stands before the target; for "test" the validation item is part of it.
+    targets : Tensor
+        [N] int64 tokens: the last item, or for "validation" with holdout 2 the last but one; in a temporal split the
+        first one after the cut-off.
+    """
+    users = held_out_users(windows, data, split, before)
+    if data.split == "temporal":
+        histories = windows_before(windows, split, before).users(users)
+    else:
+        histories = windows.users(users).without_last(data.holdout if split == "validation" else 1)
+    return histories, histories.items[histories.end].long()
+
+
+def windows_before(windows: Windows, cutoff: str, before: Before | None) -> Windows:
+    """Each history up to a cut-off of the prepared dataset."""
+    assert before is not None, "a temporal split needs the interactions before its cut-offs"
+    return Windows(windows.items, windows.start, windows.start + torch.tensor(before[cutoff], dtype=torch.int64))
+
+
+def item_counts(windows: Windows, num_items: int) -> Tensor:
+    """[V] int64 how often each item stands in the windows."""
+    counts = torch.zeros(num_items + 1, dtype=torch.int64)
+    for users in torch.split(torch.arange(len(windows)), 65_536):  # the whole may not fit the memory
+        counts += torch.bincount(windows.users(users).flat()[1], minlength=num_items + 1)
+    return counts[1:]
+
+
+def last_items(windows: Windows, max_len: int) -> Tensor:
+    """[B, L] int64 tokens of each user's last `max_len` items, L the longest of them."""
+    length = windows.lengths.clamp(max=max_len)
+    width = max(int(length.max()), 1)
+    column = torch.arange(width, device=length.device)
+    index = windows.end[:, None] - width + column
+    padding = column < width - length[:, None]
+    return windows.items[index.masked_fill(padding, 0)].long().masked_fill(padding, PADDING)
+
+
+def weighted_items(windows: Windows, max_len: int, generator: torch.Generator) -> Tensor:
+    """[B, L] int64 tokens; of a history longer than `max_len`, that many items drawn without replacement.
+
+    The n-th of a user's items is drawn with weight n (Efraimidis & Spirakis 2006: the smallest Exp(1) / weight win);
+    the order of time is kept.
+    """
+    tokens = last_items(windows, max_len)
+    is_long = windows.lengths > max_len
+    if not is_long.any():
+        return tokens
+    long = windows.users(is_long.nonzero().flatten())
+    row, items = long.flat()  # [S], S = all items of the long histories
+    first = torch.cumsum(long.lengths, 0) - long.lengths
+    place = torch.arange(len(row)) - first[row]
+    draw = torch.empty(len(row), dtype=torch.float64).exponential_(generator=generator) / (place + 1)
+    by_row_then_draw = torch.argsort(row + draw / (1 + draw))  # the fraction lies in [0, 1)
+    chosen = by_row_then_draw[place < max_len].sort().values  # max_len of each row, in order of time
+    tokens[is_long] = items[chosen].long().view(len(long), max_len)
+    return tokens
+
+
+def window_items(windows: Windows, max_len: int, generator: torch.Generator) -> Tensor:
+    """[B, L] int64 tokens; of a history longer than `max_len`, that many that follow one another, drawn evenly."""
+    spare = (windows.lengths - max_len).clamp(min=0)
+    left_out = (torch.rand(len(windows), generator=generator, dtype=torch.float64) * (spare + 1)).long()
+    return last_items(Windows(windows.items, windows.start, windows.end - left_out), max_len)
+
+
+def mask_items(
+    tokens: Tensor, model: ModelConfig, num_items: int, generator: torch.Generator, num_new_items: int = 0
+) -> tuple[Tensor, Tensor]:
+    """The masked-item task (Section 3.6; replacement as in BERT).
+
+    Each item becomes a target with `random_mask_prob`: 80% are replaced by [MASK], 10% by a random item, 10% stay.
+    Then, with `last_item_mask_ratio`, the last item of the sequence is made a target and replaced by [MASK].
+
+    Parameters
+    ----------
+    tokens : Tensor
+        [B, L] int64, padded on the left, at least one item a row.
+    num_new_items : int
+        Items, the last ones, that no random replacement may bring in, as they are not trained.
+
+    Returns
+    -------
+    masked : Tensor
+        [B, L] the model's input.
+    labels : Tensor
+        [B, L] the true token at targets, 0 elsewhere.
+    """
+    mask_token = num_items + 1
+    target = (torch.rand(tokens.shape, generator=generator) < model.random_mask_prob) & (tokens != PADDING)
+    how = torch.rand(tokens.shape, generator=generator)
+    random_items = torch.randint(1, num_items - num_new_items + 1, tokens.shape, generator=generator)
+    masked = torch.where(target & (how < 0.8), mask_token, tokens)
+    masked = torch.where(target & (how >= 0.9), random_items, masked)
+    last = torch.rand(len(tokens), generator=generator) < model.last_item_mask_ratio
+    target[:, -1] |= last
+    masked[:, -1] = torch.where(last, mask_token, masked[:, -1])
+    return masked, torch.where(target, tokens, PADDING)
+
+
+def append_mask(windows: Windows, max_len: int, num_items: int) -> Tensor:
+    """[B, L] the last max_len-1 items and [MASK] behind them: what the model reads to predict the next item."""
+    items = last_items(windows, max_len - 1)
+    return torch.cat([items, items.new_full((len(items), 1), num_items + 1)], dim=1)
+
+
+def by_length(lengths: Tensor, max_tokens: int) -> Iterator[Tensor]:
+    """Indices of rows, longest first, in parts of about as many tokens each, `max_tokens` (and a row more) at most."""
+    order = torch.argsort(lengths, descending=True, stable=True)
+    until = torch.cumsum(lengths[order].clamp(min=1), 0)
+    total = int(until[-1]) if len(until) else 0
+    part = (until - 1) * -(-total // max_tokens) // max(total, 1)
+    yield from torch.split(order, torch.unique_consecutive(part, return_counts=True)[1].tolist())
+
+
+def pack(tokens: Tensor, labels: Tensor | None, device: torch.device) -> Batch:
+    """Lay rows end to end in groups of like length, so that work is done almost only where there is a token.
+
+    Attention wants rectangles, all other layers do not care: a row is padded to the longest of its group alone, and a
+    group ends where its padding would cost more than another group does.
+
+    Parameters
+    ----------
+    tokens : Tensor
+        [B, L] int64, padded on the left, longest row first, at least one token a row.
+    labels : Tensor or None
+        [B, L] true token at targets, 0 elsewhere; None asks for the last position of each row.
+    """
+    lengths = (tokens != PADDING).sum(1).tolist()
+    assert lengths == sorted(lengths, reverse=True)
+    groups, parts, begin, offset = [], [], 0, 0
+    for end in _group_ends(np.asarray(lengths)):
+        rows, length = end - begin, lengths[begin]
+        inner = tokens[begin:end, -length:]
+        position = torch.arange(length - 1, -1, -1, device=tokens.device).expand_as(inner)
+        if labels is None:
+            query = torch.full((rows, 1), length - 1, device=tokens.device)
+            answers = torch.ones_like(query)
+        else:
+            own = labels[begin:end, -length:]
+            most = max(1, int((own != PADDING).sum(1).max()))
+            query = torch.argsort((own == PADDING).to(torch.uint8), dim=1, stable=True)[:, :most]
+            answers = own.gather(1, query)
+        query = query + (offset + length * torch.arange(rows, device=tokens.device))[:, None]
+        parts.append([part.reshape(-1) for part in (inner, position, query, answers)])
+        groups.append(Group(rows, length, query.shape[1], lengths[end - 1] < length))
+        begin, offset = end, offset + inner.numel()
+    flat = [torch.cat(part) for part in zip(*parts, strict=True)]
+    if device.type == "cpu":
+        flat = [F.pad(part, (0, full_size(len(part)) - len(part))) for part in flat]
+    flat = [part.to(device, non_blocking=True) for part in flat]
+    return Batch(flat[0], flat[1], flat[2], flat[3], groups)
+
+
+def _group_ends(lengths: np.ndarray) -> Iterator[int]:
+    """Where groups of rows, longest first, end."""
+    begin = 0
+    while begin < len(lengths):
+        area = lengths[begin] * np.arange(1, len(lengths) - begin + 1)
+        too_much = area - np.cumsum(lengths[begin:]) > MAX_PADDING * area + GROUP_TOKENS
+        begin = begin + int(too_much.argmax()) if too_much.any() else len(lengths)
+        yield begin
+
+
+def iter_steps(
+    windows: Windows,
+    data: DataConfig,
+    model: ModelConfig,
+    num_items: int,
+    epoch: int,
+    rank: int,
+    world_size: int,
+    max_tokens: int,
+    device: torch.device,
+    num_new_items: int = 0,
+) -> Iterator[Step]:
+    """This worker's part of every step of an epoch.
+
+    Every worker draws the same users and masks for the whole step and takes its share of the rows, so the targets, and
+    with dropout 0 the gradients, are the same for any number of workers. A step's users are a fair draw; they are
+    sorted by length only within the step.
+
+    Parameters
+    ----------
+    max_tokens : int
+        Tokens in one forward pass.
+    """
+    generator = torch.Generator().manual_seed(data.seed * 1_000_003 + epoch)
+    shuffled = torch.randperm(len(windows), generator=generator)
+    for users in torch.split(shuffled, data.batch_size):
+        chosen = windows.users(users)
+        if data.sampling_strategy == "weighted":
+            tokens = weighted_items(chosen, model.max_len, generator)
+        elif data.sampling_strategy == "window":
+            tokens = window_items(chosen, model.max_len, generator)
+        else:
+            tokens = last_items(chosen, model.max_len)
+        masked, labels = mask_items(tokens, model, num_items, generator, num_new_items)
+        lengths = (tokens != PADDING).sum(1)
+        rows = torch.argsort(lengths, descending=True, stable=True)[rank::world_size]
+        batches = [
+            pack(masked[rows[part]], labels[rows[part]], device) for part in by_length(lengths[rows], max_tokens)
+        ]
+        if not batches:  # fewer users than workers: DDP still needs a pass, one without targets
+            length = int(lengths[0])
+            batches = [pack(masked[:1, -length:], torch.zeros_like(labels[:1, -length:]), device)]
+        yield Step(batches, int((labels != PADDING).sum()), int(lengths.sum()))

@@ -1,0 +1,340 @@
+"""BERT4Rec (Sun et al. 2019, arXiv 1904.06690, Section 3): the whole network, and its directory on disk.
+
+Shapes: S positions of a packed batch (see `batches.pack`), made of groups of B users with L positions and M queried
+ones each; N wanted positions in all, D hidden_units, H heads, V items.
+"""
+
+import hashlib
+import os
+from collections.abc import Callable
+from typing import Any, Self
+
+import safetensors.torch
+import torch
+import torch.nn.functional as F
+from pydantic import ValidationError
+from torch import Tensor, nn
+
+from bert4rec import storage
+from bert4rec.config import DataConfig, ModelConfig
+from bert4rec.data.dataset import PADDING
+from bert4rec.model.batches import Batch, Group
+from bert4rec.model.item_vectors import ItemVectors, Metadata
+from bert4rec.model.layers import Dropout, Linear, Loss, full_size, linear_cross_entropy
+from bert4rec.storage import InputError
+
+WEIGHTS = "model.safetensors"
+CONFIG = "config.json"
+
+
+class Block(nn.Module):
+    """Post-norm transformer block (Sections 3.2 and 3.3)."""
+
+    def __init__(self, config: ModelConfig) -> None:
+        super().__init__()
+        width = config.hidden_units
+        self.num_heads = config.num_heads
+        self.query = Linear(width, width)
+        self.key_value = Linear(width, 2 * width)
+        self.attention_output = Linear(width, width)
+        self.attention_norm = nn.LayerNorm(width)
+        self.feed_forward = nn.Sequential(Linear(width, 4 * width), nn.GELU(), Linear(4 * width, width))
+        self.output_norm = nn.LayerNorm(width)
+        self.dropout = Dropout(config.dropout_rate)
+
+    def forward(
+        self,
+        x: Tensor,
+        groups: list[Group],
+        keep: list[Tensor | None],
+        turns: Tensor | None = None,
+        query: Tensor | None = None,
+        wanted: Tensor | None = None,
+    ) -> Tensor:
+        """Hidden states of all positions, or of some only.
+
+        Parameters
+        ----------
+        x : Tensor
+            [S, D].
+        keep : list
+            For each group [B, 1, 1, L] bool, false at padding, or None where there is none.
+        turns : Tensor
+            [S, 1, D/2H] complex, what queries and keys are turned by with rotary positions.
+        query, wanted : Tensor
+            [Q] positions to attend from, and [N] which of those are really wanted: all work after the keys and values
+            is then done for those alone.
+
+        Returns
+        -------
+        Tensor
+            [S, D], or [N, D] with `query`.
+        """
+        x_query = x if query is None else x.index_select(0, query)  # (Q, D)
+        queries = [group.rows * (group.length if query is None else group.queries) for group in groups]
+        keys = [group.rows * group.length for group in groups]
+        q = self.query(x_query)
+        k, v = self.key_value(x).chunk(2, dim=-1)
+        if turns is not None:
+            q, k = turned(q, turns if query is None else turns[query]), turned(k, turns)
+        attended = []
+        for group, mask, *parts in zip(
+            groups,
+            keep,
+            torch.split(q[: sum(queries)], queries),
+            torch.split(k[: sum(keys)], keys),
+            torch.split(v[: sum(keys)], keys),
+            strict=True,
+        ):
+            query_heads, key_heads, value_heads = (
+                part.view(group.rows, -1, self.num_heads, part.shape[1] // self.num_heads).transpose(1, 2)
+                for part in parts
+            )
+            mixed = F.scaled_dot_product_attention(query_heads, key_heads, value_heads, attn_mask=mask)
+            attended.append(mixed.transpose(1, 2).reshape(parts[0].shape))  # (B, H, M, D/H) -> (B*M, D)
+        attended.append(x_query.new_zeros(len(x_query) - sum(queries), x_query.shape[1]))
+        context = torch.cat(attended)
+        if wanted is not None:
+            x_query, context = x_query[wanted], context[wanted]  # (N, D)
+        x_query = self.attention_norm(x_query + self.dropout(self.attention_output(context)))
+        hidden: Tensor = self.output_norm(x_query + self.dropout(self.feed_forward(x_query)))
+        return hidden
+
+
+def rotary_turns(max_len: int, size: int) -> Tensor:
+    """[max_len, size/2] complex: e^(i p / 10000^(2j/size)) for distance p from the end (RoPE, arXiv 2104.09864)."""
+    angles = torch.arange(max_len)[:, None] * 10_000.0 ** (-torch.arange(0, size, 2) / size)
+    return torch.polar(torch.ones_like(angles), angles)
+
+
+def turned(x: Tensor, turns: Tensor) -> Tensor:
+    """[S, D], each head's neighbouring columns taken for complex numbers and multiplied by `turns` [S, 1, D/2H]."""
+    pairs = torch.view_as_complex(x.float().view(len(x), -1, turns.shape[-1], 2))
+    return torch.view_as_real(pairs * turns).flatten(1).to(x.dtype)
+
+
+class BERT4Rec(nn.Module):
+    """The bidirectional transformer over item sequences.
+
+    Positions count from the end of the sequence (0 is the last), so that padding on the left changes nothing.
+    """
+
+    def __init__(
+        self,
+        config: ModelConfig,
+        num_items: int,
+        catalogue: str = "",
+        metadata: Metadata | dict[str, list[int]] | None = None,
+        num_new_items: int = 0,
+    ) -> None:
+        """The network for a catalogue.
+
+        Parameters
+        ----------
+        metadata : Metadata or dict
+            The tables, or their shape alone where they are loaded afterwards.
+        num_new_items : int
+            Items, the last of the catalogue, without interactions: their id embedding is zero and stays so.
+        """
+        super().__init__()
+        self.config = config
+        self.num_items = num_items
+        self.num_new_items = num_new_items
+        self.catalogue = catalogue
+        self.loss: Loss = linear_cross_entropy  # another one is set by who trains
+        self.held_out = 0  # last items of each user that training did not see; set by who trains
+        self.trained_before: int | None = None  # Unix time of a temporal split, from which on it saw none
+        self.metadata_shape = metadata.shape if isinstance(metadata, Metadata) else metadata or {}
+        width = config.hidden_units
+        self.items = ItemVectors(config, num_items, self.metadata_shape)
+        self.register_buffer("unrankable", torch.zeros(num_items, dtype=torch.bool))
+        self.register_buffer("item_counts", torch.zeros(num_items, dtype=torch.int64))  # set by who trains
+        if isinstance(metadata, Metadata):
+            self.items.set_tables(metadata)
+            new = torch.arange(1, num_items + 1) > num_items - num_new_items
+            self.get_buffer("unrankable").copy_(new & ~self.items.have_metadata(torch.arange(1, num_items + 1)))
+        self.position_embedding = nn.Embedding(config.max_len, width)
+        self.is_rotary = config.position_encoding == "rotary"
+        if self.is_rotary:
+            turns = rotary_turns(config.max_len, width // config.num_heads)
+            self.register_buffer("turns", turns, persistent=False)
+        self.dropout = Dropout(config.dropout_rate)
+        self.embedding_norm = nn.LayerNorm(width)
+        self.blocks = nn.ModuleList(Block(config) for _ in range(config.num_layers))
+        self.output_transform = Linear(width, width)
+        self._fused: Tensor | None = None  # kept between calls while the weights do not change
+        self.output_bias = nn.Parameter(torch.zeros(num_items))
+        if not config.share_embeddings:
+            self.output_embedding = nn.Parameter(torch.empty(num_items, width))
+        self.apply(_initialise)
+        self.items.let_item_lead()
+        if not config.share_embeddings:
+            nn.init.normal_(self.output_embedding, std=0.02)
+        with torch.no_grad():
+            self.items.embedding.weight[num_items + 1 - num_new_items : num_items + 1] = 0
+
+    def encode(self, batch: Batch) -> Tensor:
+        """[N, D] final hidden states at the queries that have a label, in their order."""
+        x = self.items(batch.tokens) + self.position_embedding(batch.position)  # (S, D)
+        x = self.embedding_norm(self.dropout(x))
+        turns = self.get_buffer("turns")[batch.position][:, None] if self.is_rotary else None
+        keep = [
+            (tokens != PADDING)[:, None, None, :] if group.is_padded else None
+            for group, tokens in zip(batch.groups, batch.rectangles(), strict=True)
+        ]
+        for block in self.blocks[:-1]:
+            x = block(x, batch.groups, keep, turns)
+        wanted = torch.nonzero(batch.labels).flatten()
+        count = len(wanted)
+        if x.device.type == "cpu":
+            wanted = F.pad(wanted, (0, full_size(count) - count))
+        hidden: Tensor = self.blocks[-1](x, batch.groups, keep, turns, batch.query, wanted)
+        return hidden[:count]
+
+    def project(self, hidden: Tensor) -> Tensor:
+        """[N, D] -> [N, D]: the dense layer with GELU of equation 7; its product with `output_weights` gives logits."""
+        return F.gelu(self.output_transform(hidden))
+
+    def train(self, mode: bool = True) -> Self:
+        """As in torch; the output vectors are computed anew afterwards."""
+        self._fused = None
+        return super().train(mode)
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Self:
+        self._fused = None  # moved to another device
+        return super()._apply(fn, recurse)  # type: ignore[no-untyped-call, no-any-return]
+
+    def output_weights(self, popularity_discount: float = 0) -> tuple[Tensor, Tensor]:
+        """Weights [V, D] and `discounted_bias` [V]; special tokens have none and are never predicted."""
+        bias = self.discounted_bias(popularity_discount)
+        if self.config.output_features == "fused":
+            fused = self._fused
+            if fused is None:
+                fused = self.items(torch.arange(1, self.num_items + 1, device=bias.device))
+                self._fused = fused if torch.is_inference_mode_enabled() else None
+            # A new item without any metadata has nothing to be scored by.
+            return fused, bias.masked_fill(self.get_buffer("unrankable"), -torch.inf)
+        return self.items.embedding.weight[1:-1] if self.config.share_embeddings else self.output_embedding, bias
+
+    def discounted_bias(self, popularity_discount: float) -> Tensor:
+        """[V] the output bias less `popularity_discount` times log(1 + n) of each item's n training interactions.
+
+        Of log p(item | history) that leaves log p(item | history) - t log p(item) (Menon et al. 2021, equation 8).
+
+        Raises
+        ------
+        InputError
+            If there is a discount, and the model was trained by a version that did not count the interactions.
+        """
+        if not popularity_discount:
+            return self.output_bias
+        counts = self.get_buffer("item_counts")
+        if not counts.any():
+            raise InputError(
+                "inference.popularity_discount needs to know how often each item was interacted with, and this "
+                "model is of an earlier version, which did not keep that; train it again under another run.name"
+            )
+        return self.output_bias - popularity_discount * counts.float().log1p()
+
+    def check_is_held_out(self, split: str, data: DataConfig, cutoffs: dict[str, int], source: str) -> None:
+        """See that training has not seen the targets of `split`, "validation" or "test".
+
+        Parameters
+        ----------
+        cutoffs : dict
+            Of the prepared dataset, for a temporal split.
+        source : str
+            What the message calls the model by.
+
+        Raises
+        ------
+        InputError
+            If it has.
+        """
+        if data.split == "temporal":
+            cutoff = cutoffs[split]
+            if self.trained_before is None or self.trained_before > cutoff:
+                until = "at any time" if self.trained_before is None else f"until {self.trained_before}"
+                raise InputError(
+                    f"{source}: was trained on interactions {until}, so it may have seen what came after the {split} "
+                    f"cut-off {cutoff} (Unix time); expected one trained with data.split=temporal and this "
+                    "data.split_time"
+                )
+        elif self.held_out < data.holdout:
+            raise InputError(
+                f"{source}: was trained with the last {self.held_out} items of each user held out, so it has seen the "
+                f"{split} item of data.holdout={data.holdout}; expected one trained with that holdout"
+            )
+
+    def forward(self, batch: Batch) -> Tensor:
+        """Sum of the loss over all targets."""
+        weights, bias = self.output_weights()
+        known = self.num_items - self.num_new_items  # an item that is never a target would only learn to be avoided
+        states = self.project(self.encode(batch))  # (N, D)
+        labels = batch.labels[batch.labels != PADDING]
+        return self.loss(states, weights[:known], bias[:known], labels - 1)
+
+    def save_pretrained(self, directory: str) -> None:
+        """Write a model directory: weights and architecture, nothing that needs Ray or pickle to be read."""
+        os.makedirs(directory, exist_ok=True)
+        state = {name: tensor.detach().cpu().contiguous() for name, tensor in self.state_dict().items()}
+        weights = safetensors.torch.save(state)
+        storage.write_bytes(storage.join(directory, WEIGHTS), weights)
+        content: dict[str, Any] = {
+            "architecture": "BERT4Rec",
+            "num_items": self.num_items,
+            "num_new_items": self.num_new_items,
+            "held_out": self.held_out,
+            "trained_before": self.trained_before,
+            "catalogue": self.catalogue,
+            "model": self.config.model_dump(),
+            "metadata": self.metadata_shape,
+            "weights_sha256": hashlib.sha256(weights).hexdigest(),
+        }
+        storage.write_sealed(storage.join(directory, CONFIG), content)
+
+    @classmethod
+    def from_pretrained(cls, directory: str) -> Self:
+        """Read a model directory, in evaluation mode.
+
+        Raises
+        ------
+        InputError
+            If a file is missing or damaged.
+        """
+        content = storage.read_sealed(storage.join(directory, CONFIG))
+        try:
+            weights = storage.read_bytes(storage.join(directory, WEIGHTS))
+            if hashlib.sha256(weights).hexdigest() != content["weights_sha256"]:
+                raise InputError(
+                    f"{storage.join(directory, WEIGHTS)}: its content is not what was written (SHA-256); "
+                    "the file is damaged or was altered"
+                )
+            model = cls(
+                ModelConfig.model_validate(content["model"]),
+                content["num_items"],
+                content["catalogue"],
+                content["metadata"],
+                content["num_new_items"],
+            )
+            model.held_out = content["held_out"]
+            model.trained_before = content.get("trained_before")
+            state = safetensors.torch.load(weights)
+            state.setdefault("item_counts", model.get_buffer("item_counts"))  # earlier versions did not keep them
+            model.load_state_dict(state)
+        except FileNotFoundError:
+            raise InputError(f"{directory}: {WEIGHTS} is missing; this is no whole model directory") from None
+        except (KeyError, TypeError, ValidationError, RuntimeError, safetensors.SafetensorError) as error:
+            raise InputError(f"{directory}: not a model directory of this version ({error})") from None
+        return model.eval()
+
+
+def _initialise(module: nn.Module) -> None:
+    """Weights normal(0, 0.02) (Section 3.6 uses the truncated normal of the same width), biases zero."""
+    if isinstance(module, nn.Linear | nn.Embedding):
+        nn.init.normal_(module.weight, std=0.02)
+    if isinstance(module, nn.Linear):
+        nn.init.zeros_(module.bias)
+    if isinstance(module, nn.Embedding) and module.padding_idx is not None:
+        with torch.no_grad():
+            module.weight[module.padding_idx] = 0

@@ -1,0 +1,617 @@
+"""One self-contained HTML page of a run: the data, the training, the metrics, what is recommended, and sample users.
+
+What the page lacks for want of input (no titles, no times, no recommendations) it says. Titles and ids are untrusted
+text: the template escapes all, and charts are given escaped text, since plotly reads some HTML.
+Shapes: N users, V items.
+"""
+
+import html
+import json
+from collections.abc import Iterable
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import jinja2
+import numpy as np
+import plotly.graph_objects as go
+import plotly.offline
+import pyarrow as pa
+import pyarrow.compute as pc
+import pyarrow.parquet as pq
+
+from bert4rec import storage
+from bert4rec.config import Config
+from bert4rec.config_docs import all_keys
+from bert4rec.data.dataset import ItemTable, PreparedDataset, Ragged
+
+REPORT = "report.html"
+SHOWN_USERS = 24
+SHOWN_HISTORY = 100
+"""Last items of a sample user's history."""
+_TOP_ITEMS, _TOP_GENRES = 15, 18
+_CURVE_POINTS = 300
+_COLOURS = ("#3b82d9", "#e0812b", "#22a179", "#9a72e0", "#dd5470", "#8a8f98")  # legible on white and on black
+_LOGARITHMIC = {"type": "log", "dtick": 1, "tickformat": ","}
+_LEGEND = {"orientation": "h", "x": 0, "y": 1.02, "yanchor": "bottom"}
+_CATEGORIES = {"type": "category"}
+_BINS = sorted({round(2 ** (half / 2)) for half in range(80)})
+
+
+Metrics = dict[str, float]
+
+
+@dataclass(frozen=True)
+class Recommendations:
+    """What `jobs.recommend` wrote: directory of Parquet parts, a file each of `PreparedDataset.parts`."""
+
+    parts_path: str
+    settings: dict[str, Any]
+    """The inference settings that they were made with."""
+    num_short_users: int
+
+
+@dataclass
+class Section:
+    """A part of the page."""
+
+    title: str
+    text: str = ""
+    missing: list[str] = field(default_factory=list)
+    """What cannot be shown, and why."""
+    tiles: list[tuple[str, str]] = field(default_factory=list)
+    """Number and what it counts."""
+    charts: list[dict[str, Any]] = field(default_factory=list)
+    tables: list[dict[str, Any]] = field(default_factory=list)
+
+
+def render(
+    config: Config,
+    dataset: PreparedDataset,
+    name: str,
+    run: dict[str, Any] | None,
+    evaluation: dict[str, Any] | None,
+    recommendations: Recommendations | str,
+) -> str:
+    """The page.
+
+    Parameters
+    ----------
+    name : str
+        Of the run.
+    run : dict or None
+        `history` (metrics of each validated epoch) and `best_metrics`; None while training is not finished.
+    evaluation : dict or None
+        What `jobs.evaluate` wrote: metrics by protocol and system, in groups of users, and beyond accuracy.
+    recommendations : Recommendations or str
+        A string says why there are none.
+    """
+    items = dataset.items()
+    users = _read_users(dataset, items)
+    given = recommendations if isinstance(recommendations, Recommendations) else None
+    recommended = None if given is None else _count_recommended(dataset, items, given)
+    settings = config.inference.model_dump() if given is None else given.settings
+    sections = [
+        _data_section(config, dataset, items, users),
+        _training_section(config, run),
+        _metrics_section(evaluation),
+        _recommended_section(dataset, items, given, recommended, str(recommendations)),
+        _filter_section(items, users, settings),
+    ]
+    environment = jinja2.Environment(
+        autoescape=True, loader=jinja2.FileSystemLoader(Path(__file__).parent), undefined=jinja2.StrictUndefined
+    )
+    return environment.get_template(REPORT).render(
+        name=name,
+        summary=_summary(config, dataset, run),
+        sections=sections,
+        charts=[chart["figure"] for section in sections for chart in section.charts],
+        browser=_browser(dataset, items, users, given),
+        without_recommendations="" if given else str(recommendations),
+        settings=_settings(config),
+        plotly_js=plotly.offline.get_plotlyjs(),
+        plotly_version=plotly.__version__,
+    )
+
+
+@dataclass(frozen=True)
+class _Users:
+    length: np.ndarray
+    """[N] interactions."""
+    seen: np.ndarray
+    """[N] distinct items."""
+    future: np.ndarray
+    """[N] items, not seen, that were released in a later year than the last interaction."""
+    last_year: np.ndarray
+    """[N] int, 0 where unknown."""
+
+
+def _read_users(dataset: PreparedDataset, items: ItemTable) -> _Users:
+    """What is known of every user, read part by part."""
+    release = np.where(items.has_year, items.year.astype(np.int32), np.iinfo(np.int32).min)
+    ascending = np.sort(release)
+    columns: list[tuple[np.ndarray, ...]] = []
+    for part in dataset.parts():
+        sequences = dataset.read_part(part)
+        last = np.where(sequences.has_last_year, sequences.last_year.astype(np.int32), np.iinfo(np.int32).max)
+        pairs = np.repeat(np.arange(len(sequences), dtype=np.int64), sequences.lengths) * len(release)
+        user, item = np.divmod(np.unique(pairs + sequences.items - 1), len(release))
+        seen = np.bincount(user, minlength=len(sequences))
+        seen_later = np.bincount(user[release[item] > last[user]], minlength=len(sequences))
+        later = len(release) - np.searchsorted(ascending, last, side="right")
+        year = np.where(sequences.has_last_year, sequences.last_year, 0)
+        columns.append((sequences.lengths, seen, later - seen_later, year))
+    return _Users(*(np.concatenate(column) for column in zip(*columns, strict=True)))
+
+
+def _count_recommended(dataset: PreparedDataset, items: ItemTable, given: Recommendations) -> np.ndarray:
+    """[V] users that each item was recommended to."""
+    counts = np.zeros(len(items.ids), np.int64)
+    for part in dataset.parts():
+        token = pc.index_in(_read_part(given, part.number)["item"], items.ids)
+        counts += np.bincount(token.drop_null().to_numpy(), minlength=len(counts))
+    return counts
+
+
+def _read_part(given: Recommendations, number: int) -> pa.Table:
+    filesystem, inner = storage.open_store(storage.join(given.parts_path, f"part-{number:05d}.parquet"))
+    return pq.read_table(inner, filesystem=filesystem)
+
+
+def _summary(config: Config, dataset: PreparedDataset, run: dict[str, Any] | None) -> list[tuple[str, str]]:
+    manifest = dataset.manifest
+    tiles = [
+        (f"{manifest.num_users:,}", "users"),
+        (f"{manifest.num_items:,}", "items"),
+        (f"{manifest.num_interactions:,}", "interactions"),
+    ]
+    if run is not None:
+        best = run["best_metrics"]
+        tiles.append((f"{int(best['epoch'])} of {int(run['history'][-1]['epoch'])}", "best epoch, of epochs trained"))
+        shown = dict.fromkeys([config.monitor, "val_ndcg@10", "val_hr@10"])
+        tiles += [
+            (f"{best[name]:.4f}", _metric_title(name) + " in validation" * name.startswith("val_"))
+            for name in shown
+            if name in best
+        ]
+    return tiles
+
+
+def _data_section(config: Config, dataset: PreparedDataset, items: ItemTable, users: _Users) -> Section:
+    manifest = dataset.manifest
+    section = Section("Data", f"{config.data_name}: {', '.join(each.name for each in manifest.inputs)}")
+    longer = (users.length > config.model.max_len - 1).mean()
+    filled = manifest.num_interactions / (manifest.num_users * manifest.num_items)
+    section.tiles = [
+        (f"{np.median(users.length):,.0f}", "interactions of the median user"),
+        (f"{users.length.min():,} – {users.length.max():,}", "shortest and longest history"),
+        (f"{longer:.0%}", f"of users have more than fit into model.max_len={config.model.max_len}"),
+        (f"{filled:.2%}", "of all user × item pairs are interactions"),
+    ]
+    section.charts.append(
+        _histogram("Lengths of histories", "interactions a user; ranges widen to the right", users.length, "users")
+    )
+    by_count = np.argsort(-items.count, kind="stable")
+    by_count = by_count[items.count[by_count] > 0]
+    shown = np.unique(np.geomspace(1, len(by_count), _CURVE_POINTS).astype(np.int64)) - 1
+    section.charts.append(
+        _chart(
+            "Popularity",
+            "interactions of each item, most popular first; both axes are logarithmic",
+            [
+                _line(
+                    shown + 1, items.count[by_count[shown]], "interactions", 0, text=_labels(items, by_count[shown])
+                ).update(hovertemplate="%{text}<br>rank %{x:,}: %{y:,} interactions<extra></extra>")
+            ],
+            {"title": "rank", "showgrid": True, **_LOGARITHMIC},
+            {"title": "interactions", **_LOGARITHMIC},
+        )
+    )
+    if items.has_year.any():
+        section.charts.append(
+            _years(
+                "Years of release",
+                items,
+                {"items": np.ones(len(items.ids), np.int64), "interactions": items.count},
+            )
+        )
+        unknown = int((~items.has_year).sum())
+        if unknown:
+            section.missing.append(f"Items without a year of release: {unknown:,}.")
+    else:
+        section.missing.append("No item has a year of release.")
+    years, counts = np.unique(users.last_year[users.last_year != 0], return_counts=True)
+    if len(years) > 1:
+        bars = go.Bar(
+            x=years.astype(str), y=counts, marker_color=_COLOURS[0], hovertemplate="%{x}: %{y:,} users<extra></extra>"
+        )
+        section.charts.append(
+            _chart("Years of the last interaction", "of each user", [bars], _CATEGORIES, {"title": "users"})
+        )
+    section.missing += [note[0].upper() + note[1:] + "." for note in manifest.notes]
+    return section
+
+
+def _training_section(config: Config, run: dict[str, Any] | None) -> Section:
+    section = Section("Training")
+    if run is None:
+        section.missing.append("Training has not finished: the same command goes on with it.")
+        return section
+    history, best = run["history"], run["best_metrics"]
+    epochs = [metrics["epoch"] for metrics in history]
+
+    def curves(names: Iterable[str], visible: Iterable[str] = ()) -> list[go.Scatter]:
+        # A curve of one epoch is a point.
+        return [
+            _line(
+                epochs,
+                [metrics.get(name) for metrics in history],
+                _metric_title(name),
+                number,
+                mode="lines+markers" if len(epochs) < 40 else "lines",
+                visible=True if not visible or name in visible else "legendonly",
+                hovertemplate="%{y:,.4~r}",
+            )
+            for number, name in enumerate(names)
+        ]
+
+    def chart(title: str, caption: str, names: list[str], visible: Iterable[str] = (), **y: Any) -> None:  # noqa: ANN401
+        at_best = {"type": "line", "x0": best["epoch"], "x1": best["epoch"], "yref": "paper", "y0": 0, "y1": 1}
+        style = {"line": {"color": _COLOURS[-1], "dash": "dot", "width": 1}}
+        x = {"title": "epoch", "tickformat": "d", **({"dtick": 1} if epochs[-1] <= 12 else {})}
+        section.charts.append(_chart(title, caption, curves(names, visible), x, y, shapes=[at_best | style]))
+
+    section.text = f"The dotted line is the best epoch, {int(best['epoch'])}, by {_metric_title(config.monitor)}."
+    chart("Training loss", "mean over the masked items, at the validated epochs", ["train_loss"])
+    validation = [name for name in history[-1] if name.startswith("val_") and "/" not in name]
+    if validation:
+        preferred = [name for name in validation if name.endswith(("@10", "mrr")) or name == config.monitor]
+        validation = [*preferred, *(name for name in validation if name not in preferred)]
+        chart("Validation", "a click in the legend shows or hides a metric", validation, preferred)
+    else:
+        section.missing.append("No validation: data.use_full_data=true trains on every interaction.")
+    gates = [name for name in history[-1] if name.startswith("val_gate/")]
+    if gates:
+        chart(
+            "Gates", "mean weight of the item's own embedding and of each kind of metadata", gates, rangemode="tozero"
+        )
+    chart("Speed", "tokens a second, all workers together", ["tokens_per_second"], rangemode="tozero")
+    chart("Learning rate", "at the end of each epoch", ["lr"], rangemode="tozero")
+    return section
+
+
+def _metrics_section(evaluation: dict[str, Any] | None) -> Section:
+    section = Section("Metrics against baselines")
+    if evaluation is None:
+        section.missing.append("Not evaluated: python -m jobs.evaluate ranks held-out items beside baselines.")
+        return section
+    protocols: dict[str, dict[str, Metrics]] = evaluation["protocols"]
+    section.text = (
+        f"Each user's held-out item of the {evaluation['split']} split, {evaluation['num_users']:,} users, "
+        f"{evaluation['num_items']:,} items. What each protocol ranks is in docs/evaluation.md." + _discount(evaluation)
+    )
+    escaped = {html.escape(protocol): systems for protocol, systems in protocols.items()}
+    for metric in ("ndcg@10", "hr@10"):
+        caption = "under each protocol" if len(protocols) > 1 else f"protocol {next(iter(protocols))}"
+        section.charts.append(_systems(_metric_title(metric), caption, escaped, metric))
+    for key, what in (("by_history_length", "length of history"), ("by_target_popularity", "popularity of the target")):
+        for protocol, groups in list(evaluation[key].items())[:1]:
+            labelled = {}
+            for group, systems in groups.items():
+                if users := next(iter(systems.values()))["num_users"]:
+                    labelled[f"{html.escape(group)}<br>{users:,} users"] = systems
+            section.charts.append(_systems(f"NDCG@10 by {what}", f"protocol {protocol}", labelled, "ndcg@10"))
+    named = {f"Protocol {protocol}": systems for protocol, systems in protocols.items()}
+    for title, systems in (named | {"Beyond accuracy": evaluation["beyond_accuracy"]}).items():
+        names = list(dict.fromkeys(name for metrics in systems.values() for name in metrics))
+        rows = [[_metric_title(name), *(_number(metrics.get(name)) for metrics in systems.values())] for name in names]
+        caption = "of the first ten items of each user" if title == "Beyond accuracy" else ""
+        section.tables.append({"title": title, "caption": caption, "columns": ["", *systems], "rows": rows})
+    section.missing += [note[0].upper() + note[1:] + "." for note in evaluation["notes"]]
+    return section
+
+
+def _systems(title: str, caption: str, groups: dict[str, dict[str, Metrics]], metric: str) -> dict[str, Any]:
+    """Bars of one metric: a group for each key of `groups`, in it a bar for each system."""
+    systems = list(dict.fromkeys(system for group in groups.values() for system in group))
+    bars = [
+        go.Bar(
+            x=list(groups),
+            y=[group.get(system, {}).get(metric) for group in groups.values()],
+            name=html.escape(system),
+            marker_color=_COLOURS[number % len(_COLOURS)],
+            hovertemplate="%{y:.4f}",
+        )
+        for number, system in enumerate(systems)
+    ]
+    return _chart(title, caption, bars, _CATEGORIES, bargap=0.25)
+
+
+def _recommended_section(
+    dataset: PreparedDataset,
+    items: ItemTable,
+    given: Recommendations | None,
+    recommended: np.ndarray | None,
+    reason: str,
+) -> Section:
+    section = Section("What is recommended")
+    if given is None or recommended is None:
+        section.missing.append(reason)
+        return section
+    covered = int((recommended > 0).sum())
+    section.text = f"The top {given.settings['topk']} of {dataset.manifest.num_users:,} users." + _discount(
+        given.settings
+    )
+    section.tiles = [
+        (f"{int(recommended.sum()):,}", "recommendations"),
+        (f"{covered:,} ({covered / len(items.ids):.0%})", "items recommended to anyone: coverage of the catalogue"),
+        (f"{_typical(items.count, recommended):,}", "interactions of the median recommended item"),
+        (f"{_typical(items.count, items.count):,}", "the same of the median watched one"),
+        (f"{given.num_short_users:,}", f"users have fewer than {given.settings['topk']} left"),
+    ]
+    by_count = np.argsort(-items.count, kind="stable")
+    shown = np.unique(np.linspace(1, len(by_count), _CURVE_POINTS).astype(np.int64))
+    traces = []
+    for number, (label, weight) in enumerate((("interactions", items.count), ("recommendations", recommended))):
+        share = np.cumsum(weight[by_count]) / max(weight.sum(), 1)
+        traces.append(_line(shown / len(by_count), share[shown - 1], label, number).update(hovertemplate="%{y:.0%}"))
+    section.charts.append(
+        _chart(
+            "Popularity of what is recommended",
+            "share that goes to the most popular items; the steeper, the more it is the same few",
+            traces,
+            {"title": "most popular items, share of the catalogue", "tickformat": ".0%"},
+            {"tickformat": ".0%", "rangemode": "tozero"},
+        )
+    )
+    if items.has_year.any():
+        weights = {"interactions": items.count, "recommendations": recommended}
+        section.charts.append(_years("Years of release", items, weights))
+    size, genres = items.listed["genre"]
+    if size:
+        section.charts.append(_genres(dataset.manifest.genres, genres, items.count, recommended))
+    else:
+        section.missing.append("No genres: there is no genres.tsv.")
+    top = np.argsort(-recommended, kind="stable")[:_TOP_ITEMS]
+    names, users = _titles(items), max(dataset.manifest.num_users, 1)
+    section.tables.append(
+        {
+            "title": "Most recommended",
+            "caption": "with the number of users that it is recommended to, and of its interactions",
+            "columns": ["", "released", "users", "interactions"],
+            "rows": [
+                [
+                    names[i],
+                    str(items.year[i]) if items.has_year[i] else "",
+                    f"{recommended[i]:,} ({recommended[i] / users:.0%})",
+                    f"{items.count[i]:,}",
+                ]
+                for i in top
+                if recommended[i]
+            ],
+        }
+    )
+    return section
+
+
+def _discount(made_with: dict[str, Any]) -> str:
+    discount = made_with.get("popularity_discount")  # results of earlier versions have none
+    return f" The model's scores are with inference.popularity_discount={discount:g}." if discount else ""
+
+
+def _filter_section(items: ItemTable, users: _Users, settings: dict[str, Any]) -> Section:
+    section = Section("What is filtered", f"Of the {len(items.ids):,} items, these can not be recommended to a user.")
+    if settings["exclude_seen"]:
+        section.tiles.append((f"{np.median(users.seen):,.0f}", "seen items of the median user"))
+        section.charts.append(
+            _histogram(
+                "Seen items", "distinct items of the whole history; ranges widen to the right", users.seen, "users"
+            )
+        )
+    else:
+        section.missing.append("Seen items are not filtered: inference.exclude_seen=false.")
+    if not settings["exclude_future"]:
+        section.missing.append("Later releases are not filtered: inference.exclude_future=false.")
+    elif not (users.last_year != 0).any() or not items.has_year.any():
+        section.missing.append("No later releases are filtered: that takes times of interactions and years of release.")
+    else:
+        section.tiles += [
+            (f"{np.median(users.future):,.0f}", "later releases, for the median user"),
+            (f"{users.future.max():,}", "later releases, for the user with most"),
+        ]
+        caption = "items released in a later year than the user's last interaction, and not seen"
+        section.charts.append(_histogram("Later releases", caption, users.future, "users"))
+    return section
+
+
+def _browser(
+    dataset: PreparedDataset, items: ItemTable, users: _Users, given: Recommendations | None
+) -> dict[str, Any]:
+    """Sample users, from the shortest to the longest history: the items they and their top-k need, by index."""
+    by_length = np.argsort(users.length, kind="stable")
+    places = np.linspace(0, len(by_length) - 1, min(SHOWN_USERS, len(by_length))).round().astype(np.int64)
+    sample = np.sort(by_length[places])
+    names, genre_names = _titles(items), dataset.manifest.genres
+    _, genres = items.listed["genre"]
+    shown: list[dict[str, Any]] = []
+    known: dict[int, list[Any]] = {}
+    for part in dataset.parts():
+        inside = sample[(sample >= part.low) & (sample < part.high)]
+        if not len(inside):
+            continue
+        sequences = dataset.read_part(part)
+        rows = None if given is None else _read_part(given, part.number)
+        for row in (inside - part.low).tolist():
+            low, high = sequences.offsets[row : row + 2]
+            history = (sequences.items[max(low, high - SHOWN_HISTORY) : high] - 1).tolist()
+            top: list[tuple[int, float]] = []
+            if rows is not None:
+                mine = rows.filter(pc.equal(rows["user"], sequences.users[row])).sort_by("rank")
+                tokens = pc.index_in(mine["item"], items.ids).to_pylist()
+                top = [
+                    (token, round(score, 4))
+                    for token, score in zip(tokens, mine["score"].to_pylist(), strict=True)
+                    if token is not None
+                ]
+            for item in (*history, *(item for item, _ in top)):
+                year = int(items.year[item]) if items.has_year[item] else None
+                its_genres = genres.values[genres.offsets[item] : genres.offsets[item + 1]].tolist()
+                known[item] = [names[item], year, [genre_names[genre] for genre in its_genres]]
+            user = str(sequences.users[row].as_py())
+            year = int(sequences.last_year[row]) if sequences.has_last_year[row] else None
+            shown.append({"user": user, "length": int(high - low), "year": year, "history": history[::-1], "top": top})
+    shown.sort(key=lambda user: user["length"])
+    return {"users": shown, "items": known}
+
+
+def _settings(config: Config) -> list[dict[str, Any]]:
+    values = config.model_dump(mode="json")
+    return [
+        {"key": f"{key.group}.{key.name}", "value": _plain(value), "changed": _plain(value) != key.default}
+        for key in all_keys()
+        for value in [values[key.group][key.name]]
+    ]
+
+
+def _plain(value: Any) -> str:  # noqa: ANN401 - a YAML value
+    if isinstance(value, str):
+        return value
+    if isinstance(value, list):
+        return f"[{', '.join(map(_plain, value))}]"
+    return json.dumps(value)
+
+
+def _titles(items: ItemTable) -> list[str]:
+    """[V] title, or the id where there is none."""
+    pairs = zip(items.ids.to_pylist(), items.title.to_pylist(), strict=True)
+    return [title or str(item) for item, title in pairs]
+
+
+def _labels(items: ItemTable, chosen: np.ndarray) -> list[str]:
+    """Titles for a chart: escaped, since plotly reads some HTML."""
+    ids, titles = (column.take(pa.array(chosen)).to_pylist() for column in (items.ids, items.title))
+    return [html.escape((title or str(item))[:80]) for item, title in zip(ids, titles, strict=True)]
+
+
+def _typical(values: np.ndarray, weights: np.ndarray) -> int:
+    """Weighted median: half of all weight is on values up to it."""
+    order = np.argsort(values, kind="stable")
+    cumulated = np.cumsum(weights[order])
+    return int(values[order[np.searchsorted(cumulated, cumulated[-1] / 2)]])
+
+
+def _metric_title(name: str) -> str:
+    """Such as "NDCG@10" for val_ndcg@10."""
+    for known, title in (("hr@", "HR@"), ("ndcg@", "NDCG@"), ("mrr", "MRR")):
+        if name.removeprefix("val_").startswith(known):
+            return name.removeprefix("val_").replace(known, title)
+    return {"lr": "learning rate"}.get(name, name.removeprefix("val_gate/").replace("_", " "))
+
+
+def _number(value: float | None) -> str:
+    if value is None:
+        return ""
+    return f"{value:,}" if isinstance(value, int) or abs(value) >= 1000 else f"{value:.4f}"
+
+
+def _line(x: Any, y: Any, name: str, number: int, **more: Any) -> go.Scatter:  # noqa: ANN401 - arrays or lists
+    more = {"mode": "lines", **more}
+    line = {"color": _COLOURS[number % len(_COLOURS)], "width": 2}
+    return go.Scatter(x=x, y=y, name=html.escape(name), line=line, **more)
+
+
+def _histogram(title: str, caption: str, values: np.ndarray, counted: str) -> dict[str, Any]:
+    """Bars over ranges that grow with the values, each labelled with its whole numbers."""
+    top = next(edge for edge in _BINS if edge > values.max())
+    edges = np.array([0, *(edge for edge in _BINS if edge <= top)])
+    counts, _ = np.histogram(values, edges)
+    used = np.flatnonzero(counts)
+    ranges = range(int(used[0]), int(used[-1]) + 1)
+    labels = [f"{edges[i]:,}" if edges[i + 1] - edges[i] == 1 else f"{edges[i]:,}–{edges[i + 1] - 1:,}" for i in ranges]
+    bars = go.Bar(
+        x=labels,
+        y=[int(counts[i]) for i in ranges],
+        marker_color=_COLOURS[0],
+        hovertemplate=f"%{{x}}: %{{y:,}} {counted}<extra></extra>",
+    )
+    return _chart(title, caption, [bars], _CATEGORIES, {"title": counted})
+
+
+def _years(title: str, items: ItemTable, weights: dict[str, np.ndarray]) -> dict[str, Any]:
+    """Shares of each weight [V] by year of release."""
+    first, last = int(items.year[items.has_year].min()), int(items.year[items.has_year].max())
+    traces = []
+    for number, (label, weight) in enumerate(weights.items()):
+        by_year = np.bincount(items.year[items.has_year] - first, weight[items.has_year], minlength=last - first + 1)
+        share = by_year / max(by_year.sum(), 1)
+        line = _line(np.arange(first, last + 1), share, label, number).update(hovertemplate="%{y:.1%}")
+        traces.append(line)
+    return _chart(
+        title,
+        f"share of {' and of '.join(weights)} by the item's year",
+        traces,
+        {"tickformat": "d"},
+        {"tickformat": ".0%"},
+    )
+
+
+def _genres(names: list[str], genres: Ragged, watched: np.ndarray, recommended: np.ndarray) -> dict[str, Any]:
+    item = np.repeat(np.arange(len(genres.offsets) - 1), np.diff(genres.offsets))
+    shares = []
+    for weight in (watched, recommended):
+        counts = np.bincount(genres.values, weight[item], minlength=len(names))
+        shares.append(counts / max(counts.sum(), 1))
+    top = np.argsort(-shares[0], kind="stable")[:_TOP_GENRES][::-1]
+    bars = [
+        go.Bar(
+            y=[html.escape(names[genre]) for genre in top],
+            x=share[top],
+            name=label,
+            orientation="h",
+            marker_color=_COLOURS[number],
+            hovertemplate="%{x:.1%}",
+        )
+        for number, label, share in ((1, "recommendations", shares[1]), (0, "interactions", shares[0]))
+    ]  # plotly stacks upwards
+    return _chart(
+        "Genres",
+        "share of interactions and of recommendations",
+        bars,
+        {"tickformat": ".0%", "showgrid": True},
+        {"showgrid": False},
+        height=130 + 24 * len(top),
+        bargap=0.25,
+        hovermode="y unified",
+        legend={**_LEGEND, "traceorder": "reversed"},
+    )
+
+
+def _chart(
+    title: str,
+    caption: str,
+    traces: list[Any],
+    x: dict[str, Any] | None = None,
+    y: dict[str, Any] | None = None,
+    **layout: Any,  # noqa: ANN401 - plotly's own
+) -> dict[str, Any]:
+    """A figure with its heading; the page's style sheet gives text and grid their colours."""
+    figure = go.Figure(
+        traces,
+        {
+            "template": "none",
+            "height": 300,
+            "margin": {"l": 8, "r": 12, "t": 8, "b": 8},
+            "paper_bgcolor": "rgba(0,0,0,0)",
+            "plot_bgcolor": "rgba(0,0,0,0)",
+            "font": {"family": "system-ui, sans-serif", "size": 12},
+            "hovermode": "x unified" if len(traces) > 1 else "closest",
+            "hoverlabel": {"bgcolor": "#23272f", "bordercolor": "#23272f", "font": {"color": "#ffffff"}},
+            "legend": _LEGEND,
+            "showlegend": len(traces) > 1,
+            "dragmode": False,  # a finger on the chart scrolls the page
+            "xaxis": {"automargin": True, "zeroline": False, "showgrid": False, **(x or {})},
+            "yaxis": {"automargin": True, "zeroline": False, **(y or {})},
+            **layout,
+        },
+    )
+    return {"title": title, "caption": caption, "figure": json.loads(figure.to_json())}

@@ -1,0 +1,227 @@
+"""The arithmetic of training, without Ray: optimiser, step, epoch, validation; alone or as one of DDP workers."""
+
+import itertools
+import math
+import time
+from collections.abc import Callable
+from contextlib import nullcontext
+from typing import Any
+
+import torch
+import torch.distributed
+from torch import Tensor, nn
+
+from bert4rec import storage
+from bert4rec.config import Config, TrainingConfig
+from bert4rec.evaluation.metrics import RankCounts
+from bert4rec.inference.ranking import Exclusions, rank_of_target, score_next
+from bert4rec.model.batches import Before, Step, Windows, held_out, iter_steps
+from bert4rec.model.network import BERT4Rec
+from bert4rec.storage import InputError
+from bert4rec.training.muon import Float32Muon, uses_float32
+
+VALIDATION_USERS = 512
+"""Users ranked at once in validation."""
+PASS_TOKENS = {"cpu": 8_192, "cuda": 131_072}
+"""Tokens in one forward and backward pass: small enough for the caches of a CPU, large enough to fill a GPU."""
+
+
+def learning_rate(training: TrainingConfig, epochs_done: float) -> float:
+    """The learning rate after `epochs_done` epochs, fractions included."""
+    if epochs_done < training.warmup_epochs:
+        return training.lr * epochs_done / training.warmup_epochs
+    if training.scheduler == "constant":
+        return training.lr
+    share = (epochs_done - training.warmup_epochs) / max(training.num_epochs - training.warmup_epochs, 1e-9)
+    share = min(share, 1.0)
+    return training.lr * (1 - share if training.scheduler == "linear" else (1 + math.cos(math.pi * share)) / 2)
+
+
+def make_optimizers(model: nn.Module, training: TrainingConfig) -> list[torch.optim.Optimizer]:
+    """The configured optimiser, or optimisers, of all parameters of `model`."""
+    muon = [
+        p
+        for name, p in model.named_parameters()
+        if training.optimizer == "muon" and p.ndim == 2 and ("blocks." in name or "output_transform." in name)
+    ]
+    by_muon = {id(p) for p in muon}
+    matrices = [p for p in model.parameters() if p.ndim > 1 and id(p) not in by_muon]
+    vectors = [p for p in model.parameters() if p.ndim == 1]  # biases and norms are not decayed
+    kind = torch.optim.Adam if training.optimizer == "adam" else torch.optim.AdamW
+    groups = [{"params": matrices, "weight_decay": training.weight_decay}, {"params": vectors, "weight_decay": 0.0}]
+    optimizers: list[torch.optim.Optimizer] = [kind(groups, lr=training.lr, fused=True)]
+    if muon:
+        # Its steps are scaled to the size of AdamW's, so that one learning rate suits both (Liu et al. 2025).
+        decay, scaled = training.weight_decay, "match_rms_adamw"
+        muon_kind = Float32Muon if uses_float32(muon[0].device) else torch.optim.Muon
+        optimizers.append(muon_kind(muon, lr=training.lr, weight_decay=decay, adjust_lr_fn=scaled))
+    return optimizers
+
+
+def train_step(
+    model: nn.Module,
+    step: Step,
+    optimizers: list[torch.optim.Optimizer],
+    scaler: Any,  # noqa: ANN401 - torch.amp.GradScaler, which torch does not export
+    training: TrainingConfig,
+    world_size: int = 1,
+) -> Tensor:
+    """One optimiser step; [2] this worker's sum of the loss, and its number of targets.
+
+    The gradient is the mean over the targets of the whole step: each worker's loss is its sum over their number, times
+    the number of workers, over which DDP takes the mean.
+    """
+    is_distributed = isinstance(model, nn.parallel.DistributedDataParallel)
+    device = next(model.parameters()).device
+    dtype = {"32-true": None, "16-mixed": torch.float16, "bf16-mixed": torch.bfloat16}[training.precision]
+    sums = torch.zeros(2, dtype=torch.float64, device=device)
+    for optimizer in optimizers:
+        optimizer.zero_grad(set_to_none=True)
+    for index, batch in enumerate(step.batches):
+        is_last = index == len(step.batches) - 1
+        with model.no_sync() if is_distributed and not is_last else nullcontext():  # type: ignore[operator]
+            with torch.autocast(device.type, dtype=dtype) if dtype else nullcontext():
+                loss = model(batch)
+            scaler.scale(loss * (world_size / max(step.num_targets, 1))).backward()
+        sums += torch.stack([loss.detach(), (batch.labels > 0).sum()])
+    if training.gradient_clip_val is not None:
+        for optimizer in optimizers:
+            scaler.unscale_(optimizer)
+        nn.utils.clip_grad_norm_(model.parameters(), training.gradient_clip_val)
+    for optimizer in optimizers:
+        scaler.step(optimizer)
+    scaler.update()
+    return sums
+
+
+def train_epoch(
+    model: nn.Module,
+    windows: Windows,
+    config: Config,
+    num_items: int,
+    num_new_items: int,
+    epoch: int,
+    optimizers: list[torch.optim.Optimizer],
+    scaler: Any,  # noqa: ANN401
+    on_step: Callable[[int, int, float], None] = lambda step, num_steps, tokens_per_second: None,
+) -> dict[str, float]:
+    """Train on every user once.
+
+    Parameters
+    ----------
+    model : Module
+        A `BERT4Rec`, bare or wrapped in DDP.
+    epoch : int
+        From 0; with the config's seed it decides all that is drawn.
+    on_step : callable
+        Told, after each step, its number, how many the epoch has, and the epoch's rate so far.
+
+    Returns
+    -------
+    dict
+        epoch (from 1), train_loss (mean over all workers' targets), lr, tokens_per_second, seconds.
+
+    Raises
+    ------
+    InputError
+        If the loss is no finite number.
+    """
+    training, data = config.training, config.data
+    rank, world_size = _rank_and_world_size()
+    device = next(model.parameters()).device
+    torch.manual_seed(data.seed + 1_000_003 * (epoch + 1) + rank)  # dropout, the same in a resumed run
+    began = time.monotonic()
+    by_step: list[Tensor] = []  # [2] each: loss, targets
+    num_tokens = 0
+    model.train()
+    num_steps = math.ceil(len(windows) / data.batch_size)
+    max_tokens = PASS_TOKENS[device.type]
+    steps = iter_steps(
+        windows, data, config.model, num_items, epoch, rank, world_size, max_tokens, device, num_new_items
+    )
+    for index, step in enumerate(steps):
+        rate = learning_rate(training, epoch + (index + 0.5) / num_steps)
+        for group in (group for optimizer in optimizers for group in optimizer.param_groups):
+            group["lr"] = rate
+        by_step.append(train_step(model, step, optimizers, scaler, training, world_size))
+        num_tokens += step.num_tokens
+        on_step(index + 1, num_steps, num_tokens / (time.monotonic() - began))
+    sums = torch.stack(by_step)  # [steps, 2]; looked at only now, since every look waits for the device
+    _all_reduce(sums)
+    seconds = time.monotonic() - began
+    total = sums.sum(0)
+    loss = float(total[0] / total[1].clamp(min=1))
+    if not math.isfinite(loss):
+        bad = int((~torch.isfinite(sums[:, 0])).to(torch.uint8).argmax())  # the first
+        whole_steps = iter_steps(windows, data, config.model, num_items, epoch, 0, 1, max_tokens, device, num_new_items)
+        batches = next(itertools.islice(whole_steps, bad, None)).batches
+        batch = storage.fingerprint([[each.tokens.tolist(), each.labels.tolist()] for each in batches])
+        raise InputError(
+            f"training diverged: the loss of epoch {epoch + 1} is {loss} at learning rate "
+            f"{learning_rate(training, epoch + (bad + 0.5) / num_steps):g}, first in step {bad + 1} of {num_steps} "
+            f"(batch {batch}); earlier checkpoints are kept; try a smaller training.lr or training.gradient_clip_val=1"
+        )
+    return {
+        "epoch": epoch + 1,
+        "train_loss": loss,
+        "lr": rate,
+        "tokens_per_second": num_tokens / seconds,
+        "seconds": seconds,
+    }
+
+
+def validate(model: BERT4Rec, sequences: Windows, config: Config, before: Before | None = None) -> dict[str, float]:
+    """Metrics over all users; each worker ranks its share, and the counts of ranks are summed, which is exact."""
+    rank, world_size = _rank_and_world_size()
+    device = model.output_bias.device
+    histories, targets = held_out(sequences, config.data, "validation", before)
+    mine = torch.arange(rank, len(histories), world_size)
+    ranks = RankCounts.empty(model.num_items)
+    token_counts = torch.zeros(model.num_items + 1, dtype=torch.int64)
+    not_ranked = torch.zeros((), dtype=torch.int64)
+    model.eval()
+    for users in torch.split(mine, VALIDATION_USERS):
+        batch = histories.users(users).to(device)
+        exclusions = Exclusions.of(batch if config.evaluation.exclude_seen else None, device=device)
+        found = rank_of_target(score_next(model, batch), exclusions, targets[users].to(device), model.num_items)
+        not_ranked += (found < 1).sum().cpu()  # a score that is no number is above nothing, not even itself
+        ranks.add(found.clamp(min=1))
+        if model.metadata_shape:
+            read = Windows(batch.items, torch.maximum(batch.start, batch.end - model.config.max_len + 1), batch.end)
+            token_counts += torch.bincount(read.flat()[1].cpu(), minlength=len(token_counts))
+    _all_reduce(not_ranked)
+    if not_ranked:
+        raise InputError(
+            f"training diverged: {int(not_ranked)} validation scores are no numbers; "
+            "try a smaller training.lr or training.gradient_clip_val=1"
+        )
+    _all_reduce(ranks.counts)
+    _all_reduce(token_counts)
+    return ranks.metrics("val_") | _mean_gates(model, token_counts)
+
+
+@torch.inference_mode()
+def _mean_gates(model: BERT4Rec, token_counts: Tensor) -> dict[str, float]:
+    """val_gate/FEATURE: mean gate over the items that validation read, each as often as it was read."""
+    if not model.metadata_shape or model.config.metadata_fusion != "gate":
+        return {}
+    tokens = torch.nonzero(token_counts).flatten()
+    weights = token_counts[tokens].double() / token_counts.sum()
+    gates = model.items.gates(tokens.to(model.output_bias.device)).cpu().double()
+    return {f"val_gate/{name}": float(mean) for name, mean in zip(model.items.features, weights @ gates, strict=True)}
+
+
+def _rank_and_world_size() -> tuple[int, int]:
+    if not torch.distributed.is_initialized():
+        return 0, 1
+    return torch.distributed.get_rank(), torch.distributed.get_world_size()
+
+
+def _all_reduce(sums: Tensor) -> None:
+    """Sum over all workers, in place."""
+    if not torch.distributed.is_initialized():
+        return
+    is_nccl = torch.distributed.get_backend() == "nccl"
+    on_device = sums.to(torch.device("cuda")) if is_nccl else sums.cpu()
+    torch.distributed.all_reduce(on_device)
+    sums.copy_(on_device)

@@ -1,0 +1,469 @@
+"""Sweeps on Ray Tune: a trial calls `train`, Ray Tune places the trials, the sweep's own directory remembers them.
+
+    <storage_path>/<sweep>/identity.json     what the sweep searches, to continue no other
+    <storage_path>/<sweep>/trial-000/        the run of one trial (see `train.py`), and trial.json, what is known of it
+    <storage_path>/<sweep>/best_config.yaml, trials.csv, trials.parquet, plots.html, hparams/, refit/
+    <storage_path>/<sweep>/sweep.json        the result, written last
+
+Ray's own record of an experiment lies under ray_tune/ as long as it runs and is not read again: it knows neither the
+scheduler's comparisons nor the trials of its last seconds. A trial is on record here before it begins, and each of its
+epochs as soon as it is heard of, so that a sweep killed at any time goes on as if it had not been.
+"""
+
+import logging
+import os
+import sys
+import time
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from importlib.util import find_spec
+from types import SimpleNamespace
+from typing import Any
+
+import pyarrow as pa
+import ray
+from ray import tune as ray_tune
+from ray.exceptions import RayError
+from ray.train import TrainingFailedError
+from ray.tune.integration.ray_train import TuneReportCallback
+from ray.tune.schedulers import ASHAScheduler, TrialScheduler
+from ray.tune.search import Searcher
+
+from bert4rec import storage
+from bert4rec.cluster import resources
+from bert4rec.config import Config
+from bert4rec.data.dataset import Manifest, PreparedDataset
+from bert4rec.progress import duration
+from bert4rec.storage import InputError
+from bert4rec.training.train import (
+    TrainResult,
+    begin_directory,
+    checkpoint_name,
+    kept_metrics,
+    train,
+    what_shapes_the_result,
+    with_features,
+)
+from bert4rec.tune import outputs
+from bert4rec.tune.space import Space, Trial, score, with_values
+
+TRIAL = "trial.json"
+SWEEP = "sweep.json"
+SHOWN_BEST = 5
+SECONDS_BETWEEN_LINES = 10.0
+METRICS = ("epoch", "train_loss", "lr", "tokens_per_second", "seconds")
+"""What an epoch's report holds besides val_…; Ray Tune adds more."""
+
+
+@dataclass(frozen=True)
+class TuneResult:
+    """What a sweep left behind."""
+
+    sweep_path: str
+    trials: list[Trial]
+    """In the order in which they were begun."""
+    best: Trial
+    best_checkpoint: str
+    """Model directory."""
+    best_config: str
+    """File that `--config` takes."""
+    files: list[str]
+    """Tables, plots, TensorBoard's directory."""
+    epochs_spared: int
+    """That stopped trials would have gone on to, at most."""
+    refit: TrainResult | None
+    """Of the best settings on the full data (tune.refit)."""
+    seconds: float
+    """Wall time of this call."""
+
+
+def sweep_name(config: Config, manifest: Manifest) -> str:
+    """run.name, or a name that is the same for the same data, settings and search, and another for others."""
+    return config.run.name or f"{config.data_name}-tune-{storage.fingerprint(_identity(config, manifest))[:8]}"
+
+
+def tune(config: Config, dataset_path: str) -> TuneResult:
+    """Search to the end, going on where a sweep of the same name was left.
+
+    Raises
+    ------
+    InputError
+        If the space or the search cannot be used, the name belongs to a sweep of other settings or data, the cluster
+        lacks what was asked for, more than tune.max_failed_trials trials fail, or none gets as far as a validation.
+    """
+    began = time.monotonic()
+    if config.data.use_full_data:
+        raise InputError("data.use_full_data=true leaves nothing to judge trials by; tune.refit=true trains the best")
+    if config.tune.search == "tpe" and find_spec("optuna") is None:
+        raise InputError('tune.search=tpe needs Optuna: pip install -e ".[tune]"')
+    dataset = PreparedDataset(dataset_path)
+    resolved = with_features(config, dataset.manifest)
+    space = Space.of(resolved)
+    sweep_path = storage.join(storage.absolute(config.run.storage_path), sweep_name(resolved, dataset.manifest))
+    trials = _open_sweep(resolved, dataset.manifest, sweep_path)
+    sweep = _Sweep(space, trials, sweep_path)
+    sweep.check_failures()
+    if sweep.num_left:
+        with resources.releasing_abandoned():
+            _run_trials(sweep, dataset)
+        sweep.check_failures()
+    for trial in trials:
+        _complete_history(trial, sweep_path)
+    ranking = outputs.ranked(trials, config.monitor)
+    if not ranking:
+        raise InputError(f"{sweep_path}: no trial has been validated; the same command goes on from here")
+    best = ranking[0]
+    files = [
+        *outputs.write_table(space, trials, sweep_path),
+        outputs.write_plots(space, trials, sweep_path),
+        outputs.write_hparams(space, trials, sweep_path),
+    ]
+    found = best.best(config.monitor)
+    result = TuneResult(
+        sweep_path=sweep_path,
+        trials=trials,
+        best=best,
+        best_checkpoint=storage.join(sweep_path, best.name, checkpoint_name(found, config.monitor)),
+        best_config=outputs.write_best_config(config, best, sweep_path),
+        files=[file for file in files if file is not None],
+        epochs_spared=sum(space.num_epochs(t.values) - t.epochs for t in trials if t.status == "stopped"),
+        refit=_refit(config, best, sweep_path, dataset_path) if config.tune.refit else None,
+        seconds=time.monotonic() - began,
+    )
+    checkpoint = f"{best.name}/{os.path.basename(result.best_checkpoint)}"
+    summary = {"best_trial": best.number, "best_checkpoint": checkpoint, "best_metrics": found, "values": best.values}
+    storage.write_json(storage.join(sweep_path, SWEEP), summary)
+    return result
+
+
+def table(trials: Sequence[Trial], monitor: str) -> str:
+    """Trials, a line each."""
+    return "\n".join([_header(monitor), *(_row(trial, monitor) for trial in trials)])
+
+
+class _Sweep:
+    """The trials and what is decided about them; in the driver, where Ray Tune asks and tells it."""
+
+    def __init__(self, space: Space, trials: list[Trial], path: str) -> None:
+        self.space, self.trials, self.path = space, trials, path
+        self.config = space.config
+        self.monitor = space.config.monitor
+        self.waiting = [trial for trial in trials if trial.status in ("running", "crashed")]
+        self.is_exhausted = False
+        self._of: dict[str, Trial] = {}  # by Ray Tune's id, which a continued trial has a new one of
+        self._began = self._last_line = time.monotonic()
+        self._last_heard: dict[int, float] = {}
+        self._asha = self._scheduler()
+        for trial in trials:
+            _complete_history(trial, path)
+            known, trial.history = trial.history, []
+            for metrics in known:
+                trial.history.append(metrics)
+                self._is_stopped_at(trial)
+
+    @property
+    def num_left(self) -> int:
+        """Trials to run, those to go on with included."""
+        return len(self.waiting) + max(self.config.tune.num_trials - len(self.trials), 0)
+
+    def next_trial(self, ray_id: str) -> Trial | None:
+        """The trial to begin, or to go on with; None where nothing is left to try."""
+        if self.waiting:
+            trial = self.waiting.pop(0)
+            trial.status, trial.reason = "running", ""
+        else:
+            values = self.space.next_values(self.trials)
+            if values is None:
+                self.is_exhausted = True
+                return None
+            trial = Trial(len(self.trials), values)
+            self.trials.append(trial)
+        self._save(trial)
+        self._of[ray_id] = trial
+        self._last_heard[trial.number] = time.monotonic()
+        return trial
+
+    def hear(self, ray_id: str, result: dict[str, Any]) -> bool:
+        """Take in a trial's report; whether it is to be stopped."""
+        trial = self._of[ray_id]
+        if trial.status != "running":  # Ray Tune tells the last report again when a trial ends
+            return trial.status == "stopped"
+        if "outcome" in result:
+            for metrics in result["history"]:
+                trial.add(metrics)
+            self.end(ray_id, result["outcome"], result["reason"])
+            return False
+        if trial.add({key: value for key, value in result.items() if key in METRICS or key.startswith("val_")}):
+            if self._is_stopped_at(trial):
+                self.end(ray_id, "stopped")
+                return True
+            self._count_time(trial)
+            self._save(trial)
+        return False
+
+    def end(self, ray_id: str, status: Any, reason: str = "") -> None:  # noqa: ANN401
+        """Note how a trial ended."""
+        trial = self._of[ray_id]
+        trial.status, trial.reason = status, reason
+        self._count_time(trial)
+        self._save(trial)
+        self._say(_row(trial, self.monitor))
+
+    def is_over(self) -> bool:
+        """Whether no trial shall go on; called often, so that it also shows what is going on."""
+        minutes = self.config.tune.time_budget_minutes
+        if time.monotonic() - self._last_line > (0.5 if sys.stdout.isatty() else SECONDS_BETWEEN_LINES):
+            self._show_running()
+        return self._too_many_failed() or (minutes is not None and time.monotonic() - self._began > 60 * minutes)
+
+    def check_failures(self) -> None:
+        """Raise the first failure where there are too many."""
+        if self._too_many_failed():
+            failed = self._failed()
+            raise InputError(
+                f"{len(failed)} of {len(self.trials)} trials failed, more than tune.max_failed_trials="
+                f"{self.config.tune.max_failed_trials}; the first, {failed[0].name} ({_settings(failed[0])}): "
+                f"{failed[0].reason}"
+            )
+
+    def _failed(self) -> list[Trial]:
+        return [trial for trial in self.trials if trial.status in ("failed", "crashed") and trial not in self.waiting]
+
+    def _too_many_failed(self) -> bool:
+        return len(self._failed()) > self.config.tune.max_failed_trials
+
+    def _scheduler(self) -> ASHAScheduler | None:
+        tune = self.config.tune
+        if tune.scheduler == "none":
+            return None
+        return ASHAScheduler(
+            time_attr="epoch",
+            metric="score",
+            mode="max",
+            max_t=max(self.space.most_epochs, tune.grace_epochs),
+            grace_period=tune.grace_epochs,
+            reduction_factor=tune.reduction_factor,
+            stop_last_trials=False,
+        )
+
+    def _is_stopped_at(self, trial: Trial) -> bool:
+        """What ASHA says of the trial after its last epoch, by its best so far."""
+        if self._asha is None or trial.epochs >= self.space.num_epochs(trial.values):
+            return False
+        # ASHA is asked here, not by Ray Tune, so that a continued sweep can tell it what was, under lasting names.
+        named = SimpleNamespace(trial_id=trial.name)
+        best = score(trial.best(self.monitor)[self.monitor], self.monitor)
+        self._asha.on_trial_add(None, named)
+        decision = self._asha.on_trial_result(None, named, {"epoch": trial.epochs, "score": best})
+        return bool(decision == TrialScheduler.STOP)
+
+    def _count_time(self, trial: Trial) -> None:
+        now = time.monotonic()
+        trial.seconds += now - self._last_heard[trial.number]
+        self._last_heard[trial.number] = now
+
+    def _save(self, trial: Trial) -> None:
+        storage.write_json(storage.join(self.path, trial.name, TRIAL), asdict(trial))
+
+    def _show_running(self) -> None:
+        self._last_line = time.monotonic()
+        running = [trial for trial in self._of.values() if trial.status == "running"]
+        ended = sum(trial.status != "running" for trial in self.trials)
+        text = f"{ended} of {self.config.tune.num_trials} trials done"
+        for trial in running:
+            last = f" {trial.history[-1][self.monitor]:.4f}" if trial.history else ""
+            text += f"; {trial.number}: epoch {trial.epochs}{last}"
+        best = outputs.ranked(self.trials, self.monitor)
+        if best:
+            text += f"; best {best[0].best(self.monitor)[self.monitor]:.4f} (trial {best[0].number})"
+        text += f"; {duration(self._last_line - self._began)}"
+        if sys.stdout.isatty():
+            print(f"\r\x1b[2K{text}", end="")
+        else:
+            print(text)
+        sys.stdout.flush()
+
+    def _say(self, line: str) -> None:
+        print(f"\r\x1b[2K{line}" if sys.stdout.isatty() else line, flush=True)
+
+
+class _Search(Searcher):  # type: ignore[misc]
+    """Hands Ray Tune the sweep's trials."""
+
+    def __init__(self, sweep: _Sweep) -> None:
+        super().__init__()
+        self._sweep = sweep
+
+    def suggest(self, trial_id: str) -> dict[str, Any] | str:
+        trial = self._sweep.next_trial(trial_id)
+        return Searcher.FINISHED if trial is None else {"name": trial.name, "values": trial.values}
+
+    def on_trial_complete(self, trial_id: str, result: dict[str, Any] | None = None, error: bool = False) -> None:
+        """The sweep hears of it otherwise."""
+
+    def save(self, checkpoint_path: str) -> None:
+        """The sweep saves itself."""
+
+    def restore(self, checkpoint_path: str) -> None:
+        """Ray Tune restores nothing of ours."""
+
+
+class _Watch(ray_tune.Stopper, ray_tune.Callback):  # type: ignore[misc]
+    """Tells the sweep what Ray Tune hears, and Ray Tune what to stop."""
+
+    def __init__(self, sweep: _Sweep) -> None:
+        self._sweep = sweep
+
+    def __call__(self, trial_id: str, result: dict[str, Any]) -> bool:
+        return self._sweep.hear(trial_id, result)
+
+    def stop_all(self) -> bool:
+        return self._sweep.is_over()
+
+    def on_trial_error(self, iteration: int, trials: list[Any], trial: Any, **info: Any) -> None:  # noqa: ANN401
+        """Where not the training failed, but the process that began it."""
+        error = trial.get_pickled_error()
+        reason = resources.first_line(resources.root_cause(error)) if error else "its process died"
+        self._sweep.end(trial.trial_id, "crashed", reason)
+
+
+def _run_trials(sweep: _Sweep, dataset: PreparedDataset) -> None:
+    """Run what is left of the sweep, as many trials at once as fit."""
+    config = sweep.config
+    concurrent, cpus = _places(config, sweep.num_left)
+    ended = [trial for trial in sweep.trials if trial not in sweep.waiting]
+    begun = f"; {len(ended)} have ended, {len(sweep.waiting)} go on" if sweep.trials else ""
+    print(
+        f"{'continuing ' if sweep.trials else ''}sweep {sweep.path}: "
+        f"{sweep.num_left} trials to run, {concurrent} at once{begun}"
+    )
+    print(table(ended, sweep.monitor), flush=True)
+    config = config.model_copy(update={"training": config.training.model_copy(update={"cpus_per_worker": cpus})})
+    # Read once: the workers of each node find it in that node's shared memory.
+    is_small = 4 * dataset.manifest.num_interactions <= config.data.memory_mb * 2**20
+    shared = {
+        "config": config,
+        "sweep_path": sweep.path,
+        "dataset_path": dataset.path,
+        "sequences": ray.put(dataset.sequences()) if is_small else None,
+    }
+    experiment = storage.join(sweep.path, "ray_tune")
+    storage.remove(experiment)
+    # No files of Ray Tune's loggers, no table of its own, and Ctrl+C ends the sweep as it ends any job.
+    os.environ |= {f"TUNE_DISABLE_{name}": "1" for name in ("AUTO_CALLBACK_LOGGERS", "SIGINT_HANDLER")}
+    os.environ["RAY_AIR_NEW_OUTPUT"] = "0"
+    logging.getLogger("ray.tune").setLevel(logging.CRITICAL)  # why a trial failed is told here
+    watch = _Watch(sweep)
+    # The trial's own process holds no CPU core: its workers could wait for it for ever.
+    trainable = ray_tune.with_resources(ray_tune.with_parameters(_run_trial, shared=shared), {"memory": 1})
+    tuner = ray_tune.Tuner(
+        trainable,
+        tune_config=ray_tune.TuneConfig(
+            search_alg=_Search(sweep), num_samples=sweep.num_left, max_concurrent_trials=concurrent
+        ),
+        run_config=ray_tune.RunConfig(
+            name="ray_tune",
+            storage_path=sweep.path,
+            stop=watch,
+            callbacks=[watch],
+            verbose=0,
+            failure_config=ray_tune.FailureConfig(max_failures=config.training.max_failures),
+        ),
+    )
+    tuner.fit()
+    storage.remove(experiment)
+    if sys.stdout.isatty():
+        print()
+    if sweep.is_exhausted:
+        print(f"note: tune.space has no more valid combinations than these {len(sweep.trials)}")
+
+
+def _run_trial(trial: dict[str, Any], shared: dict[str, Any]) -> None:
+    """What Ray Tune runs in a process of its own: one training, and how it ended as the last report."""
+    config = with_values(shared["config"], trial["values"])
+    run = config.run.model_copy(update={"name": trial["name"], "storage_path": shared["sweep_path"]})
+    outcome: dict[str, Any] = {"outcome": "finished", "reason": "", "history": []}
+    try:
+        result = train(
+            config.model_copy(update={"run": run}),
+            shared["dataset_path"],
+            callbacks=[TuneReportCallback()],
+            sequences=shared["sequences"],
+        )
+        outcome["history"] = result.history
+    except InputError as error:
+        outcome |= {"outcome": "failed", "reason": str(error)}
+    except (RayError, TrainingFailedError, OSError, pa.ArrowException) as error:
+        outcome |= {"outcome": "crashed", "reason": resources.first_line(resources.root_cause(error))}
+    ray_tune.report(outcome)
+
+
+def _places(config: Config, num_left: int) -> tuple[int, int]:
+    """How many trials run at once, and how many CPU cores a worker of each has.
+
+    Raises
+    ------
+    InputError
+        If tune.max_concurrent_trials do not fit on this machine.
+    """
+    training = config.training
+    fitting = max(resources.most_at_once(training) // training.num_workers, 1)
+    wanted = config.tune.max_concurrent_trials
+    if wanted is not None and wanted > fitting and not os.environ.get("RAY_ADDRESS"):
+        raise InputError(
+            f"tune.max_concurrent_trials={wanted} of training.num_workers={training.num_workers} workers do not fit "
+            f"on this machine, which has room for {fitting} of them at once"
+        )
+    concurrent = min(wanted or fitting, num_left)
+    all_workers = training.model_copy(update={"num_workers": min(concurrent, fitting) * training.num_workers})
+    return concurrent, resources.for_training(all_workers)[1]
+
+
+def _identity(config: Config, manifest: Manifest) -> dict[str, Any]:
+    """What must be the same for a sweep to be continued."""
+    names = {"space", "search", "scheduler", "include_config", "grace_epochs", "reduction_factor"}
+    search = {f"tune.{name}": value for name, value in config.tune.model_dump(include=names).items()}
+    return {"dataset": manifest.fingerprint, **what_shapes_the_result(config), **search}
+
+
+def _open_sweep(config: Config, manifest: Manifest, sweep_path: str) -> list[Trial]:
+    """The trials of the sweep, if it was begun; refuses one of other settings or data, marks a new one."""
+    if begin_directory(sweep_path, config, _identity(config, manifest)):
+        return []
+    trials: list[Trial] = []
+    while storage.exists(file := storage.join(sweep_path, Trial(len(trials), {}).name, TRIAL)):
+        trials.append(Trial(**storage.read_json(file)))
+    return trials
+
+
+def _complete_history(trial: Trial, sweep_path: str) -> None:
+    """Take in the epochs that the run kept, but the sweep was ended before it heard of."""
+    if trial.status != "finished":
+        for metrics in kept_metrics(storage.join(sweep_path, trial.name)):
+            trial.add(metrics)
+
+
+def _refit(config: Config, best: Trial, sweep_path: str, dataset_path: str) -> TrainResult:
+    """Train the best settings on everything, for as many epochs as were best."""
+    epochs = int(best.best(config.monitor)["epoch"])
+    print(f"training the best settings on the full data for {epochs} epochs")
+    values = {**best.values, "data.use_full_data": True, "training.num_epochs": epochs}
+    values |= {"run.name": "refit", "run.storage_path": sweep_path}
+    with resources.releasing_abandoned():  # the last trial may have been stopped only now
+        return train(with_values(config, values), dataset_path)
+
+
+def _header(monitor: str) -> str:
+    return f"{'trial':>5}  {'status':<8}  {'epochs':>6}  {monitor:>11}  {'at epoch':>8}  {'time':>7}  settings"
+
+
+def _row(trial: Trial, monitor: str) -> str:
+    best = trial.best(monitor) if trial.history else None
+    value, epoch = (f"{best[monitor]:.4f}", int(best["epoch"])) if best else ("", "")
+    line = f"{trial.number:>5}  {trial.status:<8}  {trial.epochs:>6}  {value:>11}  {epoch:>8}  "
+    line += f"{duration(trial.seconds):>7}  {_settings(trial)}"
+    return f"{line}\n{'':>7}{trial.reason}" if trial.reason else line
+
+
+def _settings(trial: Trial) -> str:
+    return " ".join(f"{key.partition('.')[2]}={value}" for key, value in trial.values.items())

@@ -1,0 +1,78 @@
+"""Small prepared datasets, written straight to the on-disk contract, for tests that do not need `prepare`."""
+
+from pathlib import Path
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+from bert4rec import storage
+from bert4rec.data.dataset import InputFile, Manifest
+
+
+def write_dataset(
+    path: Path,
+    histories: dict[int, list[int]],
+    num_items: int,
+    years: list[int | None] | None = None,
+    last_years: list[int | None] | None = None,
+    catalogue: str = "test",
+    genres: list[list[int]] | None = None,
+    before: dict[str, list[int]] | None = None,
+) -> str:
+    """Histories of tokens by user id; items have ids 100+token and titles "film TOKEN"; cut-offs at 1000, 1001, …"""
+    (path / "sequences").mkdir(parents=True)
+    users = sorted(histories)
+    sequences = pa.table(
+        {
+            "user": pa.array(users, pa.int64()),
+            "items": pa.array([histories[user] for user in users], pa.list_(pa.int32())),
+            "last_year": pa.array(last_years or [None] * len(users), pa.int16()),
+            **{f"before_{name}": pa.array(counts, pa.int32()) for name, counts in (before or {}).items()},
+        }
+    )
+    pq.write_table(sequences, path / "sequences" / "part-00000.parquet")
+    tokens = np.arange(1, num_items + 1)
+    counts = np.bincount(np.concatenate([histories[user] for user in users]), minlength=num_items + 1)[1:]
+    none = [[]] * num_items
+    items = pa.table(
+        {
+            "index": pa.array(tokens, pa.int32()),
+            "item": pa.array(tokens + 100, pa.int64()),
+            "count": pa.array(counts, pa.int64()),
+            "year": pa.array(years or [None] * num_items, pa.int16()),
+            "title": pa.array([f"film {token}" for token in tokens]),
+            "genres": pa.array(genres or none, pa.list_(pa.int32())),
+            "director": pa.array([None] * num_items, pa.int32()),
+            "writers": pa.array(none, pa.list_(pa.int32())),
+        }
+    )
+    pq.write_table(items, path / "items.parquet")
+    files = {str(file.relative_to(path)): file.stat().st_size for file in path.rglob("*.parquet")}
+    manifest = Manifest(
+        num_users=len(users),
+        num_items=num_items,
+        num_interactions=int(counts.sum()),
+        num_duplicates=0,
+        cutoffs={name: 1000 + place for place, name in enumerate(before or {})},
+        has_time=last_years is not None,
+        catalogue=catalogue,
+        genres=[f"genre {value}" for value in sorted({value for values in genres or none for value in values})],
+        directors=[],
+        writers=[],
+        notes=[],
+        inputs=[InputFile(name="train_ratings.csv", size=1, sha256=storage.fingerprint([histories, catalogue]))],
+        files=files,
+        sha256={name: storage.sha256(str(path / name)) for name in files},
+    )
+    storage.commit(str(path), manifest.model_dump())
+    return str(path)
+
+
+def random_histories(num_users: int, num_items: int, seed: int = 0, longest: int = 12) -> dict[int, list[int]]:
+    """Histories of 1..longest items, each user's without repeats."""
+    rng = np.random.default_rng(seed)
+    return {
+        user: (rng.permutation(num_items)[: rng.integers(1, longest + 1)] + 1).tolist()
+        for user in range(1, num_users + 1)
+    }

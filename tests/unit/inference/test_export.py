@@ -1,0 +1,127 @@
+import csv
+import warnings
+
+import pytest
+import torch
+
+from bert4rec.config import ModelConfig
+from bert4rec.data.dataset import PreparedDataset
+from bert4rec.inference.export import ScoringFunction, export_program, write_catalogue, write_onnx, write_torch
+from bert4rec.inference.ranking import Exclusions, score_next, top_k
+from bert4rec.model.batches import last_items
+from bert4rec.model.item_vectors import Metadata
+from bert4rec.model.network import BERT4Rec
+from bert4rec.storage import InputError
+from tests.helpers.datasets import write_dataset
+from tests.unit.model.test_batches import windows_of
+from tests.unit.model.test_item_vectors import metadata
+from tests.unit.model.test_network import NUM_ITEMS, make_model
+
+pytestmark = pytest.mark.unit
+
+HISTORIES = [[3], [5, 9, 4, 1], [*range(1, 12)], [*range(1, 31)], [30, 30, 2]]
+"""Below, at and above the model's max_len of 12 with its [MASK]."""
+
+
+def padded(histories, width):
+    return torch.tensor([[0] * (width - len(history)) + history for history in histories])
+
+
+def model_with(**settings):
+    """A model of 6 items, with metadata, of which the last is new and unknown."""
+    torch.manual_seed(1)
+    config = ModelConfig(**{"hidden_units": 8, "num_heads": 2, "max_len": 6, "num_layers": 2, **settings})
+    data = metadata() if settings.get("metadata_fusion") else Metadata.none()
+    model = BERT4Rec(config, 6, "c", data, num_new_items=1).eval()
+    for parameter in model.parameters():
+        parameter.data.add_(torch.randn_like(parameter))
+    return model
+
+
+MODELS = {
+    "tied": lambda: make_model(),
+    "rotary": lambda: make_model(position_encoding="rotary"),
+    "own output, one layer": lambda: model_with(share_embeddings=False, num_layers=1),
+    "gate, fused output": lambda: model_with(metadata_fusion="gate", output_features="fused"),
+    "concat": lambda: model_with(metadata_fusion="concat"),
+}
+
+
+def run_onnx(path, history):
+    onnxruntime = pytest.importorskip("onnxruntime")
+    session = onnxruntime.InferenceSession(path, providers=["CPUExecutionProvider"])
+    return [torch.from_numpy(output) for output in session.run(None, {"history": history.numpy()})]
+
+
+@pytest.mark.parametrize("name", MODELS)
+def test_programs_score_as_the_model_does(name, tmp_path):
+    model = MODELS[name]()
+    program = export_program(ScoringFunction(model))
+    loaded = torch.export.load(write_torch(program, str(tmp_path))).module()
+    pytest.importorskip("onnxscript")
+    path = write_onnx(program, str(tmp_path))
+    histories = [[(token - 1) % model.num_items + 1 for token in history] for history in HISTORIES]
+    for chosen in (histories, histories[:1], histories[3:4], histories[1:3]):  # other numbers of users, other lengths
+        expected = score_next(model, windows_of(chosen))(0, model.num_items)
+        for width in (max(map(len, chosen)), 40):
+            history = padded(chosen, width)
+            torch.testing.assert_close(loaded(history), expected, rtol=1e-4, atol=1e-5)
+            torch.testing.assert_close(run_onnx(path, history)[0], expected, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("exclude_seen", [True, False])
+def test_top_k_programs_give_what_the_batch_job_gives(exclude_seen, tmp_path, capfd):
+    """And the exporters' own chatter stays off the terminal."""
+    model = make_model()
+    pytest.importorskip("onnxscript")
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        program = export_program(ScoringFunction(model, 5, exclude_seen))
+        path = write_onnx(program, str(tmp_path))
+    assert not caught
+    assert capfd.readouterr() == ("", "")
+    windows = windows_of(HISTORIES)
+    exclusions = Exclusions.of(windows if exclude_seen else None)
+    values, items = top_k(score_next(model, windows), exclusions, len(HISTORIES), NUM_ITEMS, 5)
+    there = torch.isfinite(values)
+    assert int(there.sum()) == (20 if exclude_seen else 25)  # one user has seen everything
+    for scores, tokens in (program.module()(padded(HISTORIES, 30)), run_onnx(path, padded(HISTORIES, 30))):
+        torch.testing.assert_close(scores, values, rtol=1e-4, atol=1e-5)
+        assert torch.equal(tokens[there], items[there] + 1)
+
+
+def test_the_weights_are_the_models_and_the_input_its_own():
+    """Half a history is padding, as the model's own batches have it."""
+    model = make_model()
+    function = ScoringFunction(model).eval()
+    windows = windows_of(HISTORIES)
+    own = last_items(windows, model.config.max_len - 1)
+    with torch.no_grad():
+        torch.testing.assert_close(function(own), function(padded(HISTORIES, 30)), rtol=1e-5, atol=1e-6)
+        model.output_transform.weight.mul_(2)
+        assert not torch.allclose(function(own), ScoringFunction(make_model()).eval()(own), atol=1e-3)
+
+
+def test_the_discount_is_the_batch_jobs():
+    model = make_model()
+    model.item_counts += torch.arange(NUM_ITEMS)
+    expected = score_next(model, windows_of(HISTORIES), 0.3)(0, NUM_ITEMS)
+    function = ScoringFunction(model, popularity_discount=0.3).eval()
+    torch.testing.assert_close(function(padded(HISTORIES, 30)), expected, rtol=1e-4, atol=1e-5)
+
+
+def test_tokens_of_items_are_written(tmp_path):
+    path = write_dataset(tmp_path / "d", {1: [1, 2, 2]}, 3, years=[1999, None, 2001])
+    with open(write_catalogue(PreparedDataset(path).items(), str(tmp_path)), newline="") as file:
+        assert list(csv.reader(file)) == [
+            ["token", "item", "title", "year"],
+            ["1", "101", "film 1", "1999"],
+            ["2", "102", "film 2", ""],
+            ["3", "103", "film 3", "2001"],
+        ]
+
+
+def test_without_the_extra_onnx_is_one_message(tmp_path, monkeypatch):
+    monkeypatch.setattr("bert4rec.inference.export.ONNX_PACKAGES", ("onnx", "no_such_package"))
+    with pytest.raises(InputError, match=r"onnx needs no_such_package; pip install 'bert4rec-ray\[export\]'"):
+        write_onnx(export_program(ScoringFunction(make_model())), str(tmp_path))
