@@ -16,15 +16,15 @@ import pandas as pd
 import torch
 
 from benchmarks.common import machine
-from bert4rec.cli import start_ray
+from bert4rec.cluster.resources import start_ray
 from bert4rec.config import Config, load_config
 from bert4rec.data.dataset import PreparedDataset
 from bert4rec.data.movielens import ensure_ml_100k
 from bert4rec.data.prepare import prepare
+from bert4rec.data.windows import Windows
 from bert4rec.embedding.embed import embed_titles, read_texts
 from bert4rec.evaluation.evaluate import evaluate
 from bert4rec.inference.ranking import score_next
-from bert4rec.model.batches import Windows
 from bert4rec.model.network import BERT4Rec
 from bert4rec.training.train import train
 

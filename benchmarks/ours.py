@@ -8,8 +8,9 @@ import torch
 
 from benchmarks.common import Histories, Meter, Workload, report
 from bert4rec.config import DataConfig, ModelConfig, TrainingConfig
+from bert4rec.data.windows import Windows, training_windows
 from bert4rec.inference.ranking import Exclusions, score_next, top_k
-from bert4rec.model.batches import Windows, iter_steps, training_windows
+from bert4rec.model.batches import iter_steps
 from bert4rec.model.layers import product
 from bert4rec.model.network import BERT4Rec
 from bert4rec.training.loop import PASS_TOKENS, make_optimizers, train_step

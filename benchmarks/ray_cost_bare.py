@@ -6,7 +6,7 @@ import torch
 
 from bert4rec.config import load_config
 from bert4rec.data.dataset import PreparedDataset
-from bert4rec.model.batches import Windows, training_windows
+from bert4rec.data.windows import Windows, training_windows
 from bert4rec.model.network import BERT4Rec
 from bert4rec.training.loop import make_optimizers, train_epoch, validate
 

@@ -17,9 +17,9 @@ if TYPE_CHECKING:
     from bert4rec.api import train as train
     from bert4rec.config import Config as Config
     from bert4rec.config import load_config as load_config
+    from bert4rec.errors import InputError as InputError
     from bert4rec.inference.recommender import load as load
     from bert4rec.model.network import BERT4Rec as BERT4Rec
-    from bert4rec.storage import InputError as InputError
 
 _HOME = {
     **dict.fromkeys(("prepare", "embed", "train", "evaluate", "recommend"), "api"),
@@ -28,7 +28,7 @@ _HOME = {
         "load_config": "config",
         "BERT4Rec": "model.network",
         "load": "inference.recommender",
-        "InputError": "storage",
+        "InputError": "errors",
     },
 }
 __all__ = [

@@ -3,7 +3,7 @@
 Each joins the cluster of RAY_ADDRESS, or starts Ray on this machine, unless Ray is there already.
 """
 
-from bert4rec.cli import checkpoint_and_output, start_ray
+from bert4rec.cluster.resources import start_ray
 from bert4rec.config import Config
 from bert4rec.data.movielens import fetch_if_default
 from bert4rec.data.prepare import prepare as _prepare
@@ -12,6 +12,7 @@ from bert4rec.evaluation.evaluate import Evaluation
 from bert4rec.evaluation.evaluate import evaluate as _evaluate
 from bert4rec.inference.recommend import RecommendResult
 from bert4rec.inference.recommend import recommend as _recommend
+from bert4rec.runs import checkpoint_and_output
 from bert4rec.training.train import TrainResult
 from bert4rec.training.train import train as _train
 

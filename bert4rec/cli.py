@@ -5,7 +5,6 @@ import atexit
 import csv
 import gc
 import io
-import logging
 import os
 import shutil
 import sys
@@ -19,14 +18,13 @@ os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")  # a warning th
 os.environ.setdefault("RAY_DEDUP_LOGS_SKIP_REGEX", "worker processes have been started")  # so sweeps are meant
 
 import pyarrow as pa
-import pyarrow.fs as pafs
-import ray
 from ray.exceptions import RayError
 
-from bert4rec import config_docs, storage
-from bert4rec.cluster.resources import check_shared, first_line, root_cause
+from bert4rec import config_docs
+from bert4rec.cluster.errors import first_line, root_cause
+from bert4rec.cluster.resources import check_shared, start_ray
 from bert4rec.config import Config, load_config
-from bert4rec.storage import RUN, InputError
+from bert4rec.errors import InputError
 
 atexit.register(gc.freeze)  # else Python looks at each of a million objects once more before a job ends, for a second
 
@@ -68,56 +66,6 @@ def _expected_errors() -> tuple[type[BaseException], ...]:
     return RayError, TrainingFailedError, OSError, pa.ArrowException, csv.Error
 
 
-def newest_run(storage_path: str) -> str:
-    """The directory of the run that finished last.
-
-    Raises
-    ------
-    InputError
-        If there is none.
-    """
-    root = storage.absolute(storage_path)
-    filesystem, inner = storage.open_store(root)
-    found = filesystem.get_file_info(pafs.FileSelector(inner, allow_not_found=True))
-    runs = [info.base_name for info in found if info.type == pafs.FileType.Directory]
-    finished = [(filesystem.get_file_info(f"{inner}/{run}/{RUN}"), run) for run in runs]
-    times = [(info.mtime_ns, run) for info, run in finished if info.type == pafs.FileType.File]
-    if not times:
-        raise InputError(f"{root}: no trained run; run `python -m jobs.train` first, or set inference.checkpoint_path")
-    return storage.join(root, max(times)[1])
-
-
-def checkpoint_and_output(config: Config, checkpoint: str | None = None) -> tuple[str, str]:
-    """The model directory to score with (`checkpoint` where given), and where recommendations go.
-
-    Raises
-    ------
-    InputError
-        If the run named, or any, has not been trained to its end.
-    """
-    checkpoint = checkpoint or config.inference.checkpoint_path
-    if checkpoint is None:
-        root = storage.absolute(config.run.storage_path)
-        run = storage.join(root, config.run.name) if config.run.name else newest_run(root)
-        if not storage.exists(storage.join(run, RUN)):
-            raise InputError(f"{run}: no finished training ({RUN} is missing); run `python -m jobs.train` first")
-        checkpoint = storage.inside(run, str(storage.read_json(storage.join(run, RUN))["best_checkpoint"]))
-    checkpoint = storage.absolute(checkpoint)
-    output = config.inference.output_path or storage.join(os.path.dirname(checkpoint.rstrip("/")), "recommendations")
-    return checkpoint, storage.absolute(output)
-
-
-def table_of_metrics(rows: dict[str, dict[str, float]]) -> str:
-    """Metrics side by side, a column for each of `rows`."""
-    names = list(next(iter(rows.values())))
-    first = max(10, *(len(name) for name in names))
-    lines = [" " * first + "".join(f"  {system:>11}" for system in rows)]
-    for name in names:
-        cells = (f"  {metrics[name]:>{max(11, len(system))}.4f}" for system, metrics in rows.items())
-        lines.append(f"{name:<{first}}" + "".join(cells))
-    return "\n".join(lines)
-
-
 def _parser(description: str) -> argparse.ArgumentParser:
     width = min(shutil.get_terminal_size().columns, 120)
     keys = [
@@ -143,24 +91,6 @@ def _load(path: str | None, overrides: list[str]) -> Config:
         )
         path = str(DEFAULT_CONFIG)
     return load_config(path, overrides)
-
-
-def start_ray(verbose: bool = False) -> None:
-    """Join the cluster of RAY_ADDRESS (as in a submitted job), else start Ray on this machine."""
-    level = logging.INFO if verbose else logging.ERROR
-    address = os.environ.get("RAY_ADDRESS") or "local"
-    print("starting Ray" if address == "local" else f"joining Ray at {address}")
-    dashboard = {}
-    if address == "local":  # processes that would only take time from the work
-        dashboard = {"include_dashboard": False}
-        os.environ.setdefault("RAY_TRAIN_ENABLE_PREEMPTION_WATCHER", "0")  # nobody takes this machine's nodes away
-        os.environ.setdefault("RAY_worker_niceness", "0")  # with Ray's 15 its other processes interrupt the work's
-    try:
-        ray.init(address=address, log_to_driver=verbose, logging_level=level, **dashboard)
-    except ConnectionError as error:
-        raise InputError(f"RAY_ADDRESS={address}: no Ray cluster answers there ({error})") from None
-    logging.getLogger("ray.data").setLevel(level)
-    logging.getLogger("ray.train").setLevel(level)
 
 
 def _keep_native_messages_off_the_terminal() -> None:

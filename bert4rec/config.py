@@ -9,7 +9,7 @@ import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
 
 from bert4rec import storage
-from bert4rec.storage import InputError
+from bert4rec.errors import InputError
 
 
 class _Group(BaseModel):

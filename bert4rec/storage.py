@@ -12,16 +12,11 @@ from typing import Any
 import pyarrow as pa
 import pyarrow.fs as pafs
 
+from bert4rec.errors import InputError
+
 MANIFEST = "manifest.json"
-RUN = "run.json"  # of a training, written last
-RUN_CONFIG = "config.yaml"
-RUN_IDENTITY = "identity.json"
 _CHECKSUM = "checksum"
 _BLOCK_BYTES = 8 << 20
-
-
-class InputError(Exception):
-    """The user's input cannot be used: one message of what, where, how many, and what is expected."""
 
 
 def absolute(path: str) -> str:

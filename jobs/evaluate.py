@@ -4,11 +4,11 @@ import os
 from dataclasses import asdict
 
 from bert4rec import storage
-from bert4rec.cli import checkpoint_and_output, run_job, table_of_metrics
+from bert4rec.cli import run_job
 from bert4rec.config import Config
 from bert4rec.evaluation.evaluate import MODEL, RECOMMENDED, Evaluation, evaluate
+from bert4rec.runs import EVALUATION, checkpoint_and_output
 
-EVALUATION = "evaluation.json"
 RANKED = {
     "all": "all items ranked without the user's seen ones",
     "all-with-seen": "all items ranked with the user's seen ones",
@@ -64,3 +64,14 @@ def _table_of_groups(groups: dict[str, dict[str, dict[str, float]]]) -> str:
 
 if __name__ == "__main__":
     run_job("Rank each user's held-out item by the model and by baselines.", evaluate_model)
+
+
+def table_of_metrics(rows: dict[str, dict[str, float]]) -> str:
+    """Metrics side by side, a column for each of `rows`."""
+    names = list(next(iter(rows.values())))
+    first = max(10, *(len(name) for name in names))
+    lines = [" " * first + "".join(f"  {system:>11}" for system in rows)]
+    for name in names:
+        cells = (f"  {metrics[name]:>{max(11, len(system))}.4f}" for system, metrics in rows.items())
+        lines.append(f"{name:<{first}}" + "".join(cells))
+    return "\n".join(lines)

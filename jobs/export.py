@@ -3,8 +3,9 @@
 import os
 
 from bert4rec import storage
-from bert4rec.cli import checkpoint_and_output, run_job
+from bert4rec.cli import run_job
 from bert4rec.config import Config
+from bert4rec.errors import InputError
 from bert4rec.inference.export import (
     ScoringFunction,
     check_onnx,
@@ -14,7 +15,7 @@ from bert4rec.inference.export import (
     write_torch,
 )
 from bert4rec.inference.recommender import load
-from bert4rec.storage import InputError
+from bert4rec.runs import checkpoint_and_output
 
 WRITERS = {"torch": write_torch, "onnx": write_onnx}
 

@@ -4,7 +4,7 @@ import argparse
 import sys
 
 from bert4rec.data import movielens
-from bert4rec.storage import InputError
+from bert4rec.errors import InputError
 
 
 def main() -> int:

@@ -1,6 +1,6 @@
 """Top-k for every user, or for a few: `python -m jobs.recommend [--config FILE] [group.key=value ...]`."""
 
-from bert4rec.cli import checkpoint_and_output, run_job
+from bert4rec.cli import run_job
 from bert4rec.config import Config
 from bert4rec.data.dataset import PreparedDataset, Sequences
 from bert4rec.inference.few_users import choose_users, users_of_dataset, users_of_file
@@ -8,6 +8,7 @@ from bert4rec.inference.ranking import load_for
 from bert4rec.inference.recommend import CSV, PARQUET, RecommendResult, check_request, recommend, write_few
 from bert4rec.inference.recommender import Ranked, Recommender, device_for
 from bert4rec.progress import duration
+from bert4rec.runs import checkpoint_and_output
 
 SHOWN_NEW_USERS, SHOWN_HISTORY = 10, 5
 

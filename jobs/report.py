@@ -9,14 +9,13 @@ import pyarrow as pa
 import pyarrow.fs as pafs
 
 from bert4rec import storage
-from bert4rec.cli import newest_run
-from bert4rec.cluster.resources import first_line
+from bert4rec.cluster.errors import first_line
 from bert4rec.config import Config, load_config
 from bert4rec.data.dataset import PreparedDataset
+from bert4rec.errors import InputError
 from bert4rec.inference.recommend import PARQUET
-from bert4rec.report.page import REPORT, Recommendations, render
-from bert4rec.storage import RUN, RUN_CONFIG, RUN_IDENTITY, InputError
-from jobs.evaluate import EVALUATION
+from bert4rec.report.page import Recommendations, render
+from bert4rec.runs import EVALUATION, REPORT, RUN, RUN_CONFIG, RUN_IDENTITY, newest_run
 
 
 def report_run(

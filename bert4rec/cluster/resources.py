@@ -1,5 +1,6 @@
 """What a job takes of the cluster."""
 
+import logging
 import os
 import threading
 import uuid
@@ -17,7 +18,7 @@ from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
 from bert4rec import storage
 from bert4rec.config import Config, TrainingConfig
-from bert4rec.storage import InputError
+from bert4rec.errors import InputError
 
 
 def for_training(training: TrainingConfig) -> tuple[bool, int]:
@@ -87,19 +88,6 @@ def _release_abandoned() -> None:
         is_abandoned = group.creator_job_id.hex() == job and is_actors and group.creator_actor_dead
         if is_abandoned and group.state != PlacementGroupTableData.REMOVED:
             remove_placement_group(PlacementGroup(PlacementGroupID(group.placement_group_id)))
-
-
-def root_cause(error: BaseException) -> BaseException:
-    """What a worker raised, out of Ray's layers around it."""
-    failures = getattr(error, "worker_failures", None)
-    inner = next(iter(failures.values())) if failures else getattr(error, "cause", None) or error.__cause__
-    return root_cause(inner) if isinstance(inner, BaseException) and inner is not error else error
-
-
-def first_line(error: BaseException) -> str:
-    """An error as one line."""
-    lines = [line for line in str(error).strip().splitlines() if line.strip()]
-    return f"{type(error).__name__}: {lines[-1 if isinstance(error, RayError) else 0]}" if lines else repr(error)
 
 
 def for_scoring(config: Config) -> tuple[bool, int]:
@@ -187,3 +175,21 @@ def _cannot_start(wanted: str) -> None:
     if not os.environ.get("RAY_ADDRESS"):
         raise InputError(f"{wanted} do not fit on this machine, which has {present}")
     print(f"note: {wanted} do not fit on the cluster's nodes ({present}); waiting for it to grow")
+
+
+def start_ray(verbose: bool = False) -> None:
+    """Join the cluster of RAY_ADDRESS (as in a submitted job), else start Ray on this machine."""
+    level = logging.INFO if verbose else logging.ERROR
+    address = os.environ.get("RAY_ADDRESS") or "local"
+    print("starting Ray" if address == "local" else f"joining Ray at {address}")
+    dashboard = {}
+    if address == "local":  # processes that would only take time from the work
+        dashboard = {"include_dashboard": False}
+        os.environ.setdefault("RAY_TRAIN_ENABLE_PREEMPTION_WATCHER", "0")  # nobody takes this machine's nodes away
+        os.environ.setdefault("RAY_worker_niceness", "0")  # with Ray's 15 its other processes interrupt the work's
+    try:
+        ray.init(address=address, log_to_driver=verbose, logging_level=level, **dashboard)
+    except ConnectionError as error:
+        raise InputError(f"RAY_ADDRESS={address}: no Ray cluster answers there ({error})") from None
+    logging.getLogger("ray.data").setLevel(level)
+    logging.getLogger("ray.train").setLevel(level)

@@ -24,7 +24,7 @@ import pyarrow.parquet as pq
 from pydantic import BaseModel, ConfigDict, ValidationError
 
 from bert4rec import storage
-from bert4rec.storage import InputError
+from bert4rec.errors import InputError
 
 PADDING = 0
 ITEMS = "items.parquet"

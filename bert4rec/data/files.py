@@ -15,7 +15,7 @@ import pyarrow.fs as pafs
 
 from bert4rec import storage
 from bert4rec.data.dataset import InputFile
-from bert4rec.storage import InputError
+from bert4rec.errors import InputError
 
 METADATA = {"years": "year", "titles": "title", "genres": "genre", "directors": "director", "writers": "writer"}
 """Column of each optional file NAME.tsv, beside its column `item`."""
@@ -119,14 +119,6 @@ def _list(directory: str) -> list[str]:
         raise InputError(f"{directory}: no such directory; expected one with the input files (data.data_dir)")
     infos = filesystem.get_file_info(pafs.FileSelector(inner))
     return sorted(info.base_name for info in infos if info.is_file and not info.base_name.startswith("."))
-
-
-def are_ints(ids: pa.Array) -> bool:
-    """Whether each id comes back the same from int64, as 7 does, and 007, +7 and 2**63 do not."""
-    try:
-        return bool(pc.all(pc.equal(ids.cast(pa.int64()).cast(pa.string()), ids)).as_py() is not False)
-    except pa.ArrowInvalid:
-        return False
 
 
 def unquote(fields: pa.Array) -> pa.Array:

@@ -21,8 +21,9 @@ import pyarrow.parquet as pq
 
 from bert4rec import storage
 from bert4rec.data.dataset import InputFile
-from bert4rec.data.files import READ_BYTES, are_ints, hash_file, is_compressed, read_header, readable, require_columns
-from bert4rec.storage import InputError
+from bert4rec.data.files import READ_BYTES, hash_file, is_compressed, read_header, readable, require_columns
+from bert4rec.data.ids import are_ints
+from bert4rec.errors import InputError
 
 SAMPLE_EVERY = 4096
 """Rows for each user id that is sampled to balance the shuffle."""

@@ -7,7 +7,8 @@ import pyarrow.csv as pacsv
 
 from bert4rec import storage
 from bert4rec.data.files import METADATA, read_header, readable, unquote
-from bert4rec.storage import InputError
+from bert4rec.data.ids import ascending
+from bert4rec.errors import InputError
 
 
 def read_metadata(data_dir: str, name: str, column: str) -> pa.Table:
@@ -105,11 +106,6 @@ def _lists(row: np.ndarray, value: np.ndarray, num_rows: int) -> pa.Array:
     ends = np.cumsum(np.bincount(row, minlength=num_rows))
     ordered = value[np.argsort(row, kind="stable")].astype(np.int32)
     return pa.ListArray.from_arrays(pa.array(np.append(0, ends), pa.int32()), pa.array(ordered))
-
-
-def ascending(values: pa.Array) -> pa.Array:
-    """Integers by number, strings by their bytes."""
-    return values.take(pc.sort_indices(values))
 
 
 def _parse_years(path: str, content: bytes, years: pa.Array) -> pa.Array:

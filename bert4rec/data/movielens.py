@@ -25,7 +25,7 @@ import pyarrow as pa
 import pyarrow.csv as pacsv
 
 from bert4rec.config import DataConfig
-from bert4rec.storage import InputError
+from bert4rec.errors import InputError
 
 FILES = ("train_ratings.csv", "titles.tsv", "genres.tsv", "years.tsv")
 URL = "https://files.grouplens.org/datasets/movielens/{}.zip"

@@ -27,10 +27,11 @@ from bert4rec import storage
 from bert4rec.config import DataConfig
 from bert4rec.data import files, interactions
 from bert4rec.data.dataset import InputFile, Manifest, PreparedDataset
+from bert4rec.data.ids import ascending
 from bert4rec.data.interactions import Chunk, ChunkSummary
-from bert4rec.data.metadata import ascending, item_table, new_items, read_metadata
+from bert4rec.data.metadata import item_table, new_items, read_metadata
+from bert4rec.errors import InputError
 from bert4rec.progress import track
-from bert4rec.storage import InputError
 
 CHUNK_BYTES = 32 << 20
 """Smallest chunk of a file; chunks, and ranges of users, grow with the square root of very large inputs."""

@@ -10,8 +10,9 @@ import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
 from bert4rec import storage
-from bert4rec.data.files import are_ints, read_header, readable, unquote
-from bert4rec.storage import InputError
+from bert4rec.data.files import read_header, readable, unquote
+from bert4rec.data.ids import as_ids
+from bert4rec.errors import InputError
 
 _NUMBER = r"^[-+]?(\d+\.?\d*|\.\d+)([eE][-+]?\d+)?$"
 
@@ -68,11 +69,6 @@ def write_tsv(path: str, ids: pa.Array, embeddings: pa.ListArray) -> None:
         pc.if_else(pc.starts_with(spelled, '"'), quoted, spelled), pc.binary_join(numbers, " "), "\t"
     )
     storage.write_bytes(path, "\n".join(["item\ttitle", *lines.to_pylist(), ""]).encode())
-
-
-def as_ids(spelled: pa.Array) -> pa.Array:
-    """int64 where every id is the usual spelling of one, as 7 is and 007 is not; else the strings themselves."""
-    return spelled.cast(pa.int64()) if are_ints(spelled) else spelled
 
 
 def to_lists(vectors: np.ndarray) -> pa.ListArray:

@@ -20,11 +20,12 @@ from bert4rec.cluster.users import map_parts
 from bert4rec.config import Config, EmbeddingConfig
 from bert4rec.data.dataset import Part
 from bert4rec.data.files import find_metadata, readable
+from bert4rec.data.ids import as_ids
 from bert4rec.data.metadata import read_metadata
-from bert4rec.data.vectors import as_ids, to_lists, write_table, write_tsv
+from bert4rec.data.vectors import to_lists, write_table, write_tsv
 from bert4rec.embedding.encoders import Encode, find_model, fit_tfidf_svd, identify, load_encoder, weight_bytes
+from bert4rec.errors import InputError
 from bert4rec.progress import Progress, Reporter
-from bert4rec.storage import InputError
 
 _MODEL = b"bert4rec.model.network"
 _ACTOR_BYTES = 2**30  # of an encoder's actor beside its weights: Python, torch and the states of a batch

@@ -16,7 +16,7 @@ import torch
 
 from bert4rec import storage
 from bert4rec.config import EmbeddingConfig
-from bert4rec.storage import InputError
+from bert4rec.errors import InputError
 
 BERT_MEAN_TOKENS = 128
 """Longest text of bert-mean, in tokens."""

@@ -13,8 +13,8 @@ import torch
 from torch import Tensor
 
 from bert4rec.config import DataConfig
+from bert4rec.data.windows import Before, Windows, training_windows, windows_before
 from bert4rec.inference.ranking import Scorer
-from bert4rec.model.batches import Before, Windows, training_windows, windows_before
 
 NUM_NEIGHBOURS = 100
 """Of each item in item-knn."""

@@ -16,14 +16,14 @@ from bert4rec.cluster.resources import for_scoring
 from bert4rec.cluster.users import map_parts
 from bert4rec.config import Config, Protocol
 from bert4rec.data.dataset import Part, PreparedDataset
+from bert4rec.data.windows import Windows, held_out, held_out_users, training_windows
+from bert4rec.errors import InputError
 from bert4rec.evaluation import baselines, metrics
 from bert4rec.evaluation.metrics import RankCounts
 from bert4rec.evaluation.negatives import NUM_NEGATIVES, draw_negatives
 from bert4rec.inference.ranking import Exclusions, Scorer, load_for, rank_among, rank_of_target, score_next, top_k
-from bert4rec.model.batches import Windows, held_out, held_out_users, training_windows
 from bert4rec.model.network import BERT4Rec
 from bert4rec.progress import Progress, Reporter
-from bert4rec.storage import InputError
 
 MODEL = "BERT4Rec"
 RECOMMENDED = 10

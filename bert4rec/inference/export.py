@@ -20,8 +20,8 @@ from torch import Tensor, nn
 
 from bert4rec import storage
 from bert4rec.data.dataset import PADDING, ItemTable
+from bert4rec.errors import InputError
 from bert4rec.model.network import BERT4Rec
-from bert4rec.storage import InputError
 
 TORCH = "model.pt2"
 ONNX = "model.onnx"

@@ -13,9 +13,9 @@ import pyarrow.parquet as pq
 from bert4rec import storage
 from bert4rec.data.dataset import ItemTable, PreparedDataset, Sequences
 from bert4rec.data.files import find_interactions
+from bert4rec.data.ids import find_ids, some_of
 from bert4rec.data.interactions import check_chunk, explain, read_chunk, scan_interactions, year_of
-from bert4rec.inference.recommender import find_ids, some_of
-from bert4rec.storage import InputError
+from bert4rec.errors import InputError
 
 _CHUNK_BYTES = 32 << 20
 

@@ -13,10 +13,11 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from bert4rec.data.dataset import ItemTable, PreparedDataset, Sequences
-from bert4rec.model.batches import Windows, append_mask, by_length, pack
+from bert4rec.data.windows import Windows
+from bert4rec.errors import InputError
+from bert4rec.model.batches import append_mask, by_length, pack
 from bert4rec.model.layers import product
 from bert4rec.model.network import BERT4Rec
-from bert4rec.storage import InputError
 
 Scorer = Callable[[int, int], Tensor]
 """scores(low, high) -> [B, high-low] of items low..high-1, counted from 0 (item i is token i+1).

@@ -19,11 +19,11 @@ from bert4rec.cluster.resources import for_scoring
 from bert4rec.cluster.users import map_parts
 from bert4rec.config import Config, InferenceConfig
 from bert4rec.data.dataset import Part, PreparedDataset
+from bert4rec.errors import InputError
 from bert4rec.inference.ranking import load_for
 from bert4rec.inference.recommender import Ranked, Recommender
 from bert4rec.model.network import WEIGHTS, BERT4Rec
 from bert4rec.progress import Progress, Reporter
-from bert4rec.storage import InputError
 
 UNFINISHED = "_unfinished"
 IDENTITY = "identity.json"

@@ -17,10 +17,11 @@ import torch
 from bert4rec import storage
 from bert4rec.config import InferenceConfig
 from bert4rec.data.dataset import ITEMS, ItemTable, Sequences, read_items
+from bert4rec.data.ids import find_ids, some_of
+from bert4rec.data.windows import Windows
+from bert4rec.errors import InputError
 from bert4rec.inference.ranking import Exclusions, score_next, score_similar, top_k
-from bert4rec.model.batches import Windows
 from bert4rec.model.network import BERT4Rec
-from bert4rec.storage import InputError
 
 ItemId = int | str
 
@@ -184,17 +185,6 @@ def load(checkpoint: str, device: str = "cpu") -> Recommender:
     if len(items.ids) != model.num_items:
         raise InputError(f"{path}: has {len(items.ids):,} items, the model {model.num_items:,}; the copy is damaged")
     return Recommender(model, items)
-
-
-def find_ids(spelled: pa.Array, ids: pa.Array) -> np.ndarray:
-    """[S] int64 places of ids, as strings, among `ids`; -1 where there is none."""
-    index: np.ndarray = pc.index_in(spelled, ids.cast(pa.string())).fill_null(-1).to_numpy().astype(np.int64)
-    return index
-
-
-def some_of(ids: pa.Array | np.ndarray) -> str:
-    """A few ids, to show how they are spelled."""
-    return ", ".join(repr(value) for value in ids[:3].tolist())
 
 
 def device_for(accelerator: str) -> str:

@@ -18,10 +18,11 @@ from torch import Tensor, nn
 from bert4rec import storage
 from bert4rec.config import DataConfig, ModelConfig
 from bert4rec.data.dataset import PADDING
+from bert4rec.errors import InputError
 from bert4rec.model.batches import Batch, Group
 from bert4rec.model.item_vectors import ItemVectors, Metadata
-from bert4rec.model.layers import Dropout, Linear, Loss, full_size, linear_cross_entropy
-from bert4rec.storage import InputError
+from bert4rec.model.layers import Dropout, Linear, full_size
+from bert4rec.model.losses import Loss, linear_cross_entropy
 
 WEIGHTS = "model.safetensors"
 CONFIG = "config.json"

@@ -24,8 +24,8 @@ from bert4rec import storage
 from bert4rec.config import Config
 from bert4rec.config_docs import all_keys
 from bert4rec.data.dataset import ItemTable, PreparedDataset, Ragged
+from bert4rec.runs import REPORT
 
-REPORT = "report.html"
 SHOWN_USERS = 24
 SHOWN_HISTORY = 100
 """Last items of a sample user's history."""

@@ -13,11 +13,12 @@ from torch import Tensor, nn
 
 from bert4rec import storage
 from bert4rec.config import Config, TrainingConfig
+from bert4rec.data.windows import Before, Windows, held_out
+from bert4rec.errors import InputError
 from bert4rec.evaluation.metrics import RankCounts
 from bert4rec.inference.ranking import Exclusions, rank_of_target, score_next
-from bert4rec.model.batches import Before, Step, Windows, held_out, iter_steps
+from bert4rec.model.batches import Step, iter_steps
 from bert4rec.model.network import BERT4Rec
-from bert4rec.storage import InputError
 from bert4rec.training.muon import Float32Muon, uses_float32
 
 VALIDATION_USERS = 512

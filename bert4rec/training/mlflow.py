@@ -12,7 +12,7 @@ from typing import Any
 
 from bert4rec import storage
 from bert4rec.config import Config
-from bert4rec.storage import InputError
+from bert4rec.errors import InputError
 
 RUN_ID = "mlflow.json"
 

@@ -6,7 +6,6 @@ last.
 """
 
 import hashlib
-import json
 import os
 import tempfile
 import time
@@ -21,7 +20,6 @@ import ray
 import ray.train
 import torch
 import torch.distributed
-import yaml
 from ray.train import Checkpoint, CheckpointConfig, FailureConfig, ScalingConfig, UserCallback
 from ray.train.torch import TorchConfig, TorchTrainer, prepare_model
 
@@ -29,14 +27,15 @@ from bert4rec import storage
 from bert4rec.cluster import resources
 from bert4rec.config import Config, EvaluationConfig
 from bert4rec.data.dataset import ITEMS, Manifest, PreparedDataset, Sequences
+from bert4rec.data.ids import find_ids, some_of
 from bert4rec.data.vectors import read_vectors
-from bert4rec.inference.recommender import find_ids, some_of
-from bert4rec.model.batches import Windows, held_out_users, item_counts, training_windows
+from bert4rec.data.windows import Windows, held_out_users, item_counts, training_windows
+from bert4rec.errors import InputError
 from bert4rec.model.item_vectors import Metadata
-from bert4rec.model.layers import make_loss
+from bert4rec.model.losses import make_loss
 from bert4rec.model.network import BERT4Rec
 from bert4rec.progress import Progress, Reporter
-from bert4rec.storage import RUN, RUN_CONFIG, RUN_IDENTITY, InputError
+from bert4rec.runs import RUN, begin_directory
 from bert4rec.training.card import CARD, model_card
 from bert4rec.training.loop import make_optimizers, train_epoch, validate
 from bert4rec.training.mlflow import MLflowLog
@@ -212,17 +211,6 @@ def checkpoint_name(metrics: dict[str, float], monitor: str) -> str:
     return f"bert4rec-{int(metrics['epoch']):02d}-{metrics[monitor]:.4f}"
 
 
-def kept_metrics(run_path: str) -> list[dict[str, float]]:
-    """Metrics of the epochs whose checkpoints a run, finished or not, has kept: the best and the last."""
-    snapshot = storage.join(run_path, "checkpoint_manager_snapshot.json")  # Ray Train's own record, what it resumes by
-    if not storage.exists(snapshot):
-        return []
-    kept = [{**result["metrics"]} for result in storage.read_json(snapshot)["checkpoint_results"]]
-    for metrics in kept:
-        metrics.pop("improvement", None)
-    return kept
-
-
 def what_shapes_the_result(config: Config) -> dict[str, Any]:
     """The settings that change the trained model, by key; where the data lie and the hardware do not."""
     keys = config.model_dump(
@@ -253,36 +241,6 @@ def _open_run(config: Config, manifest: Manifest, run_path: str) -> TrainResult 
     finished = storage.read_json(storage.join(run_path, RUN)) | {"run_path": run_path}
     paths = {key: storage.inside(run_path, finished[key]) for key in ("best_checkpoint", "last_checkpoint")}
     return TrainResult(**finished | paths)
-
-
-def begin_directory(path: str, config: Config, identity: dict[str, Any]) -> bool:
-    """Mark the directory of a run or sweep with its settings; whether it is a new one.
-
-    Raises
-    ------
-    InputError
-        If it belongs to one of another identity, or cannot be written.
-    """
-    identity_path = storage.join(path, RUN_IDENTITY)
-    wanted = json.loads(json.dumps(identity))
-    if not storage.exists(identity_path):
-        storage.check_writable(path)
-        settings = yaml.safe_dump(config.model_dump(mode="json"), sort_keys=False)
-        storage.write_bytes(storage.join(path, RUN_CONFIG), settings.encode())
-        storage.write_json(identity_path, wanted)
-        return True
-    found = storage.read_json(identity_path)
-    differing = [
-        f"{key} was {found.get(key)}, is {wanted.get(key)}"
-        for key in sorted(found | wanted)
-        if found.get(key) != wanted.get(key)
-    ]
-    if differing:
-        raise InputError(
-            f"{path}: this run was begun with other settings ({'; '.join(differing)}); "
-            "choose another run.name, or delete the directory"
-        )
-    return False
 
 
 def _train_worker(loop: dict[str, Any]) -> list[dict[str, float]] | str:

@@ -6,9 +6,10 @@ import torch
 from bert4rec import storage
 from bert4rec.config import Config
 from bert4rec.data.dataset import ITEMS, Manifest
-from bert4rec.inference.recommender import find_ids, load, some_of
+from bert4rec.data.ids import find_ids, some_of
+from bert4rec.errors import InputError
+from bert4rec.inference.recommender import load
 from bert4rec.model.network import CONFIG, BERT4Rec
-from bert4rec.storage import InputError
 
 _MAY_DIFFER = {"dropout_rate", "random_mask_prob", "last_item_mask_ratio", "metadata_dropout"}
 """What is of the training alone: all else in `model.` is the network, and the same."""

@@ -8,7 +8,7 @@ import numpy as np
 from pydantic import ValidationError
 
 from bert4rec.config import Config, nearest_key, parse_value
-from bert4rec.storage import InputError
+from bert4rec.errors import InputError
 
 if TYPE_CHECKING:
     import optuna

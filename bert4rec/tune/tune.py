@@ -30,20 +30,13 @@ from ray.tune.schedulers import ASHAScheduler, TrialScheduler
 from ray.tune.search import Searcher
 
 from bert4rec import storage
-from bert4rec.cluster import resources
+from bert4rec.cluster import errors, resources
 from bert4rec.config import Config
 from bert4rec.data.dataset import Manifest, PreparedDataset
+from bert4rec.errors import InputError
 from bert4rec.progress import duration
-from bert4rec.storage import InputError
-from bert4rec.training.train import (
-    TrainResult,
-    begin_directory,
-    checkpoint_name,
-    kept_metrics,
-    train,
-    what_shapes_the_result,
-    with_features,
-)
+from bert4rec.runs import begin_directory, kept_metrics
+from bert4rec.training.train import TrainResult, checkpoint_name, train, what_shapes_the_result, with_features
 from bert4rec.tune import outputs
 from bert4rec.tune.space import Space, Trial, score, with_values
 
@@ -323,7 +316,7 @@ class _Watch(ray_tune.Stopper, ray_tune.Callback):  # type: ignore[misc]
     def on_trial_error(self, iteration: int, trials: list[Any], trial: Any, **info: Any) -> None:  # noqa: ANN401
         """Where not the training failed, but the process that began it."""
         error = trial.get_pickled_error()
-        reason = resources.first_line(resources.root_cause(error)) if error else "its process died"
+        reason = errors.first_line(errors.root_cause(error)) if error else "its process died"
         self._sweep.end(trial.trial_id, "crashed", reason)
 
 
@@ -394,7 +387,7 @@ def _run_trial(trial: dict[str, Any], shared: dict[str, Any]) -> None:
     except InputError as error:
         outcome |= {"outcome": "failed", "reason": str(error)}
     except (RayError, TrainingFailedError, OSError, pa.ArrowException) as error:
-        outcome |= {"outcome": "crashed", "reason": resources.first_line(resources.root_cause(error))}
+        outcome |= {"outcome": "crashed", "reason": errors.first_line(errors.root_cause(error))}
     ray_tune.report(outcome)
 
 

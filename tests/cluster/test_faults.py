@@ -21,13 +21,13 @@ from ray.exceptions import RayError
 from ray.train import TrainingFailedError
 
 from bert4rec import storage
-from bert4rec.cluster.resources import first_line, root_cause
+from bert4rec.cluster.errors import first_line, root_cause
 from bert4rec.config import DataConfig, load_config
 from bert4rec.data.dataset import PreparedDataset
 from bert4rec.data.prepare import prepare
+from bert4rec.errors import InputError
 from bert4rec.inference.recommend import recommend
 from bert4rec.model.network import BERT4Rec
-from bert4rec.storage import InputError
 from bert4rec.training.train import checkpoint_name, train
 from tests.helpers.datasets import random_histories, write_dataset
 from tests.helpers.processes import REPEATS, KillOnce, random_delay, wait_for
@@ -269,7 +269,7 @@ def die(*arguments):
 
 prepare.RANGE_ROWS, prepare._SHARD_ROWS = 300, 1
 {patch}
-from bert4rec.cli import start_ray
+from bert4rec.cluster.resources import start_ray
 start_ray()
 prepare.prepare(load_config(None, ["data.data_dir=" + sys.argv[1]]).data, sys.argv[2])
 """

@@ -3,7 +3,7 @@ from pathlib import Path
 import pytest
 
 from bert4rec.config import Config, load_config
-from bert4rec.storage import InputError
+from bert4rec.errors import InputError
 
 pytestmark = pytest.mark.unit
 

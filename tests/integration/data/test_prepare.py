@@ -14,7 +14,7 @@ import pytest
 from bert4rec.config import DataConfig
 from bert4rec.data.dataset import PreparedDataset
 from bert4rec.data.prepare import prepare
-from bert4rec.storage import InputError
+from bert4rec.errors import InputError
 from tests.twins.reference import k_core, prepared_with_pandas
 
 prepare_module = sys.modules[prepare.__module__]

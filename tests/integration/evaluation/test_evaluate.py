@@ -7,8 +7,8 @@ import torch
 
 from bert4rec.config import Protocol, load_config
 from bert4rec.data.dataset import PreparedDataset
+from bert4rec.errors import InputError
 from bert4rec.evaluation.evaluate import evaluate
-from bert4rec.storage import InputError
 from bert4rec.training.train import train
 from tests.helpers.datasets import random_histories, write_dataset
 from tests.twins import reference

@@ -9,11 +9,11 @@ import torch
 from bert4rec import storage
 from bert4rec.config import load_config
 from bert4rec.data.dataset import PreparedDataset
+from bert4rec.errors import InputError
 from bert4rec.evaluation.evaluate import evaluate
 from bert4rec.inference.recommend import _publish as publish
 from bert4rec.inference.recommend import check_request, recommend
 from bert4rec.model.network import BERT4Rec
-from bert4rec.storage import InputError
 from tests.helpers.datasets import random_histories, write_dataset
 from tests.twins import reference
 from tests.unit.model.test_network import NUM_ITEMS, make_model

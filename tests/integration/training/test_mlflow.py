@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 
 from bert4rec.config import load_config
-from bert4rec.storage import InputError
+from bert4rec.errors import InputError
 from bert4rec.training.train import train
 from tests.helpers.datasets import random_histories, write_dataset
 from tests.integration.training.test_train import SMALL

@@ -10,8 +10,8 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 from bert4rec import storage
 from bert4rec.config import load_config
 from bert4rec.data.dataset import PreparedDataset
+from bert4rec.errors import InputError
 from bert4rec.model.network import BERT4Rec
-from bert4rec.storage import InputError
 from bert4rec.training.loop import learning_rate
 from bert4rec.training.train import train, what_shapes_the_result
 from tests.helpers.datasets import random_histories, write_dataset

@@ -12,8 +12,8 @@ import pytest
 import yaml
 
 from bert4rec.config import load_config
+from bert4rec.errors import InputError
 from bert4rec.model.network import BERT4Rec
-from bert4rec.storage import InputError
 from bert4rec.training.train import train
 from bert4rec.tune.tune import tune
 from tests.helpers.datasets import random_histories, write_dataset

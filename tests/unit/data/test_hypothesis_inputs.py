@@ -26,7 +26,7 @@ from bert4rec.config import DataConfig
 from bert4rec.data import interactions
 from bert4rec.data.dataset import PreparedDataset
 from bert4rec.data.files import METADATA
-from bert4rec.storage import InputError
+from bert4rec.errors import InputError
 from tests.integration.data.test_prepare import items_of, prepare_module, users_of
 from tests.twins import slow_prepare
 from tests.twins.slow_prepare import UnusableError

@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 
 from bert4rec.data import movielens
-from bert4rec.storage import InputError
+from bert4rec.errors import InputError
 from jobs import movielens as job
 
 pytestmark = pytest.mark.unit

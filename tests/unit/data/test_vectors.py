@@ -5,8 +5,9 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from bert4rec.data.vectors import as_ids, read_vectors, write_table, write_tsv
-from bert4rec.storage import InputError
+from bert4rec.data.ids import as_ids
+from bert4rec.data.vectors import read_vectors, write_table, write_tsv
+from bert4rec.errors import InputError
 
 pytestmark = pytest.mark.unit
 

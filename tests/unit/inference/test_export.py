@@ -6,12 +6,12 @@ import torch
 
 from bert4rec.config import ModelConfig
 from bert4rec.data.dataset import PreparedDataset
+from bert4rec.errors import InputError
 from bert4rec.inference.export import ScoringFunction, export_program, write_catalogue, write_onnx, write_torch
 from bert4rec.inference.ranking import Exclusions, score_next, top_k
 from bert4rec.model.batches import last_items
 from bert4rec.model.item_vectors import Metadata
 from bert4rec.model.network import BERT4Rec
-from bert4rec.storage import InputError
 from tests.helpers.datasets import write_dataset
 from tests.unit.model.test_batches import windows_of
 from tests.unit.model.test_item_vectors import metadata

@@ -6,6 +6,7 @@ import pytest
 import torch
 
 from bert4rec.data.dataset import ItemTable, Sequences
+from bert4rec.errors import InputError
 from bert4rec.evaluation.metrics import RankCounts, hit_rate, mrr, ndcg
 from bert4rec.inference.ranking import (
     Exclusions,
@@ -16,7 +17,6 @@ from bert4rec.inference.ranking import (
     score_next,
     top_k,
 )
-from bert4rec.storage import InputError
 from tests.helpers.datasets import random_histories
 from tests.twins import reference
 from tests.unit.model.test_batches import windows_of

@@ -9,9 +9,9 @@ import torch
 
 from bert4rec.config import load_config
 from bert4rec.data.dataset import PreparedDataset
+from bert4rec.errors import InputError
 from bert4rec.inference.few_users import choose_users, users_of_dataset, users_of_file
 from bert4rec.inference.recommender import Recommender, load
-from bert4rec.storage import InputError
 from tests.helpers.datasets import random_histories, write_dataset
 from tests.twins import reference
 from tests.unit.model.test_network import NUM_ITEMS, make_model

@@ -5,8 +5,8 @@ import pytest
 import torch
 
 from bert4rec.config import DataConfig, ModelConfig
+from bert4rec.data.windows import Windows
 from bert4rec.model import batches, layers
-from bert4rec.model.batches import Windows
 from tests.helpers.datasets import random_histories
 from tests.twins import reference
 
@@ -54,33 +54,33 @@ def test_windows_flat_and_to_keep_the_histories():
 
 def test_item_counts_by_hand():
     windows = windows_of([[1, 2, 2], [5, 1]])
-    assert batches.item_counts(windows.users(torch.arange(2).repeat(70_000)), 5).tolist() == [
+    assert windows.item_counts(windows.users(torch.arange(2).repeat(70_000)), 5).tolist() == [
         140_000,
         140_000,
         0,
         0,
         70_000,
     ]
-    assert batches.item_counts(windows.without_last(1), 5).tolist() == [1, 1, 0, 0, 1]
+    assert windows.item_counts(windows.without_last(1), 5).tolist() == [1, 1, 0, 0, 1]
 
 
 def test_splits_by_hand():
     windows = windows_of([[1, 2, 3, 4], [5, 6], [7, 8, 9]])
     one = DataConfig(min_interactions=3, holdout=1)
-    assert batches.last_items(batches.training_windows(windows, one), 9).tolist() == [[1, 2, 3], [0, 7, 8]]
-    history, target = batches.held_out(windows, one, "validation")
+    assert batches.last_items(windows.training_windows(windows, one), 9).tolist() == [[1, 2, 3], [0, 7, 8]]
+    history, target = windows.held_out(windows, one, "validation")
     assert batches.last_items(history, 9).tolist() == [[1, 2, 3], [0, 7, 8]]
     assert target.tolist() == [4, 9]
 
     two = DataConfig(min_interactions=3, holdout=2)
-    assert batches.last_items(batches.training_windows(windows, two), 9).tolist() == [[1, 2], [0, 7]]
-    history, target = batches.held_out(windows, two, "validation")
+    assert batches.last_items(windows.training_windows(windows, two), 9).tolist() == [[1, 2], [0, 7]]
+    history, target = windows.held_out(windows, two, "validation")
     assert (batches.last_items(history, 9).tolist(), target.tolist()) == ([[1, 2], [0, 7]], [3, 8])
-    history, target = batches.held_out(windows, two, "test")
+    history, target = windows.held_out(windows, two, "test")
     assert (batches.last_items(history, 9).tolist(), target.tolist()) == ([[1, 2, 3], [0, 7, 8]], [4, 9])
 
     full = DataConfig(min_interactions=1, use_full_data=True)
-    assert batches.training_windows(windows, full).lengths.tolist() == [4, 2, 3]
+    assert windows.training_windows(windows, full).lengths.tolist() == [4, 2, 3]
 
 
 def test_temporal_splits_by_hand():
@@ -89,16 +89,16 @@ def test_temporal_splits_by_hand():
     windows = windows_of([[1, 2, 3, 4], [5, 6, 7, 8], [9, 10, 11], [12, 13, 14], [15, 16]])
     before = {"validation": np.array([2, 1, 2, 2, 2]), "test": np.array([3, 3, 2, 3, 2])}
     data = DataConfig(split="temporal", min_interactions=2, holdout=2)
-    assert batches.training_windows(windows, data, before).flat()[1].tolist() == [1, 2, 9, 10, 12, 13, 15, 16]
-    history, target = batches.held_out(windows, data, "validation", before)
+    assert windows.training_windows(windows, data, before).flat()[1].tolist() == [1, 2, 9, 10, 12, 13, 15, 16]
+    history, target = windows.held_out(windows, data, "validation", before)
     assert (batches.last_items(history, 9).tolist(), target.tolist()) == ([[1, 2], [12, 13]], [3, 14])
-    history, target = batches.held_out(windows, data, "test", before)
+    history, target = windows.held_out(windows, data, "test", before)
     assert batches.last_items(history, 9).tolist() == [[1, 2, 3], [5, 6, 7], [0, 9, 10]]
     assert target.tolist() == [4, 8, 11]
-    assert batches.held_out_users(windows, data, "test", before).tolist() == [0, 1, 2]
+    assert windows.held_out_users(windows, data, "test", before).tolist() == [0, 1, 2]
 
     full = DataConfig(split="temporal", min_interactions=3, use_full_data=True)
-    assert batches.training_windows(windows, full, before).lengths.tolist() == [4, 4, 3, 3]
+    assert windows.training_windows(windows, full, before).lengths.tolist() == [4, 4, 3, 3]
 
 
 def test_masking_frequencies():

@@ -164,7 +164,7 @@ def test_an_item_without_interactions_keeps_a_zero_embedding_and_can_be_scored()
 
 def test_config_of_new_items():
     from bert4rec.config import load_config
-    from bert4rec.storage import InputError
+    from bert4rec.errors import InputError
 
     with pytest.raises(InputError, match=r"include_new_items=true needs model\.output_features=fused"):
         load_config(None, ["data.include_new_items=true"])

@@ -6,16 +6,8 @@ import torch.nn.functional as F
 
 from bert4rec.config import TrainingConfig
 from bert4rec.model import layers
-from bert4rec.model.layers import (
-    Dropout,
-    Linear,
-    gbce,
-    linear_cross_entropy,
-    make_loss,
-    product,
-    product_over_rows,
-    sampled_softmax,
-)
+from bert4rec.model.layers import Dropout, Linear, product, product_over_rows
+from bert4rec.model.losses import gbce, linear_cross_entropy, make_loss, sampled_softmax
 
 pytestmark = pytest.mark.unit
 

@@ -3,9 +3,9 @@ import torch
 
 from bert4rec import storage
 from bert4rec.config import DataConfig, ModelConfig
+from bert4rec.errors import InputError
 from bert4rec.model import batches, layers
 from bert4rec.model.network import BERT4Rec
-from bert4rec.storage import InputError
 from tests.helpers.datasets import random_histories
 from tests.twins import reference
 from tests.unit.model.test_batches import rows_of, windows_of

@@ -7,8 +7,8 @@ import yaml
 from bert4rec import storage
 from bert4rec.config import load_config
 from bert4rec.data.dataset import PreparedDataset
+from bert4rec.errors import InputError
 from bert4rec.evaluation.evaluate import Evaluation
-from bert4rec.storage import InputError
 from jobs.report import report_run
 from tests.helpers.datasets import write_dataset
 from tests.unit.report.test_page import HISTORIES, RUN, evaluation_of, write_recommendations

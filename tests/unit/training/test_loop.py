@@ -5,9 +5,10 @@ import torch
 
 from bert4rec import storage
 from bert4rec.config import load_config
-from bert4rec.model.batches import iter_steps, training_windows
+from bert4rec.data.windows import training_windows
+from bert4rec.errors import InputError
+from bert4rec.model.batches import iter_steps
 from bert4rec.model.network import BERT4Rec
-from bert4rec.storage import InputError
 from bert4rec.training.loop import learning_rate, make_optimizers, train_epoch
 from tests.helpers.datasets import random_histories
 from tests.unit.model.test_batches import windows_of

@@ -8,7 +8,7 @@ import pytest
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from bert4rec.config import load_config
-from bert4rec.storage import InputError
+from bert4rec.errors import InputError
 from bert4rec.tune import outputs
 from bert4rec.tune.space import DEFAULT_SPACE, Space, Trial, with_values
 from bert4rec.tune.tune import _Sweep, table

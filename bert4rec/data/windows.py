@@ -1,0 +1,125 @@
+"""Parts of users' histories as ranges of one flat array, and which part each split holds out.
+
+Shapes: N users, T interactions in all, V items.
+"""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Self
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from bert4rec.config import DataConfig
+from bert4rec.data.dataset import Sequences
+
+
+@dataclass(frozen=True)
+class Windows:
+    """A part of each user's history, as ranges of one flat array: user n has items[start[n]:end[n]]."""
+
+    items: Tensor
+    """[T] int32."""
+    start: Tensor
+    """[N] int64."""
+    end: Tensor
+    """[N] int64."""
+
+    @classmethod
+    def from_sequences(cls, sequences: Sequences, device: torch.device | str = "cpu") -> Self:
+        """Whole histories."""
+        offsets = torch.from_numpy(sequences.offsets)
+        own = sequences.items if sequences.items.flags.writeable else sequences.items.copy()  # Arrow's is read-only
+        items = torch.from_numpy(own)
+        return cls(items.to(device), offsets[:-1].to(device), offsets[1:].to(device))
+
+    def __len__(self) -> int:
+        return len(self.start)
+
+    @property
+    def lengths(self) -> Tensor:
+        """[N] int64."""
+        return self.end - self.start
+
+    def users(self, index: Tensor) -> "Windows":
+        """Those users only."""
+        return Windows(self.items, self.start[index], self.end[index])
+
+    def to(self, device: torch.device) -> "Windows":
+        """The same on `device`, without items that no window covers if it has to be copied."""
+        if self.items.device == device:
+            return self
+        ends = torch.cumsum(self.lengths, 0)
+        return Windows(self.flat()[1].to(device), (ends - self.lengths).to(device), ends.to(device))
+
+    def flat(self) -> tuple[Tensor, Tensor]:
+        """[S] int64 row and [S] int32 item of all interactions of all windows, in order."""
+        lengths = self.lengths
+        row = torch.repeat_interleave(torch.arange(len(self), device=lengths.device), lengths)
+        shift = self.start - (torch.cumsum(lengths, 0) - lengths)
+        return row, self.items[shift[row] + torch.arange(len(row), device=row.device)]
+
+    def without_last(self, count: int) -> "Windows":
+        """All but each user's last `count` items."""
+        return Windows(self.items, self.start, torch.maximum(self.end - count, self.start))
+
+
+Before = Mapping[str, np.ndarray]
+"""[N] each user's interactions before each cut-off of the prepared dataset (`Sequences.before`)."""
+
+
+def training_windows(windows: Windows, data: DataConfig, before: Before | None = None) -> Windows:
+    """What training may see, of users with data.min_interactions or more: what is not held out, or, in a temporal
+    split, what lies before the validation cut-off (where those interactions must be as many)."""
+    if data.split == "leave-one-out" or data.use_full_data:
+        kept = windows.users(torch.nonzero(windows.lengths >= data.min_interactions).flatten())
+        return kept if data.use_full_data else kept.without_last(data.holdout)
+    known = windows_before(windows, "validation", before)
+    return known.users(torch.nonzero(known.lengths >= data.min_interactions).flatten())
+
+
+def held_out_users(windows: Windows, data: DataConfig, split: str, before: Before | None = None) -> Tensor:
+    """[N] indices of the users who have a target in `split`, "validation" or "test".
+
+    Those with data.min_interactions or more; in a temporal split, with as many before its cut-off, and another one
+    after it, which for "validation" must lie before the test cut-off.
+    """
+    if data.split == "leave-one-out":
+        return torch.nonzero(windows.lengths >= data.min_interactions).flatten()
+    known = windows_before(windows, split, before).lengths
+    until = windows_before(windows, "test", before).lengths if split == "validation" else windows.lengths
+    return torch.nonzero((known >= data.min_interactions) & (until > known)).flatten()
+
+
+def held_out(windows: Windows, data: DataConfig, split: str, before: Before | None = None) -> tuple[Windows, Tensor]:
+    """Histories and targets of `held_out_users`.
+
+    Returns
+    -------
+    histories : Windows
+        What stands before the target; for "test" the validation item is part of it.
+    targets : Tensor
+        [N] int64 tokens: the last item, or for "validation" with holdout 2 the last but one; in a temporal split the
+        first one after the cut-off.
+    """
+    users = held_out_users(windows, data, split, before)
+    if data.split == "temporal":
+        histories = windows_before(windows, split, before).users(users)
+    else:
+        histories = windows.users(users).without_last(data.holdout if split == "validation" else 1)
+    return histories, histories.items[histories.end].long()
+
+
+def windows_before(windows: Windows, cutoff: str, before: Before | None) -> Windows:
+    """Each history up to a cut-off of the prepared dataset."""
+    assert before is not None, "a temporal split needs the interactions before its cut-offs"
+    return Windows(windows.items, windows.start, windows.start + torch.tensor(before[cutoff], dtype=torch.int64))
+
+
+def item_counts(windows: Windows, num_items: int) -> Tensor:
+    """[V] int64 how often each item stands in the windows."""
+    counts = torch.zeros(num_items + 1, dtype=torch.int64)
+    for users in torch.split(torch.arange(len(windows)), 65_536):  # the whole may not fit the memory
+        counts += torch.bincount(windows.users(users).flat()[1], minlength=num_items + 1)
+    return counts[1:]

@@ -1,0 +1,168 @@
+"""Losses over the output layer.
+
+Shapes: N targets, D hidden_units, V items, K negatives.
+"""
+
+import math
+from collections.abc import Callable
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from bert4rec.config import TrainingConfig
+from bert4rec.model.layers import add_product_over_rows, full_size, product
+
+Loss = Callable[[Tensor, Tensor, Tensor, Tensor], Tensor]
+"""loss(hidden [N, D], weights [V, D], bias [V], labels [N] from 0) -> sum over the targets."""
+
+
+_CPU_LOGIT_BYTES = 4 * 2**20  # what caches hold...
+
+
+_FEWEST_ROWS, _MOST_CPU_LOGIT_BYTES = 128, 256 * 2**20  # ...but all weights are read for each few rows
+
+
+_GPU_LOGIT_BYTES = 512 * 2**20
+
+
+def linear_cross_entropy(hidden: Tensor, weights: Tensor, bias: Tensor, labels: Tensor) -> Tensor:
+    """Sum over targets of the cross-entropy of softmax(hidden @ weights.T + bias), without [N, V] in memory.
+
+    Logits and their gradients are made for a few rows at a time, in the forward pass, as in Liger-Kernel.
+
+    Parameters
+    ----------
+    hidden : Tensor
+        [N, D].
+    weights, bias : Tensor
+        [V, D] and [V].
+    labels : Tensor
+        [N] int64, from 0.
+    """
+    loss: Tensor = _LinearCrossEntropy.apply(hidden, weights, bias, labels)  # type: ignore[no-untyped-call]
+    return loss
+
+
+class _LinearCrossEntropy(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, hidden: Tensor, weights: Tensor, bias: Tensor, labels: Tensor) -> Tensor:  # noqa: ANN401
+        # Gradients of rare items underflow in float16.
+        dtype = torch.float32 if hidden.dtype == torch.float16 else hidden.dtype
+        with torch.autocast(hidden.device.type, enabled=False):
+            states, matrix = hidden.to(dtype), weights.to(dtype)
+            grad_states = torch.empty_like(states)
+            grad_weights = torch.zeros_like(weights, dtype=torch.float32)
+            grad_bias = torch.zeros_like(bias, dtype=torch.float32)
+            loss = torch.zeros((), device=hidden.device)
+            row_bytes = 4 * len(weights)
+            if hidden.device.type == "cpu":
+                rows = max(_CPU_LOGIT_BYTES // row_bytes, min(_FEWEST_ROWS, _MOST_CPU_LOGIT_BYTES // row_bytes), 16)
+            else:
+                rows = max(_GPU_LOGIT_BYTES // row_bytes, 16)
+            for low in range(0, len(states), rows):
+                part, target = states[low : low + rows], labels[low : low + rows, None]
+                count = len(part)
+                part = F.pad(part, (0, 0, 0, full_size(count) - count))
+                log_probability = torch.log_softmax(product(part, matrix, bias.to(dtype)).float(), dim=1)
+                loss -= log_probability[:count].gather(1, target).sum()
+                grad_logits = log_probability.exp_()
+                grad_logits[:count].scatter_add_(1, target, grad_logits.new_full(target.shape, -1.0))
+                grad_logits[count:] = 0
+                grad_bias += grad_logits.sum(0)
+                grad_logits = grad_logits.to(dtype)
+                grad_states[low : low + rows] = product(grad_logits, matrix.t())[:count]
+                add_product_over_rows(grad_weights, grad_logits, part)
+        ctx.save_for_backward(grad_states.to(hidden.dtype), grad_weights.to(weights.dtype), grad_bias.to(bias.dtype))
+        return loss
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:  # type: ignore[override]  # noqa: ANN401
+        grad_hidden, grad_weights, grad_bias = ctx.saved_tensors
+        return grad_hidden * grad, grad_weights * grad, grad_bias * grad, None
+
+
+def make_loss(training: TrainingConfig, counts: Tensor | None = None) -> Loss:
+    """The configured loss.
+
+    Parameters
+    ----------
+    counts : Tensor
+        [V] interactions of each item, for negatives drawn by popularity.
+    """
+    if training.loss == "cross-entropy":
+        return linear_cross_entropy
+    k = training.num_negatives
+
+    def draw(num_items: int, device: torch.device) -> Tensor:
+        if training.negative_sampling == "uniform":
+            return torch.randint(num_items, (k,), device=device)
+        assert counts is not None
+        return torch.multinomial(counts.to(device), k, replacement=True)
+
+    if training.loss == "gbce":
+        return lambda hidden, weights, bias, labels: gbce(
+            hidden, weights, bias, labels, draw(len(weights), hidden.device), training.gbce_t
+        )
+
+    def sampled(hidden: Tensor, weights: Tensor, bias: Tensor, labels: Tensor) -> Tensor:
+        negatives = draw(len(weights), hidden.device)
+        log_q = hidden.new_full((k,), -math.log(len(weights)), dtype=torch.float32)
+        if training.negative_sampling == "popularity" and counts is not None:
+            log_q = (counts / counts.sum()).log().to(hidden.device, torch.float32)[negatives]
+        return sampled_softmax(hidden, weights, bias, labels, negatives, log_q)
+
+    return sampled
+
+
+def sampled_softmax(
+    hidden: Tensor, weights: Tensor, bias: Tensor, labels: Tensor, negatives: Tensor, log_q: Tensor
+) -> Tensor:
+    """Sum over targets of the cross-entropy against sampled items, which with more of them comes to the full one's.
+
+    The sum over all other items in the softmax's denominator is estimated by negatives weighted with 1 / (K q)
+    (Bengio and Senecal 2008); a negative that is the target itself counts nothing.
+
+    Parameters
+    ----------
+    negatives : Tensor
+        [K] int64 items, drawn with replacement, the same for all targets.
+    log_q : Tensor
+        [K] log of the probability of each in one draw.
+    """
+    target, others = _sampled_logits(hidden, weights, bias, labels, negatives)
+    others = others - (log_q + math.log(len(negatives)))
+    others = others.masked_fill(labels[:, None] == negatives, -torch.inf)
+    return (torch.logsumexp(torch.cat([target[:, None], others], dim=1), dim=1) - target).sum()
+
+
+def gbce(
+    hidden: Tensor, weights: Tensor, bias: Tensor, labels: Tensor, negatives: Tensor, calibration: float
+) -> Tensor:
+    """Sum over targets of the generalised binary cross-entropy (gBCE, Petrov and Macdonald 2023, arXiv 2308.07192).
+
+    (-beta log sigmoid(s+) - sum over negatives of log(1 - sigmoid(s-))) / (K + 1), with beta = a (t (1 - 1/a) + 1/a)
+    for the share a = K / (V - 1) of the items that are drawn. A negative that is the target itself counts nothing.
+
+    Parameters
+    ----------
+    negatives : Tensor
+        [K] int64 items, drawn evenly, the same for all targets.
+    calibration : float
+        t.
+    """
+    target, others = _sampled_logits(hidden, weights, bias, labels, negatives)
+    share = min(1.0, len(negatives) / max(len(weights) - 1, 1))
+    beta = share * (calibration * (1 - 1 / share) + 1 / share)
+    against = F.softplus(others).masked_fill(labels[:, None] == negatives, 0)
+    return (-beta * F.logsigmoid(target).sum() + against.sum()) / (len(negatives) + 1)
+
+
+def _sampled_logits(
+    hidden: Tensor, weights: Tensor, bias: Tensor, labels: Tensor, negatives: Tensor
+) -> tuple[Tensor, Tensor]:
+    """[N] of the targets and [N, K] of the negatives, float32."""
+    target = (hidden * weights.index_select(0, labels)).sum(1) + bias.index_select(0, labels)
+    others = F.linear(hidden, weights.index_select(0, negatives), bias.index_select(0, negatives))
+    return target.float(), others.float()

@@ -1,0 +1,101 @@
+"""A run's directory: the names of its files, how it is begun, and how it is found again."""
+
+import json
+import os
+from typing import Any
+
+import pyarrow.fs as pafs
+import yaml
+
+from bert4rec import storage
+from bert4rec.config import Config
+from bert4rec.errors import InputError
+
+RUN = "run.json"
+"""A finished training's result; written last."""
+RUN_CONFIG = "config.yaml"
+"""The settings, as `--config` takes them."""
+RUN_IDENTITY = "identity.json"
+"""What the directory may be continued with: data and settings."""
+EVALUATION = "evaluation.json"
+REPORT = "report.html"
+
+
+def kept_metrics(run_path: str) -> list[dict[str, float]]:
+    """Metrics of the epochs whose checkpoints a run, finished or not, has kept: the best and the last."""
+    snapshot = storage.join(run_path, "checkpoint_manager_snapshot.json")  # Ray Train's own record, what it resumes by
+    if not storage.exists(snapshot):
+        return []
+    kept = [{**result["metrics"]} for result in storage.read_json(snapshot)["checkpoint_results"]]
+    for metrics in kept:
+        metrics.pop("improvement", None)
+    return kept
+
+
+def begin_directory(path: str, config: Config, identity: dict[str, Any]) -> bool:
+    """Mark the directory of a run or sweep with its settings; whether it is a new one.
+
+    Raises
+    ------
+    InputError
+        If it belongs to one of another identity, or cannot be written.
+    """
+    identity_path = storage.join(path, RUN_IDENTITY)
+    wanted = json.loads(json.dumps(identity))
+    if not storage.exists(identity_path):
+        storage.check_writable(path)
+        settings = yaml.safe_dump(config.model_dump(mode="json"), sort_keys=False)
+        storage.write_bytes(storage.join(path, RUN_CONFIG), settings.encode())
+        storage.write_json(identity_path, wanted)
+        return True
+    found = storage.read_json(identity_path)
+    differing = [
+        f"{key} was {found.get(key)}, is {wanted.get(key)}"
+        for key in sorted(found | wanted)
+        if found.get(key) != wanted.get(key)
+    ]
+    if differing:
+        raise InputError(
+            f"{path}: this run was begun with other settings ({'; '.join(differing)}); "
+            "choose another run.name, or delete the directory"
+        )
+    return False
+
+
+def newest_run(storage_path: str) -> str:
+    """The directory of the run that finished last.
+
+    Raises
+    ------
+    InputError
+        If there is none.
+    """
+    root = storage.absolute(storage_path)
+    filesystem, inner = storage.open_store(root)
+    found = filesystem.get_file_info(pafs.FileSelector(inner, allow_not_found=True))
+    runs = [info.base_name for info in found if info.type == pafs.FileType.Directory]
+    finished = [(filesystem.get_file_info(f"{inner}/{run}/{RUN}"), run) for run in runs]
+    times = [(info.mtime_ns, run) for info, run in finished if info.type == pafs.FileType.File]
+    if not times:
+        raise InputError(f"{root}: no trained run; run `python -m jobs.train` first, or set inference.checkpoint_path")
+    return storage.join(root, max(times)[1])
+
+
+def checkpoint_and_output(config: Config, checkpoint: str | None = None) -> tuple[str, str]:
+    """The model directory to score with (`checkpoint` where given), and where recommendations go.
+
+    Raises
+    ------
+    InputError
+        If the run named, or any, has not been trained to its end.
+    """
+    checkpoint = checkpoint or config.inference.checkpoint_path
+    if checkpoint is None:
+        root = storage.absolute(config.run.storage_path)
+        run = storage.join(root, config.run.name) if config.run.name else newest_run(root)
+        if not storage.exists(storage.join(run, RUN)):
+            raise InputError(f"{run}: no finished training ({RUN} is missing); run `python -m jobs.train` first")
+        checkpoint = storage.inside(run, str(storage.read_json(storage.join(run, RUN))["best_checkpoint"]))
+    checkpoint = storage.absolute(checkpoint)
+    output = config.inference.output_path or storage.join(os.path.dirname(checkpoint.rstrip("/")), "recommendations")
+    return checkpoint, storage.absolute(output)
