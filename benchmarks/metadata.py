@@ -16,7 +16,7 @@ import pandas as pd
 import torch
 
 from benchmarks.common import machine
-from bert4rec.cluster.resources import start_ray
+from bert4rec.cluster.resources import begin
 from bert4rec.config import Config, load_config
 from bert4rec.data.dataset import PreparedDataset
 from bert4rec.data.movielens import ensure_ml_100k
@@ -49,7 +49,7 @@ def main() -> None:
     parser.add_argument("--output", help="Markdown file to append the results to")
     arguments = parser.parse_args()
     ensure_ml_100k(DATA)
-    start_ray(verbose=False)
+    begin(load_config())
     with tempfile.TemporaryDirectory() as scratch:
         common = [f"run.storage_path={scratch}/runs", f"training.num_epochs={arguments.epochs}"]
         common += ["embedding.method=tfidf-svd", f"embedding.output_path={scratch}/titles.parquet"]

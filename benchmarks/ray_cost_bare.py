@@ -22,7 +22,7 @@ def main() -> None:
     optimizers = make_optimizers(model, config.training)
     scaler = torch.amp.GradScaler("cpu", enabled=False)  # type: ignore[attr-defined]
     for epoch in range(config.training.num_epochs):
-        train_epoch(model, windows, config, model.num_items, 0, epoch, optimizers, scaler)
+        train_epoch(model, windows, config, epoch, optimizers, scaler)
         metrics = validate(model, sequences, config)
         model.save_pretrained(directory)
         torch.save([optimizer.state_dict() for optimizer in optimizers], f"{directory}/training_state.pt")

@@ -3,7 +3,7 @@
 Each joins the cluster of RAY_ADDRESS, or starts Ray on this machine, unless Ray is there already.
 """
 
-from bert4rec.cluster.resources import start_ray
+from bert4rec.cluster.resources import begin
 from bert4rec.config import Config
 from bert4rec.data.movielens import fetch_if_default
 from bert4rec.data.prepare import prepare as _prepare
@@ -27,8 +27,8 @@ def prepare(config: Config) -> str:
     InputError
         If an input file is missing or cannot be used.
     """
-    _begin()
     fetch_if_default(config.data.data_dir)
+    begin(config)
     manifest = _prepare(config.data, config.prepared_path, report=print)
     for note in manifest.notes:
         print(f"note: {note}")
@@ -43,7 +43,6 @@ def embed(config: Config) -> EmbedResult:
     InputError
         If there are no titles, or the encoder cannot be had.
     """
-    _begin()
     fetch_if_default(config.data.data_dir)
     return embed_titles(config, read_texts(config.data.data_dir, config.embedding.with_genres))
 
@@ -56,7 +55,6 @@ def train(config: Config, path: str) -> TrainResult:
     InputError
         If there is no such dataset, or it cannot be trained on like that.
     """
-    _begin()
     return _train(config, path)
 
 
@@ -68,7 +66,6 @@ def evaluate(config: Config, path: str, checkpoint: str) -> Evaluation:
     InputError
         If the model is one of other data, or was trained on what it would be judged by.
     """
-    _begin()
     return _evaluate(config, path, checkpoint)
 
 
@@ -82,12 +79,4 @@ def recommend(config: Config, path: str, checkpoint: str, output_path: str | Non
     InputError
         If the model is one of other data, or the result cannot be written.
     """
-    _begin()
     return _recommend(config, path, checkpoint, output_path or checkpoint_and_output(config, checkpoint)[1])
-
-
-def _begin() -> None:
-    import ray
-
-    if not ray.is_initialized():
-        start_ray()

@@ -1,8 +1,9 @@
-"""What all jobs share: options, Ray's start, errors as one message, exit codes, where a run's things lie."""
+"""What all jobs share: options, errors as one message, exit codes."""
 
 import argparse
 import atexit
 import csv
+import faulthandler
 import gc
 import io
 import os
@@ -12,39 +13,35 @@ import textwrap
 from collections.abc import Callable
 from pathlib import Path
 
-os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
-os.environ.setdefault("RAY_DATA_DISABLE_PROGRESS_BARS", "1")  # ours report instead
-os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")  # a warning that concerns no user of ours
-os.environ.setdefault("RAY_DEDUP_LOGS_SKIP_REGEX", "worker processes have been started")  # so sweeps are meant
+# Sweeps start many worker processes on purpose, which Ray warns of; it reads this when it is imported.
+os.environ.setdefault("RAY_DEDUP_LOGS_SKIP_REGEX", "worker processes have been started")
 
 import pyarrow as pa
-from ray.exceptions import RayError
 
 from bert4rec import config_docs
 from bert4rec.cluster.errors import first_line, root_cause
-from bert4rec.cluster.resources import check_shared, start_ray
+from bert4rec.cluster.resources import show_messages
 from bert4rec.config import Config, load_config
 from bert4rec.errors import InputError
-
-atexit.register(gc.freeze)  # else Python looks at each of a million objects once more before a job ends, for a second
 
 DEFAULT_CONFIG = Path(__file__).parent.parent / "configs" / "ml-100k.yaml"
 
 
-def run_job(
-    description: str, work: Callable[[Config], object], needs_ray: Callable[[Config], bool] = lambda config: True
-) -> None:
-    """Parse the command line, start or join Ray, do the work, and exit: 0 done, 1 failed, 2 the input is unusable."""
+def run_job(description: str, work: Callable[[Config], object]) -> None:
+    """Parse the command line, do the work, and exit: 0 done, 1 failed, 2 the input is unusable.
+
+    The work starts or joins Ray itself (`cluster.resources.begin`), once it has found the input usable.
+    """
+    atexit.register(gc.freeze)  # else Python looks at a million objects once more before a job ends, for a second
     if isinstance(sys.stdout, io.TextIOWrapper):
         sys.stdout.reconfigure(line_buffering=True)  # a job's log shows a line when it is printed
     arguments = _parser(description).parse_intermixed_args()
     try:
         config = _load(arguments.config, arguments.overrides)
-        if needs_ray(config):
-            if not arguments.verbose:
-                _keep_native_messages_off_the_terminal()
-            start_ray(arguments.verbose)
-            check_shared(config)
+        if arguments.verbose:
+            show_messages()
+        else:
+            _keep_native_messages_off_the_terminal()
         work(config)
     except InputError as error:
         sys.exit(_fail(str(error), 2))
@@ -61,6 +58,7 @@ def run_job(
 
 def _expected_errors() -> tuple[type[BaseException], ...]:
     """Errors that are told in a line; asked for only when there is one, since Ray Train takes a second to import."""
+    from ray.exceptions import RayError
     from ray.train import TrainingFailedError
 
     return RayError, TrainingFailedError, OSError, pa.ArrowException, csv.Error
@@ -96,6 +94,7 @@ def _load(path: str | None, overrides: list[str]) -> Config:
 def _keep_native_messages_off_the_terminal() -> None:
     """Drop what is written past Python: Ray's core warns of every actor pool of Ray Data. Processes have their logs."""
     sys.stderr = os.fdopen(os.dup(2), "w", buffering=1)
+    faulthandler.enable(sys.stderr)  # a crash of native code still shows where it was
     with open(os.devnull, "w") as nowhere:
         os.dup2(nowhere.fileno(), 2)
 

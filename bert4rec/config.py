@@ -156,12 +156,14 @@ class TrainingConfig(_Group):
     """Epochs from one validation, and checkpoint, to the next; the last epoch always has both."""
     accelerator: Literal["auto", "cpu", "gpu"] = "auto"
     """Where training and scoring run; auto takes a GPU a worker where the cluster has enough of them."""
-    num_workers: int = Field(1, ge=1)
-    """Distributed (DDP) workers, one GPU each on GPUs."""
+    num_workers: int | None = Field(None, ge=1)
+    """Distributed (DDP) workers, one GPU each on GPUs; default: one for each GPU, or for each CPU core, but only so
+    many that each has 8 users of a step or more; a trial of a sweep has one."""
     min_workers: int | None = Field(None, ge=1)
     """Workers, at least, to go on with while nodes for num_workers are missing; default: wait for all of them."""
     cpus_per_worker: int | None = Field(None, ge=1)
-    """CPU cores, and torch threads, a worker; default: the cluster's cores shared evenly."""
+    """CPU cores, and torch threads, a worker, whatever OMP_NUM_THREADS says; default: the cluster's cores shared
+    evenly."""
     precision: Literal["32-true", "16-mixed", "bf16-mixed"] = "32-true"
     """Arithmetic of the forward and backward pass."""
     max_failures: int = Field(3, ge=0)
@@ -175,7 +177,9 @@ class TrainingConfig(_Group):
 
     @model_validator(mode="after")
     def _no_more_at_least_than_at_most(self) -> Self:
-        if self.min_workers is not None and self.min_workers > self.num_workers:
+        if self.min_workers is not None and self.num_workers is None:
+            raise ValueError(f"training.min_workers={self.min_workers} needs training.num_workers, the most to have")
+        if self.min_workers is not None and self.num_workers is not None and self.min_workers > self.num_workers:
             raise ValueError(
                 f"training.min_workers={self.min_workers} is larger than training.num_workers={self.num_workers}"
             )

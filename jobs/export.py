@@ -49,4 +49,4 @@ def _outputs(topk: int | None, num_items: int) -> str:
 
 
 if __name__ == "__main__":
-    run_job("Export the scoring function with torch.export and as ONNX.", export_model, needs_ray=lambda config: False)
+    run_job("Export the scoring function with torch.export and as ONNX.", export_model)

@@ -1,7 +1,10 @@
 """Ratings and item metadata -> prepared dataset: `python -m jobs.prepare [--config FILE] [group.key=value ...]`."""
 
+from bert4rec import storage
 from bert4rec.cli import run_job
+from bert4rec.cluster.resources import begin
 from bert4rec.config import Config
+from bert4rec.data.files import find_interactions
 from bert4rec.data.movielens import fetch_if_default
 from bert4rec.data.prepare import prepare
 
@@ -9,6 +12,8 @@ from bert4rec.data.prepare import prepare
 def prepare_dataset(config: Config) -> str:
     """Prepare the config's data, fetching MovieLens-100K where that is meant; the dataset's directory."""
     fetch_if_default(config.data.data_dir)
+    find_interactions(storage.absolute(config.data.data_dir), config.data.data_file)  # what is missing is told at once
+    begin(config)
     manifest = prepare(config.data, config.prepared_path, report=print)
     for note in manifest.notes:
         print(f"note: {note}")

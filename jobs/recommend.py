@@ -104,5 +104,4 @@ if __name__ == "__main__":
     run_job(
         "Write the top items of every user, or print them for a few (inference.users, users_file, similar_to).",
         recommend_users,
-        needs_ray=lambda config: not config.inference.is_for_few,
     )

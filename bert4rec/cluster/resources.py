@@ -1,12 +1,14 @@
 """What a job takes of the cluster."""
 
+import importlib
 import logging
 import os
 import threading
 import uuid
 from collections.abc import Iterator
 from contextlib import contextmanager
-from typing import Any
+from pathlib import Path
+from typing import Any, NamedTuple
 
 import ray
 import ray.util
@@ -17,35 +19,140 @@ from ray.util.placement_group import PlacementGroup, remove_placement_group
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
 from bert4rec import storage
-from bert4rec.config import Config, TrainingConfig
+from bert4rec.config import Config
 from bert4rec.errors import InputError
 
+_shows_messages = False
 
-def for_training(training: TrainingConfig) -> tuple[bool, int]:
-    """Whether training workers get a GPU each, and how many CPU cores each: as many as fit.
+
+def show_messages() -> None:
+    """Let the messages of Ray and its workers through (--verbose)."""
+    global _shows_messages
+    _shows_messages = True
+
+
+def begin(config: Config, meanwhile: tuple[str, ...] = ()) -> None:
+    """Join the cluster of RAY_ADDRESS (as in a submitted job), else start Ray on this machine, unless it runs already.
+
+    Parameters
+    ----------
+    meanwhile : tuple of str
+        Modules that the work needs: they are imported while Ray's processes start.
+
+    Raises
+    ------
+    InputError
+        If no cluster answers, or its nodes do not see the same files (`check_shared`).
+    """
+    if ray.is_initialized():
+        return
+    os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
+    os.environ.setdefault("RAY_DATA_DISABLE_PROGRESS_BARS", "1")  # ours report instead
+    os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")  # silences a warning about accelerator variables
+    importing = threading.Thread(target=lambda: [importlib.import_module(name) for name in meanwhile], daemon=True)
+    importing.start()
+    _start_ray()
+    check_shared(config)
+    importing.join()
+
+
+def _start_ray() -> None:
+    level = logging.INFO if _shows_messages else logging.ERROR
+    address = os.environ.get("RAY_ADDRESS") or "local"
+    print("starting Ray" if address == "local" else f"joining Ray at {address}")
+    only_here: dict[str, Any] = {}
+    if address == "local":  # processes that would only take time from the work
+        only_here = {"include_dashboard": False, "num_cpus": usable_cores()}
+        os.environ.setdefault("RAY_TRAIN_ENABLE_PREEMPTION_WATCHER", "0")  # nobody takes this machine's nodes away
+        os.environ.setdefault("RAY_worker_niceness", "0")  # with Ray's 15 its other processes interrupt the work's
+    try:
+        ray.init(address=address, log_to_driver=_shows_messages, logging_level=level, **only_here)
+    except ConnectionError as error:
+        raise InputError(f"RAY_ADDRESS={address}: no Ray cluster answers there ({error})") from None
+    logging.getLogger("ray.data").setLevel(level)
+    logging.getLogger("ray.train").setLevel(level)
+
+
+USERS_A_WORKER = 8
+"""Users of a step, at least, for each worker of a default training: with fewer, workers mostly wait for each other."""
+
+
+class Places(NamedTuple):
+    """What a training takes of the cluster."""
+
+    use_gpu: bool
+    """Whether each worker gets a GPU."""
+    num_workers: int
+    cpus_per_worker: int
+
+
+def for_training(config: Config) -> Places:
+    """The workers of a training, and how many CPU cores each gets: as many as fit.
 
     Raises
     ------
     InputError
         If the workers do not fit on this machine; a cluster that we joined may still grow.
     """
-    nodes = _nodes()
+    training, nodes = config.training, _nodes()
     gpus = sum(gpu for _, gpu in nodes)
-    use_gpu = training.accelerator == "gpu" or (training.accelerator == "auto" and gpus >= training.num_workers)
-
-    def places(cores: int) -> int:
-        return sum(min(cpu // cores, gpu) if use_gpu else cpu // cores for cpu, gpu in nodes)
-
+    use_gpu = training.accelerator == "gpu" or (training.accelerator == "auto" and gpus >= (training.num_workers or 1))
+    wanted = training.num_workers
+    if wanted is None:
+        each = training.cpus_per_worker or 1
+        wanted = max(1, min(_room(nodes, use_gpu, each), config.data.batch_size // USERS_A_WORKER))
     largest = max((cpu for cpu, _ in nodes), default=0)
-    wanted = [training.cpus_per_worker] if training.cpus_per_worker else range(largest, 0, -1)
-    fitting = next((cores for cores in wanted if places(cores) >= training.num_workers), None)
+    sizes = [training.cpus_per_worker] if training.cpus_per_worker else range(largest, 0, -1)
+    fitting = next((cores for cores in sizes if _room(nodes, use_gpu, cores) >= wanted), None)
     if fitting is None:
-        each = f"{training.cpus_per_worker or 1} CPU cores" + (" and a GPU" if use_gpu else "")
-        _cannot_start(f"training.num_workers={training.num_workers} workers of {each} each")
-    return use_gpu, fitting or training.cpus_per_worker or 1
+        each_takes = f"{training.cpus_per_worker or 1} CPU cores" + (" and a GPU" if use_gpu else "")
+        _cannot_start(f"training.num_workers={wanted} workers of {each_takes} each")
+    return Places(use_gpu, wanted, fitting or training.cpus_per_worker or 1)
 
 
-def most_at_once(training: TrainingConfig) -> int:
+def _room(nodes: list[tuple[int, int]], use_gpu: bool, cores: int) -> int:
+    """How many workers of that many cores, and a GPU each if wanted, the nodes hold."""
+    return sum(min(cpu // cores, gpu) if use_gpu else cpu // cores for cpu, gpu in nodes)
+
+
+def usable_cores() -> int:
+    """CPU cores that this process may use: those of its affinity, and no more than its control group's quota.
+
+    Ray counts the machine's cores, of which a container, a batch system or `taskset` often grants fewer.
+    """
+    cores = float(len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1)
+    return max(1, int(min([cores, *_quotas(Path("/sys/fs/cgroup"), _own_group())])))
+
+
+def _own_group() -> str:
+    """This process's control group (version 2), "" where there is none to be seen."""
+    try:
+        lines = Path("/proc/self/cgroup").read_text().splitlines()
+    except OSError:
+        return ""
+    return next((line.removeprefix("0::/") for line in lines if line.startswith("0::/")), "")
+
+
+def _quotas(root: Path, group: str) -> list[float]:
+    """Cores that the control group and those around it may use, where they are limited (cpu.max, or version 1's)."""
+    found = []
+    for directory in [root / group, *(root / group).parents]:
+        if root not in (directory, *directory.parents):
+            break
+        try:
+            quota, period = (directory / "cpu.max").read_text().split()
+        except (OSError, ValueError):
+            continue
+        if quota != "max":
+            found.append(int(quota) / int(period))
+    try:
+        quota_v1, period_v1 = (int((root / "cpu" / f"cpu.cfs_{name}_us").read_text()) for name in ("quota", "period"))
+    except (OSError, ValueError):
+        return found
+    return [*found, quota_v1 / period_v1] if quota_v1 > 0 else found
+
+
+def most_at_once(config: Config) -> int:
     """How many training workers, of training.cpus_per_worker cores or one, the cluster holds as it is now.
 
     Raises
@@ -53,9 +160,7 @@ def most_at_once(training: TrainingConfig) -> int:
     InputError
         If the workers of one training do not fit on this machine.
     """
-    use_gpu, _ = for_training(training)
-    cores = training.cpus_per_worker or 1
-    return sum(min(cpu // cores, gpu) if use_gpu else cpu // cores for cpu, gpu in _nodes())
+    return _room(_nodes(), for_training(config).use_gpu, config.training.cpus_per_worker or 1)
 
 
 @contextmanager
@@ -175,21 +280,3 @@ def _cannot_start(wanted: str) -> None:
     if not os.environ.get("RAY_ADDRESS"):
         raise InputError(f"{wanted} do not fit on this machine, which has {present}")
     print(f"note: {wanted} do not fit on the cluster's nodes ({present}); waiting for it to grow")
-
-
-def start_ray(verbose: bool = False) -> None:
-    """Join the cluster of RAY_ADDRESS (as in a submitted job), else start Ray on this machine."""
-    level = logging.INFO if verbose else logging.ERROR
-    address = os.environ.get("RAY_ADDRESS") or "local"
-    print("starting Ray" if address == "local" else f"joining Ray at {address}")
-    dashboard = {}
-    if address == "local":  # processes that would only take time from the work
-        dashboard = {"include_dashboard": False}
-        os.environ.setdefault("RAY_TRAIN_ENABLE_PREEMPTION_WATCHER", "0")  # nobody takes this machine's nodes away
-        os.environ.setdefault("RAY_worker_niceness", "0")  # with Ray's 15 its other processes interrupt the work's
-    try:
-        ray.init(address=address, log_to_driver=verbose, logging_level=level, **dashboard)
-    except ConnectionError as error:
-        raise InputError(f"RAY_ADDRESS={address}: no Ray cluster answers there ({error})") from None
-    logging.getLogger("ray.data").setLevel(level)
-    logging.getLogger("ray.train").setLevel(level)

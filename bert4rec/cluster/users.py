@@ -4,8 +4,6 @@ from collections.abc import Callable, Iterator
 from typing import Any
 
 import pyarrow as pa
-import ray.data
-from ray.data import ActorPoolStrategy
 
 from bert4rec.data.dataset import Part
 
@@ -25,6 +23,8 @@ def map_parts(
     dict
         The columns, as numpy arrays, of one or more parts.
     """
+    import ray.data
+
     rows = [part._asdict() for part in parts]
     ray.data.DataContext.get_current().raise_original_map_exception = True  # else a worker's error loses its cause
     mapped = ray.data.from_items(rows, override_num_blocks=max(1, len(rows))).map_batches(
@@ -32,7 +32,7 @@ def map_parts(
         fn_constructor_args=(worker, arguments),
         batch_size=1,
         batch_format="pyarrow",
-        compute=ActorPoolStrategy(size=max(1, min(num_workers, len(rows)))),
+        compute=ray.data.ActorPoolStrategy(size=max(1, min(num_workers, len(rows)))),
         num_cpus=1,
         num_gpus=1 if use_gpu else 0,
     )

@@ -12,7 +12,7 @@ import ray
 import torch
 from torch import Tensor
 
-from bert4rec.cluster.resources import for_scoring
+from bert4rec.cluster.resources import begin, for_scoring
 from bert4rec.cluster.users import map_parts
 from bert4rec.config import Config, Protocol
 from bert4rec.data.dataset import Part, PreparedDataset
@@ -83,6 +83,7 @@ def evaluate(config: Config, dataset_path: str, checkpoint: str) -> Evaluation:
     model = load_for(dataset, checkpoint, discount)  # a wrong model is found here, not in an actor
     split = evaluated_split(config)
     _check_is_held_out(config, dataset, model, checkpoint)
+    begin(config)
     use_gpu, num_workers = for_scoring(config)
     names, notes = _usable_baselines(config, dataset)
     popularity, recent = _item_counts(dataset, config, num_workers)

@@ -15,7 +15,7 @@ import pyarrow.fs as pafs
 import pyarrow.parquet as pq
 
 from bert4rec import storage
-from bert4rec.cluster.resources import for_scoring
+from bert4rec.cluster.resources import begin, for_scoring
 from bert4rec.cluster.users import map_parts
 from bert4rec.config import Config, InferenceConfig
 from bert4rec.data.dataset import Part, PreparedDataset
@@ -63,6 +63,7 @@ def recommend(config: Config, dataset_path: str, checkpoint: str, output_path: s
     if counted is not None:
         print(f"{output_path} is up to date")
     else:
+        begin(config)
         work = _open_work(output_path, identity)
         use_gpu, num_workers = for_scoring(config)
         parts = dataset.parts()

@@ -3,9 +3,9 @@
 import itertools
 import math
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from contextlib import nullcontext
-from typing import Any
+from typing import Any, NamedTuple, cast
 
 import torch
 import torch.distributed
@@ -25,6 +25,17 @@ VALIDATION_USERS = 512
 """Users ranked at once in validation."""
 PASS_TOKENS = {"cpu": 8_192, "cuda": 131_072}
 """Tokens in one forward and backward pass: small enough for the caches of a CPU, large enough to fill a GPU."""
+
+
+class Worker(NamedTuple):
+    """One of the processes that train together."""
+
+    rank: int = 0
+    world_size: int = 1
+    device: torch.device = torch.device("cpu")
+
+
+ALONE = Worker()
 
 
 def learning_rate(training: TrainingConfig, epochs_done: float) -> float:
@@ -99,11 +110,10 @@ def train_epoch(
     model: nn.Module,
     windows: Windows,
     config: Config,
-    num_items: int,
-    num_new_items: int,
     epoch: int,
     optimizers: list[torch.optim.Optimizer],
     scaler: Any,  # noqa: ANN401
+    worker: Worker = ALONE,
     on_step: Callable[[int, int, float], None] = lambda step, num_steps, tokens_per_second: None,
 ) -> dict[str, float]:
     """Train on every user once.
@@ -128,23 +138,25 @@ def train_epoch(
         If the loss is no finite number.
     """
     training, data = config.training, config.data
-    rank, world_size = _rank_and_world_size()
-    device = next(model.parameters()).device
-    torch.manual_seed(data.seed + 1_000_003 * (epoch + 1) + rank)  # dropout, the same in a resumed run
+    core = cast(BERT4Rec, model.module if isinstance(model, nn.parallel.DistributedDataParallel) else model)
+    torch.manual_seed(data.seed + 1_000_003 * (epoch + 1) + worker.rank)  # dropout, the same in a resumed run
     began = time.monotonic()
     by_step: list[Tensor] = []  # [2] each: loss, targets
     num_tokens = 0
     model.train()
     num_steps = math.ceil(len(windows) / data.batch_size)
-    max_tokens = PASS_TOKENS[device.type]
-    steps = iter_steps(
-        windows, data, config.model, num_items, epoch, rank, world_size, max_tokens, device, num_new_items
-    )
+    max_tokens = PASS_TOKENS[worker.device.type]
+
+    def steps_of(rank: int, world_size: int) -> Iterator[Step]:
+        drawn = (core.num_items, epoch, rank, world_size, max_tokens, worker.device, core.num_new_items)
+        return iter_steps(windows, data, config.model, *drawn)
+
+    steps = steps_of(worker.rank, worker.world_size)
     for index, step in enumerate(steps):
         rate = learning_rate(training, epoch + (index + 0.5) / num_steps)
         for group in (group for optimizer in optimizers for group in optimizer.param_groups):
             group["lr"] = rate
-        by_step.append(train_step(model, step, optimizers, scaler, training, world_size))
+        by_step.append(train_step(model, step, optimizers, scaler, training, worker.world_size))
         num_tokens += step.num_tokens
         on_step(index + 1, num_steps, num_tokens / (time.monotonic() - began))
     sums = torch.stack(by_step)  # [steps, 2]; looked at only now, since every look waits for the device
@@ -154,8 +166,7 @@ def train_epoch(
     loss = float(total[0] / total[1].clamp(min=1))
     if not math.isfinite(loss):
         bad = int((~torch.isfinite(sums[:, 0])).to(torch.uint8).argmax())  # the first
-        whole_steps = iter_steps(windows, data, config.model, num_items, epoch, 0, 1, max_tokens, device, num_new_items)
-        batches = next(itertools.islice(whole_steps, bad, None)).batches
+        batches = next(itertools.islice(steps_of(0, 1), bad, None)).batches
         batch = storage.fingerprint([[each.tokens.tolist(), each.labels.tolist()] for each in batches])
         raise InputError(
             f"training diverged: the loss of epoch {epoch + 1} is {loss} at learning rate "
@@ -171,10 +182,11 @@ def train_epoch(
     }
 
 
-def validate(model: BERT4Rec, sequences: Windows, config: Config, before: Before | None = None) -> dict[str, float]:
+def validate(
+    model: BERT4Rec, sequences: Windows, config: Config, worker: Worker = ALONE, before: Before | None = None
+) -> dict[str, float]:
     """Metrics over all users; each worker ranks its share, and the counts of ranks are summed, which is exact."""
-    rank, world_size = _rank_and_world_size()
-    device = model.output_bias.device
+    rank, world_size, device = worker
     histories, targets = held_out(sequences, config.data, "validation", before)
     mine = torch.arange(rank, len(histories), world_size)
     ranks = RankCounts.empty(model.num_items)
@@ -210,12 +222,6 @@ def _mean_gates(model: BERT4Rec, token_counts: Tensor) -> dict[str, float]:
     weights = token_counts[tokens].double() / token_counts.sum()
     gates = model.items.gates(tokens.to(model.output_bias.device)).cpu().double()
     return {f"val_gate/{name}": float(mean) for name, mean in zip(model.items.features, weights @ gates, strict=True)}
-
-
-def _rank_and_world_size() -> tuple[int, int]:
-    if not torch.distributed.is_initialized():
-        return 0, 1
-    return torch.distributed.get_rank(), torch.distributed.get_world_size()
 
 
 def _all_reduce(sums: Tensor) -> None:

@@ -36,7 +36,8 @@ from bert4rec.data.dataset import Manifest, PreparedDataset
 from bert4rec.errors import InputError
 from bert4rec.progress import duration
 from bert4rec.runs import begin_directory, kept_metrics
-from bert4rec.training.train import TrainResult, checkpoint_name, train, what_shapes_the_result, with_features
+from bert4rec.training.train import TrainResult, train, what_shapes_the_result, with_features
+from bert4rec.training.worker import checkpoint_name
 from bert4rec.tune import outputs
 from bert4rec.tune.space import Space, Trial, score, with_values
 
@@ -90,6 +91,8 @@ def tune(config: Config, dataset_path: str) -> TuneResult:
     if config.tune.search == "tpe" and find_spec("optuna") is None:
         raise InputError('tune.search=tpe needs Optuna: pip install -e ".[tune]"')
     dataset = PreparedDataset(dataset_path)
+    config = with_values(config, {"training.num_workers": config.training.num_workers or 1})  # trials share the cores
+    resources.begin(config)
     resolved = with_features(config, dataset.manifest)
     space = Space.of(resolved)
     sweep_path = storage.join(storage.absolute(config.run.storage_path), sweep_name(resolved, dataset.manifest))
@@ -399,17 +402,17 @@ def _places(config: Config, num_left: int) -> tuple[int, int]:
     InputError
         If tune.max_concurrent_trials do not fit on this machine.
     """
-    training = config.training
-    fitting = max(resources.most_at_once(training) // training.num_workers, 1)
+    each = config.training.num_workers or 1
+    fitting = max(resources.most_at_once(config) // each, 1)
     wanted = config.tune.max_concurrent_trials
     if wanted is not None and wanted > fitting and not os.environ.get("RAY_ADDRESS"):
         raise InputError(
-            f"tune.max_concurrent_trials={wanted} of training.num_workers={training.num_workers} workers do not fit "
+            f"tune.max_concurrent_trials={wanted} of training.num_workers={each} workers do not fit "
             f"on this machine, which has room for {fitting} of them at once"
         )
     concurrent = min(wanted or fitting, num_left)
-    all_workers = training.model_copy(update={"num_workers": min(concurrent, fitting) * training.num_workers})
-    return concurrent, resources.for_training(all_workers)[1]
+    all_workers = with_values(config, {"training.num_workers": min(concurrent, fitting) * each})
+    return concurrent, resources.for_training(all_workers).cpus_per_worker
 
 
 def _identity(config: Config, manifest: Manifest) -> dict[str, Any]:

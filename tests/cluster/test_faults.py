@@ -103,7 +103,7 @@ def save_state(state, checkpoint):
 @pytest.mark.parametrize("name", ["training_state.pt", "model.safetensors", "config.json"])
 def test_a_damaged_checkpoint_is_named_before_it_is_used(run_copy, dataset_path, damage, name, monkeypatch):
     """By the function that reads it in the worker; its message comes out as test_a_loss_that_is_no_number shows."""
-    from bert4rec.training.train import _load_checkpoint as load_checkpoint
+    from bert4rec.training.worker import load_checkpoint
 
     _, last = run_copy
     damage(last / name)
@@ -114,7 +114,7 @@ def test_a_damaged_checkpoint_is_named_before_it_is_used(run_copy, dataset_path,
 
 
 def test_a_checkpoint_of_an_older_version_is_named(run_copy):
-    from bert4rec.training.train import _load_checkpoint as load_checkpoint
+    from bert4rec.training.worker import load_checkpoint
 
     _, last = run_copy
     state = torch.load(last / "training_state.pt", weights_only=True)
@@ -269,9 +269,10 @@ def die(*arguments):
 
 prepare.RANGE_ROWS, prepare._SHARD_ROWS = 300, 1
 {patch}
-from bert4rec.cluster.resources import start_ray
-start_ray()
-prepare.prepare(load_config(None, ["data.data_dir=" + sys.argv[1]]).data, sys.argv[2])
+from bert4rec.cluster.resources import begin
+config = load_config(None, ["data.data_dir=" + sys.argv[1]])
+begin(config)
+prepare.prepare(config.data, sys.argv[2])
 """
 
 

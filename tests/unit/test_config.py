@@ -42,7 +42,7 @@ def test_overrides_win_over_the_file(tmp_path):
         ("data.batch_size=0", ["data.batch_size=0", "greater than or equal to 1"]),
         ("training.lr=fast", ["training.lr='fast'", "number"]),
         ("training.monitor_metric=val_ndcg10", ["val_ndcg10", "did you mean val_ndcg@10"]),
-        ("training.min_workers=2", ["min_workers=2", "larger than training.num_workers=1"]),
+        ("training.min_workers=2", ["min_workers=2 needs training.num_workers"]),
         ("data.min_interactions=1", ["min_interactions=1", "larger than data.holdout=1"]),
         ("hidden_units=64", ["'hidden_units=64'", "group.key=value"]),
         ("evaluation.protocols=[all, top-100]", ["evaluation.protocols.1='top-100'", "uniform-100"]),
@@ -59,6 +59,11 @@ def test_a_wrong_setting_is_one_clear_message(override, words):
     for word in words:
         assert word in str(error.value)
     assert "\n" not in str(error.value)
+
+
+def test_no_more_workers_at_least_than_at_most():
+    with pytest.raises(InputError, match=r"training\.min_workers=3 is larger than training\.num_workers=2"):
+        load_config(None, ["training.min_workers=3", "training.num_workers=2"])
 
 
 def test_rotary_positions_turn_pairs():

@@ -9,6 +9,7 @@ pytestmark = pytest.mark.unit
 WITH_RAY = {
     "bert4rec.api",
     "bert4rec.cli",
+    "bert4rec.cluster.errors",
     "bert4rec.cluster.resources",
     "bert4rec.cluster.users",
     "bert4rec.data.prepare",

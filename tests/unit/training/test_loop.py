@@ -34,7 +34,7 @@ def test_the_step_that_diverged_is_named():
     optimizers = make_optimizers(model, config.training)
     scaler = torch.amp.GradScaler("cpu", enabled=False)
     with pytest.raises(InputError) as raised:
-        train_epoch(model, windows, config, 20, 0, 7, optimizers, scaler)
+        train_epoch(model, windows, config, 7, optimizers, scaler)
     num_steps = -(-len(windows) // 4)
     assert model.calls == num_steps > 3
     arguments = (windows, config.data, config.model, 20, 7, 0, 1, 10**6, torch.device("cpu"))
@@ -65,8 +65,7 @@ def test_each_parameter_has_one_optimiser_and_is_trained(kind):
         }
     before = [parameter.detach().clone() for parameter in model.parameters()]
     losses = [
-        train_epoch(model, windows, config, 20, 0, n, optimizers, torch.amp.GradScaler("cpu", enabled=False))
-        for n in range(3)
+        train_epoch(model, windows, config, n, optimizers, torch.amp.GradScaler("cpu", enabled=False)) for n in range(3)
     ]
     assert losses[2]["train_loss"] < losses[0]["train_loss"]
     assert {group["lr"] for group in groups} == {losses[2]["lr"]}

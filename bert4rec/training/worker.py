@@ -1,0 +1,255 @@
+"""What one training worker does, without Ray: begin or resume, train, validate, write checkpoints, stop early.
+
+`train.py` runs it in Ray Train's workers. It runs as well alone, or as one of several gloo processes.
+"""
+
+import os
+import tempfile
+from collections.abc import Callable
+from typing import Any, Protocol
+
+import numpy as np
+import pyarrow as pa
+import torch
+from torch import nn
+
+from bert4rec import storage
+from bert4rec.config import Config
+from bert4rec.data.dataset import ITEMS, PreparedDataset, Sequences
+from bert4rec.data.ids import find_ids, some_of
+from bert4rec.data.vectors import read_vectors
+from bert4rec.data.windows import Windows, held_out_users, item_counts, training_windows
+from bert4rec.errors import InputError
+from bert4rec.model.item_vectors import Metadata
+from bert4rec.model.losses import make_loss
+from bert4rec.model.network import BERT4Rec
+from bert4rec.training.card import CARD, model_card
+from bert4rec.training.loop import ALONE, Worker, make_optimizers, train_epoch, validate
+from bert4rec.training.warm_start import begin_from
+
+STATE = "training_state.pt"
+STATE_HASH = "training_state.sha256"  # as sha256sum writes and checks it
+
+
+class Progress(Protocol):
+    """Who is told how far the training is (`bert4rec.progress.Reporter`)."""
+
+    def advance(self, amount: float, text: str = "", always: bool = False) -> None:
+        """`amount` more epochs are done."""
+
+    def record(self, metrics: dict[str, float]) -> None:
+        """The metrics of a validated epoch."""
+
+    def skip(self, amount: float) -> None:
+        """`amount` epochs were done before."""
+
+
+Report = Callable[[dict[str, float], str, str | None], None]
+"""report(metrics, name, directory): keep the checkpoint `name`, which lies in `directory` until the call returns.
+
+Every worker calls it equally often; all but the first give no directory."""
+
+
+def run_epochs(
+    config: Config,
+    dataset: PreparedDataset,
+    read: Sequences,
+    *,
+    report: Report,
+    progress: Progress,
+    worker: Worker = ALONE,
+    resume_from: str | None = None,
+    wrap: Callable[[BERT4Rec], nn.Module] = lambda model: model,
+) -> list[dict[str, float]]:
+    """Train to the last epoch, or until early stopping; the metrics of each validated epoch.
+
+    Parameters
+    ----------
+    read : Sequences
+        The histories of `dataset`.
+    resume_from : str
+        Directory of the checkpoint to go on from.
+    wrap : callable
+        Puts the model on the worker's device, inside DDP where there are several workers.
+
+    Raises
+    ------
+    InputError
+        If nothing is left to train on or to validate with, a checkpoint is damaged, or the loss is no number.
+    """
+    training, device = config.training, worker.device
+    torch.manual_seed(config.data.seed)
+    model = _new_model(config, dataset)
+    sequences = Windows.from_sequences(read)
+    windows = _training_windows(config, dataset, sequences, read)
+    counts = item_counts(windows, model.num_items)
+    known = counts[: model.num_items - model.num_new_items].float()
+    model.loss = make_loss(training, known if training.negative_sampling == "popularity" else None)
+
+    state: dict[str, Any] = {"epoch": 0, "history": [], "best": None, "improvements": 0, "validations_since_best": 0}
+    optimizer_states = scaler_state = None
+    if resume_from is not None:
+        weights, state = load_checkpoint(resume_from)
+        model.load_state_dict(weights)
+        optimizer_states, scaler_state = state.pop("optimizers"), state.pop("scaler")
+        if worker.rank == 0:
+            progress.skip(state["epoch"])
+    elif training.start_from is not None:
+        begin_from(model, training.start_from, dataset.items().ids)
+    model.get_buffer("item_counts").copy_(counts)
+    wrapped = wrap(model)
+    optimizers = make_optimizers(model, training)
+    scaler = torch.amp.GradScaler(device.type, enabled=training.precision == "16-mixed")  # type: ignore[attr-defined]
+    if optimizer_states is not None:
+        for optimizer, saved in zip(optimizers, optimizer_states, strict=True):
+            optimizer.load_state_dict(saved)
+        scaler.load_state_dict(scaler_state or {})
+
+    def on_step(step: int, num_steps: int, tokens_per_second: float) -> None:
+        if worker.rank == 0:
+            place = f"epoch {state['epoch'] + 1}/{training.num_epochs}, step {step}/{num_steps}"
+            progress.advance(1 / num_steps, f"{place}, {tokens_per_second:,.0f} tokens/s{last_validation}")
+
+    last_validation = ""
+    while state["epoch"] < training.num_epochs and not _should_stop(config, state):
+        metrics = train_epoch(wrapped, windows, config, state["epoch"], optimizers, scaler, worker, on_step)
+        state["epoch"] += 1
+        if state["epoch"] % training.val_check_interval and state["epoch"] < training.num_epochs:
+            continue
+        if not config.data.use_full_data:
+            if worker.rank == 0:
+                place = f"epoch {state['epoch']}/{training.num_epochs}"
+                progress.advance(0, f"{place}, validating{last_validation}", always=True)
+            metrics |= validate(model, sequences, config, worker, read.before)
+        _note_best(state, metrics, config.monitor)
+        _report(model, state, optimizers, scaler, metrics, config, dataset, worker, report)
+        if worker.rank == 0:
+            progress.record(metrics)
+            last_validation = _summary(metrics, config.monitor)
+    history: list[dict[str, float]] = state["history"]
+    return history
+
+
+def _new_model(config: Config, dataset: PreparedDataset) -> BERT4Rec:
+    manifest = dataset.manifest
+    metadata = _metadata(config, dataset)
+    model = BERT4Rec(config.model, manifest.num_items, manifest.catalogue, metadata, manifest.num_new_items)
+    if config.data.split == "temporal" and not config.data.use_full_data:
+        model.trained_before = manifest.cutoffs["validation"]
+    else:
+        model.held_out = 0 if config.data.use_full_data else config.data.holdout
+    return model
+
+
+def _training_windows(config: Config, dataset: PreparedDataset, sequences: Windows, read: Sequences) -> Windows:
+    windows = training_windows(sequences, config.data, read.before)
+    if len(windows) == 0:
+        raise InputError(
+            f"{dataset.path}: none of {dataset.manifest.num_users} users has data.min_interactions="
+            f"{config.data.min_interactions} interactions; nothing to train on"
+        )
+    if not config.data.use_full_data and len(held_out_users(sequences, config.data, "validation", read.before)) == 0:
+        raise InputError(
+            f"{dataset.path}: no user has data.min_interactions={config.data.min_interactions} interactions before the "
+            f"validation cut-off and another one before the test cut-off (data.split_time={config.data.split_time:g}); "
+            "nothing to validate on"
+        )
+    return windows
+
+
+def checkpoint_name(metrics: dict[str, float], monitor: str) -> str:
+    """Such as bert4rec-05-0.1234: the epoch, from 1, and the monitored metric."""
+    return f"bert4rec-{int(metrics['epoch']):02d}-{metrics[monitor]:.4f}"
+
+
+def _metadata(config: Config, dataset: PreparedDataset) -> Metadata:
+    items = dataset.items()
+    titles = None
+    if config.model.use_title_emb:
+        ids, vectors = read_vectors(config.embeddings_path)
+        row = find_ids(items.ids.cast(pa.string()), ids)
+        if (row < 0).all():
+            raise InputError(
+                f"{config.embeddings_path}: was made for other data: none of its {len(ids):,} items, such as "
+                f"{some_of(ids)}, is in the catalogue, which has {len(items.ids):,} items, such as {some_of(items.ids)}"
+            )
+        titles = np.where(row[:, None] >= 0, vectors[row], np.float32(0))
+    return Metadata.of(config.model, items, titles)
+
+
+def _note_best(state: dict[str, Any], metrics: dict[str, float], monitor: str) -> None:
+    """Keep the history and what early stopping needs to know."""
+    sign = -1 if monitor == "train_loss" else 1
+    state["history"].append(metrics)
+    if state["best"] is None or sign * metrics[monitor] > sign * state["best"]:
+        state["best"], state["validations_since_best"] = metrics[monitor], 0
+        state["improvements"] += 1
+    else:
+        state["validations_since_best"] += 1
+
+
+def _should_stop(config: Config, state: dict[str, Any]) -> bool:
+    training = config.training
+    return (
+        training.early_stopping
+        and not config.data.use_full_data
+        and state["validations_since_best"] >= training.early_stopping_patience
+    )
+
+
+def _report(
+    model: BERT4Rec,
+    state: dict[str, Any],
+    optimizers: list[torch.optim.Optimizer],
+    scaler: Any,  # noqa: ANN401
+    metrics: dict[str, float],
+    config: Config,
+    dataset: PreparedDataset,
+    worker: Worker,
+    report: Report,
+) -> None:
+    """Report the metrics, and from rank 0 a checkpoint: a model directory and the state to resume from."""
+    name = checkpoint_name(metrics, config.monitor)
+    # What Ray keeps the best checkpoint by: of equal epochs the first is best, as early stopping has it.
+    metrics = {**metrics, "improvement": 0 if state["validations_since_best"] else state["improvements"]}
+    if worker.rank > 0:
+        report(metrics, name, None)
+        return
+    with tempfile.TemporaryDirectory() as directory:
+        model.save_pretrained(directory)
+        # The catalogue and the card make the directory one that can be handed over.
+        storage.write_bytes(storage.join(directory, ITEMS), storage.read_bytes(storage.join(dataset.path, ITEMS)))
+        card = model_card(model, config, dataset.manifest, dataset.items(), metrics, name)
+        storage.write_bytes(storage.join(directory, CARD), card.encode())
+        states = [optimizer.state_dict() for optimizer in optimizers]
+        resume = {**state, "optimizers": states, "scaler": scaler.state_dict()}
+        torch.save(resume, os.path.join(directory, STATE))
+        digest = storage.sha256(storage.join(directory, STATE))
+        storage.write_bytes(storage.join(directory, STATE_HASH), f"{digest}  {STATE}\n".encode())
+        report(metrics, name, directory)
+
+
+def load_checkpoint(directory: str) -> tuple[dict[str, torch.Tensor], dict[str, Any]]:
+    """The weights, and the state to resume from.
+
+    Raises
+    ------
+    InputError
+        If it is missing, damaged, altered, or of an older version.
+    """
+    path = storage.join(directory, STATE)
+    try:
+        is_whole = storage.read_bytes(storage.join(directory, STATE_HASH)).decode().split()[0] == storage.sha256(path)
+    except (FileNotFoundError, UnicodeDecodeError, IndexError):
+        is_whole = False
+    if not is_whole:
+        raise InputError(f"{path}: is missing, damaged or was altered (SHA-256 in {STATE_HASH})")
+    state: dict[str, Any] = torch.load(os.path.join(directory, STATE), map_location="cpu", weights_only=True)
+    if "optimizers" not in state:
+        raise InputError(f"{path}: was written by an older version; train anew with another run.name")
+    return BERT4Rec.from_pretrained(directory).state_dict(), state
+
+
+def _summary(metrics: dict[str, float], monitor: str) -> str:
+    names = dict.fromkeys([monitor, "train_loss"])  # a narrow terminal cuts the end
+    return "".join(f", {name} {metrics[name]:.4f}" for name in names)

@@ -1,0 +1,110 @@
+"""Training in this process: what Ray Train does for `run_epochs`, without its processes.
+
+`LocalTrainer` stands in for `training.train._trainer`. It keeps the best and the last checkpoint, as the job asks Ray
+Train to, and goes on from the last one. What only Ray Train can promise is tested in tests/integration.
+"""
+
+import json
+import shutil
+from pathlib import Path
+from types import SimpleNamespace
+
+import torch
+
+from bert4rec.data.dataset import PreparedDataset
+from bert4rec.errors import InputError
+from bert4rec.training.worker import run_epochs
+
+SNAPSHOT = "snapshot.json"
+
+
+class Quiet:
+    """Takes what a worker tells of its progress; `metrics` keeps what it recorded."""
+
+    def __init__(self):
+        self.metrics, self.skipped, self.texts = [], 0, []
+
+    def advance(self, amount, text="", always=False):
+        self.texts.append(text)
+
+    def record(self, metrics):
+        self.metrics.append(metrics)
+
+    def skip(self, amount):
+        self.skipped += amount
+
+
+class WorkerKilledError(Exception):
+    """As if the worker had been killed."""
+
+
+class Kept:
+    """The checkpoints of a run's directory: the best and the last; a rerun finds them again."""
+
+    def __init__(self, path, stop_after=None):
+        self.path, self.stop_after = Path(path), stop_after
+        self.reported = []
+        snapshot = self.path / SNAPSHOT
+        self.entries = json.loads(snapshot.read_text()) if snapshot.exists() else []
+
+    def report(self, metrics, name, directory):
+        self.reported.append(metrics)
+        shutil.copytree(directory, self.path / name)
+        self.entries.append({"name": name, "improvement": metrics["improvement"]})
+        self.entries = [entry for entry in self.entries if entry in (self.best, self.entries[-1])]
+        for found in self.path.glob("bert4rec-*"):
+            if found.name not in [entry["name"] for entry in self.entries]:
+                shutil.rmtree(found)
+        (self.path / SNAPSHOT).write_text(json.dumps(self.entries))
+        if len(self.reported) == self.stop_after:
+            raise WorkerKilledError
+
+    @property
+    def best(self):
+        return max(self.entries, key=lambda entry: entry["improvement"])
+
+    @property
+    def last(self):
+        return str(self.path / self.entries[-1]["name"]) if self.entries else None
+
+
+def run(config, dataset_path, path, stop_after=None):
+    """`run_epochs` into the directory `path`, going on where it was left: the history, and what was kept."""
+    dataset, kept = PreparedDataset(dataset_path), Kept(path, stop_after)
+    kept.path.mkdir(exist_ok=True, parents=True)
+    sequences = dataset.sequences(config.data.memory_mb)
+    kept.progress = Quiet()
+    return run_epochs(
+        config, dataset, sequences, report=kept.report, progress=kept.progress, resume_from=kept.last
+    ), kept
+
+
+class LocalTrainer:
+    """Has `fit`, as Ray's TorchTrainer has."""
+
+    def __init__(self, config, name, places, loop, callbacks):
+        self.config, self.loop = config, loop
+        self.path = Path(config.run.storage_path).absolute() / name
+
+    def fit(self):
+        threads = torch.get_num_threads()
+        dataset, kept = PreparedDataset(self.loop["dataset_path"]), Kept(self.path)
+        try:
+            history = run_epochs(
+                self.config,
+                dataset,
+                dataset.sequences(self.config.data.memory_mb),
+                report=kept.report,
+                progress=self.loop["reporter"],
+                resume_from=kept.last,
+            )
+        except InputError as error:
+            return SimpleNamespace(return_value=str(error))
+        finally:
+            torch.set_num_threads(threads)
+        best, last = str(self.path / kept.best["name"]), kept.last
+        return SimpleNamespace(
+            return_value=history,
+            best_checkpoints=[(SimpleNamespace(path=best), {})],
+            checkpoint=SimpleNamespace(path=last),
+        )

@@ -1,0 +1,86 @@
+"""What a training takes of a cluster, for clusters and control groups that are made up here."""
+
+import os
+
+import pytest
+
+from bert4rec.cluster import resources
+from bert4rec.config import load_config
+from bert4rec.errors import InputError
+
+pytestmark = pytest.mark.unit
+
+
+@pytest.mark.parametrize(
+    ("nodes", "overrides", "expected"),
+    [
+        ([(2, 0)], [], (False, 2, 1)),  # a worker a core
+        ([(2, 0)], ["data.batch_size=15"], (False, 1, 2)),  # each has 8 users or more
+        ([(16, 0)], ["data.batch_size=32"], (False, 4, 4)),
+        ([(4, 0), (4, 0)], [], (False, 8, 1)),
+        ([(8, 0)], ["training.cpus_per_worker=3"], (False, 2, 3)),
+        ([(8, 0)], ["training.num_workers=1"], (False, 1, 8)),
+        ([(8, 2)], [], (True, 2, 4)),  # a worker a GPU
+        ([(8, 2), (8, 2)], ["training.num_workers=3"], (True, 3, 4)),
+        ([(8, 2)], ["training.num_workers=3"], (False, 3, 2)),  # not enough GPUs for all
+        ([(8, 2)], ["training.accelerator=cpu"], (False, 8, 1)),
+        ([(8, 1), (8, 0)], ["data.batch_size=8"], (True, 1, 8)),
+    ],
+)
+def test_the_workers_of_a_training(monkeypatch, nodes, overrides, expected):
+    monkeypatch.setattr(resources, "_nodes", lambda: nodes)
+    assert resources.for_training(load_config(None, overrides)) == expected
+
+
+@pytest.mark.parametrize(
+    ("overrides", "message"),
+    [
+        (["training.num_workers=3"], r"num_workers=3 workers of 1 CPU cores each do not fit.*2 CPU cores, 0 GPUs"),
+        (["training.cpus_per_worker=3"], r"num_workers=1 workers of 3 CPU cores each do not fit"),
+        (["training.accelerator=gpu"], r"num_workers=1 workers of 1 CPU cores and a GPU each do not fit"),
+    ],
+)
+def test_what_does_not_fit_is_one_message(monkeypatch, capsys, overrides, message):
+    monkeypatch.setattr(resources, "_nodes", lambda: [(2, 0)])
+    monkeypatch.delenv("RAY_ADDRESS", raising=False)
+    with pytest.raises(InputError, match=message):
+        resources.for_training(load_config(None, overrides))
+    monkeypatch.setenv("RAY_ADDRESS", "10.0.0.1:6379")  # a cluster may grow
+    resources.for_training(load_config(None, overrides))
+    assert "waiting for it to grow" in capsys.readouterr().out
+
+
+def test_a_sweep_has_room_for_a_worker_a_core(monkeypatch):
+    monkeypatch.setattr(resources, "_nodes", lambda: [(8, 0)])
+    assert resources.most_at_once(load_config(None, ["training.num_workers=1"])) == 8
+    assert resources.most_at_once(load_config(None, ["training.num_workers=1", "training.cpus_per_worker=3"])) == 2
+
+
+def write(path, text):
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(text)
+
+
+def test_the_quotas_of_a_control_group_and_of_those_around_it(tmp_path):
+    assert resources._quotas(tmp_path, "a/b") == []
+    write(tmp_path / "a" / "b" / "cpu.max", "max 100000\n")
+    write(tmp_path / "a" / "cpu.max", "150000 100000\n")
+    write(tmp_path / "cpu.max", "400000 100000\n")
+    write(tmp_path.parent / "cpu.max", "1 100000\n")  # outside
+    assert resources._quotas(tmp_path, "a/b") == [1.5, 4.0]
+    assert resources._quotas(tmp_path, "") == [4.0]
+
+
+def test_the_quota_of_an_older_control_group(tmp_path):
+    write(tmp_path / "cpu" / "cpu.cfs_quota_us", "-1\n")
+    write(tmp_path / "cpu" / "cpu.cfs_period_us", "100000\n")
+    assert resources._quotas(tmp_path, "") == []
+    write(tmp_path / "cpu" / "cpu.cfs_quota_us", "250000\n")
+    assert resources._quotas(tmp_path, "") == [2.5]
+
+
+@pytest.mark.parametrize(("quotas", "cores"), [([], 4), ([1.5], 1), ([0.5], 1), ([16.0], 4), ([16.0, 3.2], 3)])
+def test_usable_cores_are_those_of_the_affinity_and_the_quota(monkeypatch, quotas, cores):
+    monkeypatch.setattr(os, "sched_getaffinity", lambda pid: {0, 1, 2, 5}, raising=False)
+    monkeypatch.setattr(resources, "_quotas", lambda root, group: quotas)
+    assert resources.usable_cores() == cores
