@@ -65,6 +65,17 @@ class DataConfig(_Group):
         return self
 
 
+DATASET_KEYS = ("include_new_items", "min_item_interactions", "split", "split_time")
+"""Keys of `data` that make another prepared dataset of the same files; all others are of the training alone, but for
+`data_dir` and `data_file`, which name the files."""
+
+
+def data_identity(data: DataConfig) -> dict[str, Any]:
+    """What makes one prepared dataset another than the next of the same files: `DATASET_KEYS` that are set."""
+    without = {"split_time"} if data.split == "leave-one-out" else set()
+    return data.model_dump(mode="json", include=set(DATASET_KEYS) - without, exclude_defaults=True)
+
+
 class ModelConfig(_Group):
     """The network (BERT4Rec, arXiv 1904.06690, Section 3)."""
 
@@ -393,13 +404,8 @@ class Config(_Group):
     @property
     def prepared_path(self) -> str:
         """Directory of the prepared dataset: one for each input, shared by all runs on it."""
-        source = {"data_dir": storage.absolute(self.data.data_dir), "data_file": self.data.data_file}
-        if self.data.include_new_items:
-            source["new_items"] = "included"
-        if self.data.min_item_interactions:
-            source["min_item_interactions"] = str(self.data.min_item_interactions)
-        if self.data.split == "temporal":
-            source["split_time"] = str(self.data.split_time)
+        files = {"data_dir": storage.absolute(self.data.data_dir), "data_file": self.data.data_file}
+        source = files | data_identity(self.data)
         name = f"{self.data_name}-{storage.fingerprint(source)[:8]}"
         return storage.join(storage.absolute(self.run.storage_path), "prepared", name)
 

@@ -21,6 +21,11 @@ EVALUATION = "evaluation.json"
 REPORT = "report.html"
 
 
+def checkpoint_name(metrics: dict[str, float], monitor: str) -> str:
+    """Such as bert4rec-05-0.1234: the epoch, from 1, and the monitored metric."""
+    return f"bert4rec-{int(metrics['epoch']):02d}-{metrics[monitor]:.4f}"
+
+
 def kept_metrics(run_path: str) -> list[dict[str, float]]:
     """Metrics of the epochs whose checkpoints a run, finished or not, has kept: the best and the last."""
     snapshot = storage.join(run_path, "checkpoint_manager_snapshot.json")  # Ray Train's own record, what it resumes by

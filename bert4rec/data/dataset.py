@@ -5,17 +5,17 @@ sequences/*.parquet: a row a user, sorted by user id over the files in name orde
     before_NAME int32, a column for each of the manifest's cut-offs: how many of the items came before it
 items.parquet: a row an item, in token order.
     index int32, item, count int64, year int16 or null, title or null,
-    genres list<int32>, director int32 or null, writers list<int32>
+    and of each feature (`features.py`) list<int32>, or int32 or null
 manifest.json: `Manifest`, written last.
 
-Tokens: 0 is padding, 1..num_items are items, num_items+1 is [MASK]. Genre, director and writer indices count from 0
-into the manifest's vocabularies. Ids are int64 or strings, as they came.
+Tokens: 0 is padding, 1..num_items are items, num_items+1 is [MASK]. Features' indices count from 0 into the
+manifest's vocabularies. Ids are int64 or strings, as they came.
 """
 
 import tempfile
 from dataclasses import dataclass, field, replace
 from functools import cached_property
-from typing import Literal, NamedTuple, Self
+from typing import Any, Literal, NamedTuple, Self
 
 import numpy as np
 import pyarrow as pa
@@ -24,6 +24,7 @@ import pyarrow.parquet as pq
 from pydantic import BaseModel, ConfigDict, ValidationError
 
 from bert4rec import storage
+from bert4rec.data.features import FEATURES
 from bert4rec.errors import InputError
 
 PADDING = 0
@@ -43,14 +44,13 @@ class Manifest(BaseModel):
     """What the prepared dataset holds and what it was made from."""
 
     model_config = ConfigDict(frozen=True, extra="forbid")
-    format_version: Literal[1] = 1
+    format_version: Literal[2] = 2
+    identity: dict[str, Any] = {}
+    """`data_identity` of the config that it was made with."""
     num_users: int
     num_items: int
     num_new_items: int = 0
     """Items without interactions, the last tokens (data.include_new_items)."""
-    include_new_items: bool = False
-    min_item_interactions: int = 0
-    """Of the k-core that this is (data.min_item_interactions), 0 where all items and users are in."""
     num_core_items: int = 0
     """Items that are not in the k-core."""
     num_core_users: int = 0
@@ -60,17 +60,14 @@ class Manifest(BaseModel):
     num_interactions: int
     """After the exact duplicates, and what is not in the k-core, were dropped."""
     num_duplicates: int
-    split_time: float | None = None
-    """Of a temporal split (data.split_time)."""
     cutoffs: dict[str, int] = {}
     """Unix times; of a temporal split validation and test, and with the prefix recent_ seven days before each; else
     recent_last, seven days before the last interaction."""
     has_time: bool
     catalogue: str
-    """Fingerprint of the item ids in token order and of all metadata."""
-    genres: list[str]
-    directors: list[str]
-    writers: list[str]
+    """`metadata.catalogue_fingerprint`."""
+    vocabularies: dict[str, list[str]]
+    """Values of each metadata feature (`FEATURES`)."""
     notes: list[str]
     """What was ignored or switched off, a line each, for the user."""
     inputs: list[InputFile]
@@ -83,7 +80,7 @@ class Manifest(BaseModel):
     def fingerprint(self) -> str:
         """Of the input files, the catalogue made of them and the split, hence of the whole dataset."""
         made_of = [self.format_version, self.catalogue, *(f.model_dump() for f in self.inputs)]
-        return storage.fingerprint([*made_of, self.min_item_interactions, self.cutoffs])
+        return storage.fingerprint([*made_of, self.identity, self.cutoffs])
 
 
 @dataclass(frozen=True)
@@ -165,7 +162,7 @@ class ItemTable:
     title: pa.Array
     """[num_items] strings, null where unknown."""
     listed: dict[str, tuple[int, Ragged]]
-    """genre, director, writer: size of the vocabulary, and each item's indices into it."""
+    """Of each feature: size of the vocabulary, and each item's indices into it."""
 
 
 class Part(NamedTuple):
@@ -201,8 +198,13 @@ class PreparedDataset:
                 f"{path}: no prepared dataset ({storage.MANIFEST} is missing); "
                 "run `python -m jobs.prepare` with the same data options first"
             )
+        content = storage.read_sealed(storage.join(path, storage.MANIFEST))
+        if (version := content.get("format_version")) == 1:
+            raise InputError(
+                f"{path}: prepared by an earlier version (format {version}); `python -m jobs.prepare` makes it anew"
+            )
         try:
-            self.manifest = Manifest.model_validate(storage.read_sealed(storage.join(path, storage.MANIFEST)))
+            self.manifest = Manifest.model_validate(content)
         except ValidationError as error:
             raise InputError(
                 f"{path}: prepared by another version ({error}); run `python -m jobs.prepare` again"
@@ -281,8 +283,7 @@ class PreparedDataset:
 
     def items(self) -> ItemTable:
         """The catalogue."""
-        manifest = self.manifest
-        sizes = {"genre": len(manifest.genres), "director": len(manifest.directors), "writer": len(manifest.writers)}
+        sizes = {name: len(values) for name, values in self.manifest.vocabularies.items()}
         return read_items(storage.join(self.path, ITEMS), sizes)
 
     def _check_files(self, verify: bool) -> None:
@@ -307,7 +308,6 @@ def read_items(path: str, sizes: dict[str, int] | None = None) -> ItemTable:
     filesystem, inner = storage.open_store(path)
     table = pq.read_table(inner, filesystem=filesystem).combine_chunks()
     year = _one_chunk(table["year"])
-    columns = {"genre": "genres", "director": "director", "writer": "writers"}
     return ItemTable(
         ids=_one_chunk(table["item"]),
         count=table["count"].to_numpy(),
@@ -315,8 +315,8 @@ def read_items(path: str, sizes: dict[str, int] | None = None) -> ItemTable:
         has_year=year.is_valid().to_numpy(zero_copy_only=False),
         title=_one_chunk(table["title"]),
         listed={
-            feature: (size, Ragged.from_column(_one_chunk(table[columns[feature]])))
-            for feature, size in (sizes or {}).items()
+            name: (size, Ragged.from_column(_one_chunk(table[FEATURES[name].column])))
+            for name, size in (sizes or {}).items()
         },
     )
 

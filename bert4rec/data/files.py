@@ -15,9 +15,10 @@ import pyarrow.fs as pafs
 
 from bert4rec import storage
 from bert4rec.data.dataset import InputFile
+from bert4rec.data.features import FEATURES
 from bert4rec.errors import InputError
 
-METADATA = {"years": "year", "titles": "title", "genres": "genre", "directors": "director", "writers": "writer"}
+METADATA = {"years": "year", "titles": "title", **{feature.file: name for name, feature in FEATURES.items()}}
 """Column of each optional file NAME.tsv, beside its column `item`."""
 _COMPRESSED = (".gz", ".bz2", ".zst", ".lz4")
 _HEADER_BYTES = 1 << 20

@@ -6,6 +6,7 @@ import pyarrow.compute as pc
 import pyarrow.csv as pacsv
 
 from bert4rec import storage
+from bert4rec.data.features import FEATURES
 from bert4rec.data.files import METADATA, read_header, readable, unquote
 from bert4rec.data.ids import ascending
 from bert4rec.errors import InputError
@@ -54,38 +55,69 @@ def read_metadata(data_dir: str, name: str, column: str) -> pa.Table:
 def item_table(
     ids: pa.Array, counts: np.ndarray, metadata: dict[str, pa.Table]
 ) -> tuple[pa.Table, dict[str, list[str]], list[str]]:
-    """items.parquet, the vocabularies, and notes of what was ignored; `ids` in token order."""
+    """items.parquet, the vocabulary of each feature, and notes of what was ignored; `ids` in token order."""
     columns = {"index": pa.array(np.arange(1, len(ids) + 1), pa.int32()), "item": ids, "count": pa.array(counts)}
     vocabularies: dict[str, list[str]] = {}
     notes: list[str] = []
-    spelled = ids.cast(pa.string())
-    for key, column in METADATA.items():
-        values = pa.array([], pa.int16() if key == "years" else pa.string())
-        row = np.zeros(0, np.int64)
-        if key in metadata:
-            found = pc.index_in(metadata[key]["item"], spelled)
-            values = metadata[key][column].filter(found.is_valid()).combine_chunks()
-            row = found.drop_null().to_numpy().astype(np.int64)
-            if found.null_count:
-                notes.append(f"{key}.tsv: rows of items without interactions ignored: {found.null_count:,}")
-        else:
-            notes.append(f"no {key}.tsv: items have no {key}")
-        if key in ("genres", "writers"):
+    for file, name in METADATA.items():
+        row, values = _known_rows(ids, file, name, metadata, notes)
+        feature = FEATURES.get(name)
+        if feature is not None and feature.is_list:
             vocabulary = ascending(values.unique())
-            columns[key] = _lists(row, pc.index_in(values, vocabulary).to_numpy(), len(ids))
-            vocabularies[key] = vocabulary.to_pylist()
+            columns[feature.column] = _lists(row, pc.index_in(values, vocabulary).to_numpy(), len(ids))
+            vocabularies[name] = vocabulary.to_pylist()
             continue
         rows, first = np.unique(row, return_index=True)
         if len(rows) < len(row):
-            notes.append(f"{key}.tsv: further rows of an item ignored, the first counts: {len(row) - len(rows):,}")
+            notes.append(f"{file}.tsv: further rows of an item ignored, the first counts: {len(row) - len(rows):,}")
         position = np.full(len(ids), -1)
         position[rows] = first
-        columns[column] = values.take(pa.array(position, mask=position < 0))
-        if key == "directors":
-            vocabulary = ascending(columns[column].unique().drop_null())
-            columns[column] = pc.index_in(columns[column], vocabulary)
-            vocabularies[key] = vocabulary.to_pylist()
+        value = values.take(pa.array(position, mask=position < 0))
+        if feature is None:
+            columns[name] = value
+            continue
+        vocabulary = ascending(value.unique().drop_null())
+        columns[feature.column] = pc.index_in(value, vocabulary)
+        vocabularies[name] = vocabulary.to_pylist()
     return pa.table(columns), vocabularies, notes
+
+
+def _known_rows(
+    ids: pa.Array, file: str, name: str, metadata: dict[str, pa.Table], notes: list[str]
+) -> tuple[np.ndarray, pa.Array]:
+    """[S] place in `ids` and [S] value of each row of a metadata file whose item is among them."""
+    if file not in metadata:
+        notes.append(f"no {file}.tsv: items have no {file}")
+        return np.zeros(0, np.int64), pa.array([], pa.int16() if name == "year" else pa.string())
+    found = pc.index_in(metadata[file]["item"], ids.cast(pa.string()))
+    if found.null_count:
+        notes.append(f"{file}.tsv: rows of items without interactions ignored: {found.null_count:,}")
+    values = metadata[file][name].filter(found.is_valid()).combine_chunks()
+    return found.drop_null().to_numpy().astype(np.int64), values
+
+
+_ALWAYS = {"item", "year", "title", "genres", "director", "writers"}
+
+
+def catalogue_fingerprint(items: pa.Table, vocabularies: dict[str, list[str]]) -> str:
+    """Fingerprint of the item ids in token order and of all metadata: a model scores data of its own catalogue alone.
+
+    A column without any value counts nothing, so that a new feature disowns no model that was trained before it; those
+    in `_ALWAYS` have counted from the first version on.
+    """
+    columns = [name for name in items.column_names if name in _ALWAYS or not _is_empty(items[name])]
+    counted = items.select([name for name in columns if name not in ("index", "count")])
+    named = {
+        FEATURES[name].file: values
+        for name, values in vocabularies.items()
+        if values or FEATURES[name].column in _ALWAYS
+    }
+    return storage.fingerprint([counted.to_pydict(), named])
+
+
+def _is_empty(column: pa.ChunkedArray) -> bool:
+    values = pc.list_flatten(column) if pa.types.is_list(column.type) else column
+    return bool(len(values) == values.null_count)
 
 
 def new_items(ids: pa.Array, metadata: dict[str, pa.Table]) -> pa.Array:

@@ -24,12 +24,12 @@ import ray
 from ray.exceptions import RayTaskError
 
 from bert4rec import storage
-from bert4rec.config import DataConfig
+from bert4rec.config import DataConfig, data_identity
 from bert4rec.data import files, interactions
 from bert4rec.data.dataset import InputFile, Manifest, PreparedDataset
 from bert4rec.data.ids import ascending
 from bert4rec.data.interactions import Chunk, ChunkSummary
-from bert4rec.data.metadata import item_table, new_items, read_metadata
+from bert4rec.data.metadata import catalogue_fingerprint, item_table, new_items, read_metadata
 from bert4rec.errors import InputError
 from bert4rec.progress import track
 
@@ -146,16 +146,14 @@ def prepare(data: DataConfig, path: str, report: Callable[[str], None] = lambda 
         num_users=core.num_users,
         num_items=len(items),
         num_new_items=len(items) - len(order),
-        include_new_items=data.include_new_items,
-        min_item_interactions=data.min_item_interactions,
+        identity=data_identity(data),
         **left_out,
-        split_time=_split_time(data),
         cutoffs=cutoffs,
         num_interactions=num_interactions,
         num_duplicates=num_duplicates,
         has_time=has_time,
-        catalogue=storage.fingerprint([items.drop_columns(["index", "count"]).to_pydict(), vocabularies]),
-        **vocabularies,
+        catalogue=catalogue_fingerprint(items, vocabularies),
+        vocabularies=vocabularies,
         notes=notes,
         inputs=identities,
         files={file.name: file.size for file in written},
@@ -193,18 +191,7 @@ def _up_to_date(path: str, identities: list[InputFile], data: DataConfig) -> Man
         manifest = PreparedDataset(path, verify=True).manifest
     except InputError:
         return None
-    same = (
-        manifest.inputs == identities
-        and manifest.include_new_items == data.include_new_items
-        and manifest.min_item_interactions == data.min_item_interactions
-        and manifest.split_time == _split_time(data)
-        and bool(manifest.cutoffs) == manifest.has_time
-    )
-    return manifest if same else None
-
-
-def _split_time(data: DataConfig) -> float | None:
-    return data.split_time if data.split == "temporal" else None
+    return manifest if manifest.inputs == identities and manifest.identity == data_identity(data) else None
 
 
 def _has_time(chunks: list[Chunk]) -> bool:

@@ -14,10 +14,8 @@ from torch import Tensor, nn
 
 from bert4rec.config import ModelConfig
 from bert4rec.data.dataset import PADDING, ItemTable, Ragged
+from bert4rec.data.features import FEATURES
 from bert4rec.model.layers import Dropout
-
-LISTED = ("genre", "director", "writer")
-"""Features that are the mean of embeddings of an item's values."""
 
 
 class Metadata(NamedTuple):
@@ -36,8 +34,7 @@ class Metadata(NamedTuple):
     @classmethod
     def of(cls, config: ModelConfig, items: ItemTable, titles: np.ndarray | None) -> "Metadata":
         """The features that `config` uses."""
-        wanted = {"genre": config.use_genre_emb, "director": config.use_director_emb, "writer": config.use_writer_emb}
-        listed = {feature: items.listed[feature] for feature in LISTED if wanted[feature]}
+        listed = {name: items.listed[name] for name in FEATURES if getattr(config, f"use_{name}_emb")}
         return cls(listed, titles if config.use_title_emb else None)
 
     @property
@@ -62,7 +59,7 @@ class ItemVectors(nn.Module):
         self.embedding = nn.Embedding(num_items + 2, width, padding_idx=PADDING)
         self.dropout = Dropout(config.metadata_dropout)
         self.listed = nn.ModuleDict()
-        for feature in LISTED:
+        for feature in FEATURES:
             if feature in shape:
                 size, num_values = shape[feature]
                 self.listed[feature] = nn.Embedding(max(size, 1), width)

@@ -369,7 +369,7 @@ def _recommended_section(
         section.charts.append(_years("Years of release", items, weights))
     size, genres = items.listed["genre"]
     if size:
-        section.charts.append(_genres(dataset.manifest.genres, genres, items.count, recommended))
+        section.charts.append(_genres(dataset.manifest.vocabularies["genre"], genres, items.count, recommended))
     else:
         section.missing.append("No genres: there is no genres.tsv.")
     top = np.argsort(-recommended, kind="stable")[:_TOP_ITEMS]
@@ -431,7 +431,7 @@ def _browser(
     by_length = np.argsort(users.length, kind="stable")
     places = np.linspace(0, len(by_length) - 1, min(SHOWN_USERS, len(by_length))).round().astype(np.int64)
     sample = np.sort(by_length[places])
-    names, genre_names = _titles(items), dataset.manifest.genres
+    names, genre_names = _titles(items), dataset.manifest.vocabularies["genre"]
     _, genres = items.listed["genre"]
     shown: list[dict[str, Any]] = []
     known: dict[int, list[Any]] = {}

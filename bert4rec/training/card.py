@@ -4,10 +4,10 @@ import yaml
 
 from bert4rec.config import Config
 from bert4rec.data.dataset import ItemTable, Manifest
+from bert4rec.data.features import FEATURES
 from bert4rec.model.network import BERT4Rec
 
 CARD = "README.md"
-_FEATURES = {"genre": "genres", "director": "director", "writer": "writers", "title": "title"}
 
 
 def model_card(
@@ -23,7 +23,7 @@ def model_card(
         Of the model directory.
     """
     num_parameters = sum(parameter.numel() for parameter in model.parameters())
-    metadata = [noun for key, noun in _FEATURES.items() if getattr(config.model, f"use_{key}_emb")]
+    metadata = [name for name in (*FEATURES, "title") if getattr(config.model, f"use_{name}_emb")]
     example = [item.as_py() for item in items.ids[:3]]
     files = [f"| `{file.name}` | {file.size:,} | `{file.sha256[:16]}…` |" for file in manifest.inputs]
     settings = config.model_dump(mode="json", include={"data", "model", "training", "evaluation"})

@@ -2,13 +2,18 @@
 
 import shutil
 import tempfile
+from functools import cached_property
+from typing import TYPE_CHECKING
 
 import pyarrow.fs as pafs
-from torch.utils.tensorboard import SummaryWriter
 
 from bert4rec import storage
 from bert4rec.config import Config
 from bert4rec.data.dataset import Manifest
+from bert4rec.data.features import FEATURES
+
+if TYPE_CHECKING:
+    from torch.utils.tensorboard import SummaryWriter
 
 EVENTS = "tensorboard"
 _NOT_CURVES = ("epoch", "seconds")
@@ -22,7 +27,13 @@ class TensorBoardLog:
         filesystem, inner = storage.open_store(self._target)
         self._is_local = isinstance(filesystem, pafs.LocalFileSystem)
         self._directory = inner if self._is_local else tempfile.mkdtemp()
-        self._writer = SummaryWriter(self._directory)
+
+    @cached_property
+    def _writer(self) -> "SummaryWriter":
+        # Imports torch, which would only keep a training waiting before it begins.
+        from torch.utils.tensorboard import SummaryWriter
+
+        return SummaryWriter(self._directory)  # type: ignore[no-untyped-call]
 
     def record(self, metrics: dict[str, float]) -> None:
         """The curves of one epoch, where they can be followed."""
@@ -44,7 +55,7 @@ class TensorBoardLog:
             for name, value in fields.items():
                 settings[f"{group}.{name}"] = value if isinstance(value, bool | int | float | str) else str(value)
         settings |= {f"num_{name}": getattr(manifest, f"num_{name}") for name in ("users", "items", "interactions")}
-        settings |= {f"num_{name}": len(getattr(manifest, name)) for name in ("genres", "directors", "writers")}
+        settings |= {f"num_{FEATURES[name].file}": len(values) for name, values in manifest.vocabularies.items()}
         self.close_with(settings, best_metrics, history)
 
     def close_with(

@@ -19,14 +19,20 @@ from bert4rec import storage
 from bert4rec.cluster import resources
 from bert4rec.config import Config, EvaluationConfig
 from bert4rec.data.dataset import Manifest, PreparedDataset
+from bert4rec.data.features import FEATURES
 from bert4rec.errors import InputError
 from bert4rec.progress import Progress
-from bert4rec.runs import RUN, begin_directory
+from bert4rec.runs import RUN, begin_directory, checkpoint_name
+from bert4rec.training.mlflow import MLflowLog
+from bert4rec.training.tensorboard import TensorBoardLog
 
 if TYPE_CHECKING:
     from ray.train import UserCallback
 
-HEAVY = ("bert4rec.training.worker", "bert4rec.training.tensorboard", "ray.train.torch")
+LEFT_OUT_AT_DEFAULT = ("model.position_encoding", "training.num_workers")
+"""Keys that count only where they are set: those that came after the first version, whose runs keep their names, and
+the number of workers, which the machine chooses: the same command goes on with its run on another one."""
+HEAVY = ("bert4rec.training.trainer",)
 """What takes seconds to import: done while Ray starts, and not at all where a run is found finished."""
 
 
@@ -91,10 +97,6 @@ def train(
         return finished
 
     resources.begin(config, meanwhile=HEAVY)
-    from bert4rec.training.mlflow import MLflowLog
-    from bert4rec.training.tensorboard import TensorBoardLog
-    from bert4rec.training.worker import checkpoint_name
-
     places = resources.for_training(config)
     cores = f"{places.cpus_per_worker} CPU core{'s' * (places.cpus_per_worker > 1)}"
     plural = "s" * (places.num_workers > 1)
@@ -146,12 +148,13 @@ def _trainer(
     config: Config, name: str, places: resources.Places, loop: dict[str, Any], callbacks: Sequence["UserCallback"]
 ) -> Any:  # noqa: ANN401 - a TorchTrainer
     from ray.train import CheckpointConfig, FailureConfig, RunConfig, ScalingConfig
-    from ray.train.torch import TorchConfig, TorchTrainer
+
+    from bert4rec.training.trainer import ProcessGroup, Trainer
 
     # The controller polls at this interval, and every report waits for it: the default of 2 s would cost 2 s an epoch.
     os.environ.setdefault("RAY_TRAIN_HEALTH_CHECK_INTERVAL_S", "0.2")
     fewest = config.training.min_workers
-    return TorchTrainer(
+    return Trainer(
         train_worker,
         train_loop_config=loop,
         scaling_config=ScalingConfig(
@@ -159,7 +162,7 @@ def _trainer(
             use_gpu=places.use_gpu,
             resources_per_worker={"CPU": places.cpus_per_worker, **({"GPU": 1} if places.use_gpu else {})},
         ),
-        torch_config=TorchConfig(backend="nccl" if places.use_gpu else "gloo"),
+        backend_config=ProcessGroup("nccl" if places.use_gpu else "gloo"),
         run_config=RunConfig(
             name=name,
             storage_path=storage.absolute(config.run.storage_path),
@@ -181,6 +184,7 @@ def train_worker(loop: dict[str, Any]) -> list[dict[str, float]] | str:
 
     The error is returned, not raised, so that Ray does not try again.
     """
+
     import ray.train.torch
     import torch
 
@@ -218,15 +222,11 @@ def with_features(config: Config, manifest: Manifest) -> Config:
     """The config with absolute paths, and with the metadata features that can be used; what has no file is switched
     off, which is said."""
     features: dict[str, bool] = {}
-    for name, plural, vocabulary in (
-        ("genre", "genres", manifest.genres),
-        ("director", "directors", manifest.directors),
-        ("writer", "writers", manifest.writers),
-    ):
+    for name, feature in FEATURES.items():
         wanted = getattr(config.model, f"use_{name}_emb")
-        features[f"use_{name}_emb"] = wanted and bool(vocabulary)
-        if wanted and not vocabulary:
-            print(f"note: model.use_{name}_emb is switched off: the data has no {plural}.tsv")
+        features[f"use_{name}_emb"] = wanted and bool(manifest.vocabularies[name])
+        if wanted and not manifest.vocabularies[name]:
+            print(f"note: model.use_{name}_emb is switched off: the data has no {feature.file}.tsv")
     has_titles = storage.exists(config.embeddings_path)
     features["use_title_emb"] = has_titles and config.model.use_title_emb is not False
     if config.model.use_title_emb and not has_titles:
@@ -236,7 +236,8 @@ def with_features(config: Config, manifest: Manifest) -> Config:
     if config.data.include_new_items and not any(features.values()):
         raise InputError(
             "data.include_new_items=true needs metadata to tell the new items apart, and none is used; set "
-            "model.use_genre_emb=true (or director, writer), or make title embeddings (python -m jobs.embed)"
+            f"one of {', '.join(f'model.use_{name}_emb' for name in FEATURES)}, or make title embeddings "
+            "(python -m jobs.embed)"
         )
     embedding = config.embedding.model_copy(
         update={"output_path": config.embeddings_path}
@@ -259,10 +260,10 @@ def what_shapes_the_result(config: Config) -> dict[str, Any]:
         },
     )
     settings = {f"{group}.{key}": value for group, fields in keys.items() for key, value in fields.items()}
-    if config.model.position_encoding == "learned":
-        del settings["model.position_encoding"]  # runs from before there was a choice keep their names
-    if config.training.num_workers is None:
-        del settings["training.num_workers"]  # the machine's choice: the same command goes on with its run elsewhere
+    for key in LEFT_OUT_AT_DEFAULT:
+        group, _, name = key.partition(".")
+        if settings[key] == type(getattr(config, group)).model_fields[name].default:
+            del settings[key]
     if config.model.use_title_emb:
         settings["title embeddings"] = hashlib.sha256(storage.read_bytes(config.embeddings_path)).hexdigest()[:16]
     if config.training.start_from is not None:

@@ -47,7 +47,7 @@ def check_start(config: Config, manifest: Manifest) -> None:
         raise InputError(f"training.start_from={directory}: another network ({'; '.join(differing)})")
     if set(old.metadata_shape) - {"title"} and old.catalogue != manifest.catalogue:
         raise InputError(
-            f"training.start_from={directory}: a model with genres, directors or writers, whose numbers are "
+            f"training.start_from={directory}: a model with metadata, whose numbers are "
             "those of its own catalogue, and this is another one; train anew"
         )
     if not config.data.use_full_data:  # else nothing is validated

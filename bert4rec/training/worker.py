@@ -23,6 +23,7 @@ from bert4rec.errors import InputError
 from bert4rec.model.item_vectors import Metadata
 from bert4rec.model.losses import make_loss
 from bert4rec.model.network import BERT4Rec
+from bert4rec.runs import checkpoint_name
 from bert4rec.training.card import CARD, model_card
 from bert4rec.training.loop import ALONE, Worker, make_optimizers, train_epoch, validate
 from bert4rec.training.warm_start import begin_from
@@ -97,6 +98,7 @@ def run_epochs(
     elif training.start_from is not None:
         begin_from(model, training.start_from, dataset.items().ids)
     model.get_buffer("item_counts").copy_(counts)
+
     wrapped = wrap(model)
     optimizers = make_optimizers(model, training)
     scaler = torch.amp.GradScaler(device.type, enabled=training.precision == "16-mixed")  # type: ignore[attr-defined]
@@ -155,11 +157,6 @@ def _training_windows(config: Config, dataset: PreparedDataset, sequences: Windo
             "nothing to validate on"
         )
     return windows
-
-
-def checkpoint_name(metrics: dict[str, float], monitor: str) -> str:
-    """Such as bert4rec-05-0.1234: the epoch, from 1, and the monitored metric."""
-    return f"bert4rec-{int(metrics['epoch']):02d}-{metrics[monitor]:.4f}"
 
 
 def _metadata(config: Config, dataset: PreparedDataset) -> Metadata:

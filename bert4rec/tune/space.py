@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any, Literal, Protocol, Self
 import numpy as np
 from pydantic import ValidationError
 
-from bert4rec.config import Config, nearest_key, parse_value
+from bert4rec.config import DATASET_KEYS, Config, nearest_key, parse_value
 from bert4rec.errors import InputError
 
 if TYPE_CHECKING:
@@ -29,9 +29,8 @@ DEFAULT_SPACE: dict[str, Any] = {
 KINDS = ("choice", "uniform", "loguniform", "int")
 SEARCHED_GROUPS = ("data", "model", "training")
 THE_SAME_FOR_ALL = {
-    *(f"data.{name}" for name in ("data_dir", "data_file", "include_new_items", "memory_mb")),
-    *(f"data.{name}" for name in ("use_full_data", "holdout", "split", "split_time")),
-    *(f"data.{name}" for name in ("min_interactions", "min_item_interactions")),
+    *(f"data.{name}" for name in (*DATASET_KEYS, "data_dir", "data_file", "memory_mb")),
+    *(f"data.{name}" for name in ("use_full_data", "holdout", "min_interactions")),
     *(f"training.{name}" for name in ("monitor_metric", "accelerator", "num_workers", "min_workers")),
     *(f"training.{name}" for name in ("cpus_per_worker", "max_failures")),
 }

@@ -35,9 +35,8 @@ from bert4rec.config import Config
 from bert4rec.data.dataset import Manifest, PreparedDataset
 from bert4rec.errors import InputError
 from bert4rec.progress import duration
-from bert4rec.runs import begin_directory, kept_metrics
+from bert4rec.runs import begin_directory, checkpoint_name, kept_metrics
 from bert4rec.training.train import TrainResult, train, what_shapes_the_result, with_features
-from bert4rec.training.worker import checkpoint_name
 from bert4rec.tune import outputs
 from bert4rec.tune.space import Space, Trial, score, with_values
 

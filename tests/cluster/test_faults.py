@@ -28,7 +28,8 @@ from bert4rec.data.prepare import prepare
 from bert4rec.errors import InputError
 from bert4rec.inference.recommend import recommend
 from bert4rec.model.network import BERT4Rec
-from bert4rec.training.train import checkpoint_name, train
+from bert4rec.runs import checkpoint_name
+from bert4rec.training.train import train
 from tests.helpers.datasets import random_histories, write_dataset
 from tests.helpers.processes import REPEATS, KillOnce, random_delay, wait_for
 from tests.integration.test_jobs import ROOT, without_ray

@@ -66,9 +66,9 @@ def items_of(dataset):
             row["count"],
             row["year"],
             row["title"],
-            [manifest.genres[i] for i in row["genres"]],
-            None if row["director"] is None else manifest.directors[row["director"]],
-            [manifest.writers[i] for i in row["writers"]],
+            [manifest.vocabularies["genre"][i] for i in row["genres"]],
+            None if row["director"] is None else manifest.vocabularies["director"][row["director"]],
+            [manifest.vocabularies["writer"][i] for i in row["writers"]],
         )
         for row in rows
     ]
@@ -151,7 +151,7 @@ def test_the_k_core_equals_the_pandas_twin(tmp_path, monkeypatch, pieces):
     assert (len(dataset.sequence_files) > 3) == pieces
     assert_is_twin(dataset, data, k=6)
     manifest = dataset.manifest
-    assert manifest.min_item_interactions == 6
+    assert manifest.identity == {"min_item_interactions": 6}
     assert manifest.num_core_users == len(whole.users) - manifest.num_users > 20
     assert manifest.num_core_items == len(whole.items) - manifest.num_items > 20
     missing = sum(len(items) for _, items, _ in whole.users) - manifest.num_interactions

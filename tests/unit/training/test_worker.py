@@ -16,9 +16,10 @@ from bert4rec.config import load_config
 from bert4rec.data.dataset import PreparedDataset
 from bert4rec.errors import InputError
 from bert4rec.model.network import BERT4Rec
+from bert4rec.runs import checkpoint_name
 from bert4rec.training.loop import Worker
 from bert4rec.training.tensorboard import TensorBoardLog
-from bert4rec.training.worker import checkpoint_name, load_checkpoint, run_epochs
+from bert4rec.training.worker import load_checkpoint, run_epochs
 from tests.helpers.datasets import random_histories, write_dataset
 from tests.helpers.trainer import Kept, Quiet, WorkerKilledError, run
 
