@@ -74,12 +74,15 @@ def product_over_rows(a: Tensor, b: Tensor) -> Tensor:
     return product(a.t(), b.t()) if a.shape[1] <= b.shape[1] else product(b.t(), a.t()).t()
 
 
-def add_product_over_rows(total: Tensor, a: Tensor, b: Tensor) -> None:
-    """Add a.T @ b to `total`, [M, N] float32."""
+def add_product_over_rows(total: Tensor | None, a: Tensor, b: Tensor) -> Tensor:
+    """`total`, [M, N] float32 or None for nothing yet, with a.T @ b added to it."""
+    if total is None:
+        return product_over_rows(a, b).float()
     if (USES_ONEDNN and a.device.type == "cpu") or a.dtype != total.dtype:
         total += product_over_rows(a, b)
     else:
         torch.addmm(total, a.t(), b, out=total)
+    return total
 
 
 class Dropout(nn.Module):

@@ -53,7 +53,7 @@ class _LinearCrossEntropy(torch.autograd.Function):
         with torch.autocast(hidden.device.type, enabled=False):
             states, matrix = hidden.to(dtype), weights.to(dtype)
             grad_states = torch.empty_like(states)
-            grad_weights = torch.zeros_like(weights, dtype=torch.float32)
+            grad_weights: Tensor | None = None
             grad_bias = torch.zeros_like(bias, dtype=torch.float32)
             loss = torch.zeros((), device=hidden.device)
             row_bytes = 4 * len(weights)
@@ -65,22 +65,26 @@ class _LinearCrossEntropy(torch.autograd.Function):
                 part, target = states[low : low + rows], labels[low : low + rows, None]
                 count = len(part)
                 part = F.pad(part, (0, 0, 0, full_size(count) - count))
-                log_probability = torch.log_softmax(product(part, matrix, bias.to(dtype)).float(), dim=1)
-                loss -= log_probability[:count].gather(1, target).sum()
-                grad_logits = log_probability.exp_()
-                grad_logits[:count].scatter_add_(1, target, grad_logits.new_full(target.shape, -1.0))
-                grad_logits[count:] = 0
-                grad_bias += grad_logits.sum(0)
-                grad_logits = grad_logits.to(dtype)
+                logits = product(part, matrix, bias.to(dtype)).float()
+                probability = torch.softmax(logits, dim=1)
+                # log p of the target by way of the likeliest item: its own p may be too small for a float.
+                gap = logits[:count].gather(1, target) - logits[:count].amax(1, keepdim=True)
+                loss -= (gap + probability[:count].amax(1, keepdim=True).log()).sum()
+                probability[:count].scatter_add_(1, target, probability.new_full(target.shape, -1.0))
+                probability[count:] = 0
+                grad_bias += probability.sum(0)
+                grad_logits = probability.to(dtype)
                 grad_states[low : low + rows] = product(grad_logits, matrix.t())[:count]
-                add_product_over_rows(grad_weights, grad_logits, part)
+                grad_weights = add_product_over_rows(grad_weights, grad_logits, part)
+            if grad_weights is None:
+                grad_weights = torch.zeros_like(weights, dtype=torch.float32)
         ctx.save_for_backward(grad_states.to(hidden.dtype), grad_weights.to(weights.dtype), grad_bias.to(bias.dtype))
         return loss
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:  # type: ignore[override]  # noqa: ANN401
         grad_hidden, grad_weights, grad_bias = ctx.saved_tensors
-        return grad_hidden * grad, grad_weights * grad, grad_bias * grad, None
+        return grad_hidden * grad, grad_weights.mul_(grad), grad_bias * grad, None
 
 
 def make_loss(training: TrainingConfig, counts: Tensor | None = None) -> Loss:

@@ -273,7 +273,9 @@ class BERT4Rec(nn.Module):
         known = self.num_items - self.num_new_items  # an item that is never a target would only learn to be avoided
         states = self.project(self.encode(batch))  # (N, D)
         labels = batch.labels[batch.labels != PADDING]
-        return self.loss(states, weights[:known], bias[:known], labels - 1)
+        if self.num_new_items:  # a slice costs a copy of the gradient
+            weights, bias = weights[:known], bias[:known]
+        return self.loss(states, weights, bias, labels - 1)
 
     def save_pretrained(self, directory: str) -> None:
         """Write a model directory: weights and architecture, nothing that needs Ray or pickle to be read."""

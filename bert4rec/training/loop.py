@@ -65,7 +65,8 @@ def make_optimizers(model: nn.Module, training: TrainingConfig) -> list[torch.op
     if muon:
         # Its steps are scaled to the size of AdamW's, so that one learning rate suits both (Liu et al. 2025).
         decay, scaled = training.weight_decay, "match_rms_adamw"
-        muon_kind = Float32Muon if uses_float32(muon[0].device) else torch.optim.Muon
+        width = min(min(p.shape) for p in muon)
+        muon_kind = Float32Muon if uses_float32(muon[0].device, width) else torch.optim.Muon
         optimizers.append(muon_kind(muon, lr=training.lr, weight_decay=decay, adjust_lr_fn=scaled))
     return optimizers
 
