@@ -23,6 +23,8 @@ import numpy as np
 
 SYNTHETIC_SHORT = "synthetic-short"
 _ROOT = Path(__file__).parent.parent
+RESULTS = Path(__file__).parent / "results"
+"""Where `--record` appends a line of JSON a run, in NAME.jsonl; `benchmarks.render` makes the tables of the docs."""
 
 
 @dataclass(frozen=True)
@@ -240,13 +242,28 @@ def _same_torch() -> str:
 
 
 def machine() -> str:
-    """CPU, cores and versions, in a line."""
-    lines = Path("/proc/cpuinfo").read_text().splitlines()
-    names = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
-    versions = ", ".join(f"{name} {importlib.metadata.version(name)}" for name in ("torch", "ray", "numpy"))
-    cpu = names[0] if names else platform.machine()
+    """CPU, whether it has AVX-512, cores and memory, in a line."""
+    fields = dict(line.split(":", 1) for line in Path("/proc/cpuinfo").read_text().splitlines() if ":" in line)
+    fields = {name.strip(): value.strip() for name, value in fields.items()}
+    cpu = fields.get("model name", platform.machine()).replace("(R)", "").removesuffix(" Processor")
+    avx512 = "with" if "avx512f" in fields.get("flags", "").split() else "without"
     memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / 2**30
-    return f"{cpu}, {available_cores()} cores, {memory:.0f} GiB; Python {platform.python_version()}, {versions}"
+    return f"{cpu} {avx512} AVX-512, {available_cores()} cores, {memory:.0f} GiB"
+
+
+def versions() -> str:
+    """Python and the packages that figures depend on, in a line."""
+    packages = ", ".join(f"{name} {importlib.metadata.version(name)}" for name in ("torch", "ray", "numpy"))
+    return f"Python {platform.python_version()}, {packages}"
+
+
+def commit() -> str:
+    """The commit that is measured, with a + where files differ from it."""
+    short = ["git", "-C", str(_ROOT), "describe", "--always", "--abbrev=7", "--dirty=+", "--exclude=*"]
+    try:
+        return subprocess.run(short, capture_output=True, text=True, check=True).stdout.strip()
+    except (OSError, subprocess.CalledProcessError):  # no git, or not a clone
+        return "unknown"
 
 
 def available_cores() -> int:
@@ -257,6 +274,12 @@ def available_cores() -> int:
 def median(results: Sequence[Mapping[str, float]], name: str) -> float:
     """Median of one figure over the repeats."""
     return float(np.median([result[name] for result in results]))
+
+
+def spread(results: Sequence[Mapping[str, float]], name: str, form: str = ",.0f") -> str:
+    """Lowest and highest of one figure over the repeats."""
+    values = [result[name] for result in results]
+    return f"{min(values):{form}}–{max(values):{form}}" if len(values) > 1 else "1 turn"
 
 
 def share_of_peak(rate: float, peaks: Sequence[Mapping[str, float]]) -> str:
@@ -278,16 +301,32 @@ def options(description: str) -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(description=description, formatter_class=argparse.ArgumentDefaultsHelpFormatter)
     parser.add_argument("--threads", type=int, default=available_cores(), help="of every implementation")
     parser.add_argument("--seed", type=int, default=42)
-    parser.add_argument("--output", help="Markdown file that the result is appended to")
+    add_record(parser)
     return parser
 
 
-def publish(module: str, notes: Sequence[str], rows: Sequence[Mapping[str, str]], output: str | None) -> None:
-    """Print the result and, with `output`, append it there with what it takes to repeat it."""
-    command = f"python -m {module} {shlex.join(sys.argv[1:])}".rstrip()
-    text = "\n".join([f"## {date.today()}: `{command}`", "", machine(), "", *notes, "", markdown(rows), ""])
-    print(text)
-    if output:
-        Path(output).parent.mkdir(parents=True, exist_ok=True)
-        with open(output, "a") as file:
-            file.write(text + "\n")
+def add_record(parser: argparse.ArgumentParser) -> None:
+    """The option that `publish` is given."""
+    parser.add_argument(
+        "--record", action="store_true", help=f"append to {RESULTS.name}/NAME.jsonl, for `python -m benchmarks.render`"
+    )
+
+
+def publish(name: str, notes: Sequence[str], rows: Sequence[Mapping[str, str]], is_recorded: bool) -> None:
+    """Print the result of the running program; if asked, append it to NAME.jsonl with what it takes to repeat it."""
+    arguments = [word for word in sys.argv[1:] if word != "--record"]
+    module = f"benchmarks.{Path(sys.argv[0]).stem}"
+    record = {
+        "date": str(date.today()),
+        "commit": commit(),
+        "machine": machine(),
+        "versions": versions(),
+        "command": f"python -m {module} {shlex.join(arguments)}".rstrip(),
+        "notes": list(notes),
+        "rows": [dict(row) for row in rows],
+    }
+    print("\n\n".join([f"`{record['command']}`", f"{record['machine']}; {record['versions']}", *notes, markdown(rows)]))
+    if is_recorded:
+        RESULTS.mkdir(exist_ok=True)
+        with (RESULTS / f"{name}.jsonl").open("a") as file:
+            file.write(json.dumps(record, ensure_ascii=False) + "\n")

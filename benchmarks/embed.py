@@ -10,7 +10,6 @@ import argparse
 import logging
 import os
 import statistics
-import sys
 import tempfile
 import time
 
@@ -24,6 +23,7 @@ import ray
 import torch
 from sentence_transformers import SentenceTransformer
 
+from benchmarks.common import add_record, publish
 from bert4rec.cluster.users import map_parts
 from bert4rec.config import EmbeddingConfig
 from bert4rec.data.dataset import Part
@@ -91,8 +91,8 @@ def main() -> None:
     parser.add_argument("--cores", type=int, default=os.cpu_count())
     parser.add_argument("--repeats", type=int, default=3)
     parser.add_argument("data_dirs", nargs="+")
+    add_record(parser)
     args = parser.parse_args()
-    print("python -m benchmarks.embed", *sys.argv[1:])
     texts = make_texts(args.data_dirs, args.num_texts)
     embedding = EmbeddingConfig(model_name=os.path.abspath(args.model), batch_size=args.batch_size)
     torch.set_num_threads(args.cores)
@@ -114,10 +114,22 @@ def main() -> None:
             f"{repeat + 1}: encode alone {alone[-1]:,.0f} texts/s; {args.cores} actors {ours[-1]:,.0f} texts/s; "
             f"ratio {ratios[-1]:.2f}; actors' start {with_start - seconds:.1f} s"
         )
-    print(
-        f"medians: encode alone {statistics.median(alone):,.0f} texts/s, actors {statistics.median(ours):,.0f} "
-        f"texts/s, ratio {statistics.median(ratios):.2f}"
-    )
+    notes = [
+        f"{len(texts):,} texts of {', '.join(args.data_dirs)}; {args.cores} cores, batches of {args.batch_size}, model "
+        f"{os.path.basename(os.path.abspath(args.model))}; medians of {args.repeats} turns. Loading the model and the "
+        "start of the actors are left out."
+    ]
+    rates = {"SentenceTransformer.encode": alone, "jobs.embed": ours}
+    rows = [
+        {
+            "implementation": name,
+            "texts/s": f"{statistics.median(rate):,.0f}",
+            "spread": f"{min(rate):,.0f}–{max(rate):,.0f}",
+            "of encode": "" if rate is alone else f"{statistics.median(ratios):.2f}×",
+        }
+        for name, rate in rates.items()
+    ]
+    publish("embed", notes, rows, args.record)
 
 
 if __name__ == "__main__":

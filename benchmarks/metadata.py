@@ -1,6 +1,6 @@
 """What metadata buy on MovieLens-100K: NDCG with and without them, and how items without interactions are ranked.
 
-`python -m benchmarks.metadata [--seeds 1 2 3] [--epochs 80] [--output docs/results/metadata.md]`
+`python -m benchmarks.metadata [--seeds 1 2 3] [--epochs 80] [--record]`
 """
 
 import argparse
@@ -8,14 +8,12 @@ import shutil
 import statistics
 import tempfile
 import time
-from datetime import date
-from pathlib import Path
 
 import numpy as np
 import pandas as pd
 import torch
 
-from benchmarks.common import machine
+from benchmarks.common import add_record, publish
 from bert4rec.cluster.resources import begin
 from bert4rec.config import Config, load_config
 from bert4rec.data.dataset import PreparedDataset
@@ -41,12 +39,12 @@ VARIANTS = {
 
 
 def main() -> None:
-    """Measure, print, and append to a file if asked."""
+    """Measure, print, and record if asked."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--seeds", type=int, nargs="+", default=[1, 2, 3])
     parser.add_argument("--epochs", type=int, default=80)
     parser.add_argument("--variants", nargs="+", default=list(VARIANTS), help="rows of the table, by name")
-    parser.add_argument("--output", help="Markdown file to append the results to")
+    add_record(parser)
     arguments = parser.parse_args()
     ensure_ml_100k(DATA)
     begin(load_config())
@@ -54,24 +52,24 @@ def main() -> None:
         common = [f"run.storage_path={scratch}/runs", f"training.num_epochs={arguments.epochs}"]
         common += ["embedding.method=tfidf-svd", f"embedding.output_path={scratch}/titles.parquet"]
         embed_titles(config := load_config(PRESET, common), read_texts(DATA, config.embedding.with_genres))
-        text = _with_and_without(arguments.variants, arguments.seeds, common) + _new_items(
-            arguments.seeds, common, scratch
-        )
-    command = f"python -m benchmarks.metadata --seeds {' '.join(map(str, arguments.seeds))} --epochs {arguments.epochs}"
-    text = f"## {date.today()}, {machine()}\n\n`{command}`\n\n{text}"
-    print(text)
-    if arguments.output:
-        with Path(arguments.output).open("a") as file:
-            file.write(f"\n{text}")
-
-
-def _with_and_without(variants: list[str], seeds: list[int], common: list[str]) -> str:
-    lines = [
-        "MovieLens-100K, holdout 2, all items ranked without the seen ones, test split; tfidf-svd titles.",
-        "",
-        "| | NDCG@10, mean | each seed | HR@10, mean | mean gates, last seed | seconds a training |",
-        "| --- | --- | --- | --- | --- | --- |",
+        rows = _with_and_without(arguments.variants, arguments.seeds, common)
+        new_items = _new_items(arguments.seeds, common, scratch)
+    notes = [
+        f"MovieLens-100K, {arguments.epochs} epochs, holdout 2, all items ranked without the seen ones, test split; "
+        "tfidf-svd titles."
     ]
+    publish("metadata", notes, rows, arguments.record)
+    notes = [
+        "A tenth of the items loses all its ratings; the model knows their titles and genres alone "
+        "(`data.include_new_items=true`, fused output).",
+        "AUC, for each user who had watched some of them: the chance that the model scores one that was watched above "
+        "one that was not (0.5 is chance).",
+    ]
+    publish("new_items", notes, new_items, arguments.record)
+
+
+def _with_and_without(variants: list[str], seeds: list[int], common: list[str]) -> list[dict[str, str]]:
+    rows = []
     for variant in variants:
         ndcg, hit, seconds, gates = [], [], [], ""
         for seed in seeds:
@@ -84,24 +82,22 @@ def _with_and_without(variants: list[str], seeds: list[int], common: list[str]) 
             seconds.append(result.seconds)
             best = result.best_metrics.items()
             gates = ", ".join(f"{name[9:]} {value:.2f}" for name, value in best if name.startswith("val_gate/"))
-        lines.append(
-            f"| {variant} | {statistics.mean(ndcg):.4f} | {', '.join(f'{value:.4f}' for value in ndcg)} | "
-            f"{statistics.mean(hit):.4f} | {gates} | {statistics.median(seconds):.0f} |"
+        rows.append(
+            {
+                "variant": variant,
+                "NDCG@10": f"{statistics.mean(ndcg):.4f}",
+                "spread": ", ".join(f"{value:.4f}" for value in ndcg),
+                "HR@10": f"{statistics.mean(hit):.4f}",
+                "gates": gates,
+                "seconds a training": f"{statistics.median(seconds):.0f}",
+            }
         )
-    return "\n".join(lines) + "\n"
+    return rows
 
 
-def _new_items(seeds: list[int], common: list[str], scratch: str) -> str:
+def _new_items(seeds: list[int], common: list[str], scratch: str) -> list[dict[str, str]]:
     """A tenth of the items is hidden from training: how do they rank among themselves for those who watched them?"""
-    lines = [
-        "",
-        "A tenth of the items loses all its ratings; the model knows their titles and genres alone "
-        "(`data.include_new_items=true`, fused output). For each user who had watched some of them, AUC: the chance "
-        "that one that was watched is scored above one that was not (0.5 is chance).",
-        "",
-        "| seed | hidden items | users | AUC, mean over users | standard error |",
-        "| --- | --- | --- | --- | --- |",
-    ]
+    rows = []
     for seed in seeds:
         data_dir = f"{scratch}/hidden-{seed}"
         hidden = _hide_a_tenth(data_dir, seed)
@@ -111,9 +107,16 @@ def _new_items(seeds: list[int], common: list[str], scratch: str) -> str:
         result = train(config, config.prepared_path)
         values = _auc(config, result.best_checkpoint, hidden)
         error = statistics.stdev(values) / len(values) ** 0.5
-        count = hidden["item"].nunique()
-        lines.append(f"| {seed} | {count} | {len(values)} | {statistics.mean(values):.4f} | {error:.4f} |")
-    return "\n".join(lines) + "\n"
+        rows.append(
+            {
+                "seed": str(seed),
+                "hidden items": str(hidden["item"].nunique()),
+                "users": str(len(values)),
+                "AUC": f"{statistics.mean(values):.4f}",
+                "standard error": f"{error:.4f}",
+            }
+        )
+    return rows
 
 
 def _hide_a_tenth(data_dir: str, seed: int) -> pd.DataFrame:

@@ -37,8 +37,9 @@ def main() -> None:
         rows += [
             {
                 "hidden": str(hidden),
-                "Muon": name,
+                "implementation": name,
                 "ms a step": f"{1e3 * medians[name]:.1f}",
+                "spread": f"{1e3 * min(seconds[name][1:]):.1f}–{1e3 * max(seconds[name][1:]):.1f}",
                 "float32 is": f"{medians[name] / medians['float32']:.1f}×" if name != "float32" else "",
             }
             for name in contenders
@@ -47,7 +48,7 @@ def main() -> None:
         f"2 layers, {args.threads} threads; seed {args.seed}; medians of {args.repeats} turns; bfloat16 in hardware: "
         f"{not uses_float32(torch.device('cpu'))}.",
     ]
-    publish("benchmarks.muon", notes, rows, args.output)
+    publish("muon", notes, rows, args.record)
 
 
 if __name__ == "__main__":

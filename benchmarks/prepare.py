@@ -8,7 +8,7 @@ from pathlib import Path
 
 import numpy as np
 
-from benchmarks.common import Workload, environment, median, options, publish, run
+from benchmarks.common import Workload, environment, median, options, publish, run, spread
 
 NUM_USERS = 138_493
 NUM_ITEMS = 26_744
@@ -107,6 +107,7 @@ def main() -> None:
                 "implementation": name,
                 "start-up, s": f"{median(ran, 'startup_seconds'):.1f}",
                 "seconds past it": f"{seconds:.1f}",
+                "spread": spread(ran, "seconds", ".1f"),
                 "rows/s": f"{num_rows / seconds:,.0f}",
                 "times its tenth": f"{seconds / tenth:.1f}×" if num_rows == args.rows else "",
                 "memory, MiB": f"{median(ran, 'tree_memory') / 2**20:,.0f}",
@@ -115,10 +116,11 @@ def main() -> None:
         )
     notes = [
         f"{NUM_USERS:,} users, {NUM_ITEMS:,} items, with time; seed {args.seed}; {args.threads} threads; medians of "
-        f"{args.repeats} turns. From the CSV file to Parquet files of sequences. Start-up: imports and, for ours, Ray. "
+        f"{args.repeats} turns.",
+        "From the CSV file to Parquet files of sequences. Start-up: imports and, for ours, Ray. "
         "Memory: of all processes together, shared pages counted once.",
     ]
-    publish("benchmarks.prepare", notes, rows, args.output)
+    publish("prepare", notes, rows, args.record)
 
 
 if __name__ == "__main__":

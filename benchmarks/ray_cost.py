@@ -56,9 +56,10 @@ def main() -> None:
     medians = {name: statistics.median(seconds) for name, seconds in times.items()}
     rows = [
         {
-            "": name,
+            "hidden": str(args.hidden),
+            "run": name,
             "seconds": f"{seconds:.1f}",
-            "range": f"{min(times[name]):.1f}–{max(times[name]):.1f}",
+            "spread": f"{min(times[name]):.1f}–{max(times[name]):.1f}",
             "of the time without Ray": "" if name == BARE else f"{seconds / medians[BARE]:.2f}×",
         }
         for name, seconds in medians.items()
@@ -68,7 +69,7 @@ def main() -> None:
         f"{args.epochs} epochs, each with validation and a checkpoint; {args.threads} cores in all; seed {args.seed}; "
         f"medians of {args.repeats} turns, whole processes."
     ]
-    publish("benchmarks.ray_cost", notes, rows, args.output)
+    publish("ray_cost", notes, rows, args.record)
 
 
 def _seconds(command: list[str], threads: int) -> float:

@@ -18,6 +18,7 @@ from benchmarks.common import (
     run,
     scoring_flops,
     share_of_peak,
+    spread,
     synthetic_histories,
 )
 
@@ -63,19 +64,19 @@ def main() -> None:
                 device=args.device,
             )
             flops = scoring_flops(workload, histories.lengths, len(histories.item_ids))
-            rows += _measure(workload, contenders, args.repeats, flops)
+            rows += _measure(workload, contenders, args.repeats, flops, f"{name}, {len(histories.item_ids):,} items")
     notes = [
         f"Data: {name}, {histories}. 2 layers, max_len {workload.max_len}, untrained, float32, {args.threads} threads; "
         f"top {workload.topk} of all items but the user's own, from histories to arrays of original ids, without the "
-        f"load of the model; medians of {args.repeats} turns. Useful FLOP: `scoring_flops` in benchmarks/common.py; "
-        "peak: the fastest square float32 product in the same call, and their mean speed (sustained); memory: of the "
-        "whole process, its libraries included.",
+        f"load of the model; medians of {args.repeats} turns.",
+        "Useful FLOP: `scoring_flops` in benchmarks/common.py; peak: the fastest square float32 product in the same "
+        "call, and their mean speed (sustained); memory: of the whole process, its libraries included.",
     ]
-    publish("benchmarks.recommend", notes, rows, args.output)
+    publish("recommend", notes, rows, args.record)
 
 
 def _measure(
-    workload: Workload, contenders: dict[str, tuple[str, str]], repeats: int, flops: float
+    workload: Workload, contenders: dict[str, tuple[str, str]], repeats: int, flops: float, data: str
 ) -> list[dict[str, str]]:
     results: dict[str, list[dict[str, float]]] = {name: [] for name in contenders}
     peaks: list[dict[str, float]] = []
@@ -89,10 +90,12 @@ def _measure(
         seconds = median(ran, "seconds")
         table.append(
             {
+                "data": data,
                 "hidden": str(workload.hidden),
                 "implementation": name,
                 "users/s": f"{ran[0]['users'] / seconds:,.0f}",
                 "seconds": f"{seconds:.2f}",
+                "spread": spread(ran, "seconds", ".2f"),
                 "useful GFLOP/s": f"{flops / seconds / 1e9:.1f}",
                 "share of peak": share_of_peak(flops / seconds, peaks),
                 "memory, MiB": f"{median(ran, 'memory') / 2**20:,.0f}",

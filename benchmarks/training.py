@@ -15,6 +15,7 @@ from benchmarks.common import (
     rectools_environment,
     run,
     share_of_peak,
+    spread,
     training_flops,
 )
 
@@ -64,16 +65,16 @@ def main() -> None:
                     device=args.device,
                     precision=args.precision,
                 )
-                rows += _measure(workload, contenders, args.repeats, len(histories.item_ids))
+                rows += _measure(workload, contenders, args.repeats, len(histories.item_ids), args.data)
     notes = [
         f"Data: {args.data}, {histories}; {1 - real.mean() / max_len:.0%} padding at max_len {max_len}. 2 layers, mask "
         f"0.2, dropout 0.2, {args.device}, {args.precision}, {args.threads} threads; seed {args.seed}; medians of "
-        f"{args.repeats} turns of at least {args.seconds:g} s, in turn. Tokens are real ones; useful FLOP: "
-        "`training_flops` in benchmarks/common.py; peak: the fastest square product in the same call, and their mean "
-        "speed (sustained); memory: of the whole process, its libraries included; input: share of the time in which "
-        "training waits for its next step.",
+        f"{args.repeats} turns of at least {args.seconds:g} s, in turn.",
+        "Tokens are real ones; useful FLOP: `training_flops` in benchmarks/common.py; peak: the fastest square product "
+        "in the same call, and their mean speed (sustained); memory: of the whole process, its libraries included; "
+        "input: share of the time in which training waits for its next step.",
     ]
-    publish("benchmarks.training", notes, rows, args.output)
+    publish("training", notes, rows, args.record)
 
 
 def _contenders(peers: list[str]) -> dict[str, tuple[str, str, int]]:
@@ -89,7 +90,7 @@ def _contenders(peers: list[str]) -> dict[str, tuple[str, str, int]]:
 
 
 def _measure(
-    workload: Workload, contenders: dict[str, tuple[str, str, int]], repeats: int, num_items: int
+    workload: Workload, contenders: dict[str, tuple[str, str, int]], repeats: int, num_items: int, data: str
 ) -> list[dict[str, str]]:
     results: dict[str, list[dict[str, float]]] = {name: [] for name in contenders}
     peaks: list[dict[str, float]] = []
@@ -103,10 +104,12 @@ def _measure(
     own = median(results["ours"], "tokens_rate")
     return [
         {
+            "data": data,
             "hidden": str(workload.hidden),
             "users a step": str(workload.batch_size),
             "implementation": name,
             "tokens/s": f"{median(ran, 'tokens_rate'):,.0f}",
+            "spread": spread(ran, "tokens_rate"),
             "users/s": f"{median(ran, 'users_rate'):,.0f}",
             "useful GFLOP/s": f"{median(ran, 'flops_rate') / 1e9:.1f}",
             "share of peak": share_of_peak(median(ran, "flops_rate"), peaks),

@@ -1,4 +1,4 @@
-"""Every command and link of README.md and docs/*.md."""
+"""Every command and link of the pages, and what they say of the code's layout."""
 
 import importlib.util
 import re
@@ -9,6 +9,11 @@ from tests.helpers import commands
 
 pytestmark = pytest.mark.unit
 
+ALL_PAGES = [
+    *commands.PAGES,
+    *(commands.ROOT / name for name in ("CONTRIBUTING.md", "CHANGELOG.md")),
+    *sorted((commands.ROOT / "docs" / "results").glob("*.md")),
+]
 OTHER_PROGRAMS = {
     "python3",
     "pip",
@@ -45,7 +50,7 @@ def test_every_line_of_a_shell_block_starts_a_known_program():
             assert words[0] in OTHER_PROGRAMS, words
 
 
-@pytest.mark.parametrize("page", commands.PAGES, ids=lambda page: page.name)
+@pytest.mark.parametrize("page", ALL_PAGES, ids=lambda page: str(page.relative_to(commands.ROOT)))
 def test_links_lead_to_something(page):
     for target in re.findall(r"\]\(([^)\s]+)\)", page.read_text()):
         path, _, heading = target.partition("#")
@@ -56,3 +61,22 @@ def test_links_lead_to_something(page):
         if heading:
             headings = re.findall(r"^#+ (.*)$", linked.read_text(), re.M)
             assert heading in [re.sub(r"[^\w -]", "", text).lower().replace(" ", "-") for text in headings], target
+
+
+@pytest.mark.parametrize("page", ALL_PAGES, ids=lambda page: str(page.relative_to(commands.ROOT)))
+def test_prose_has_at_most_120_columns(page):
+    text = re.sub(r"^```.*?^```|^<!-- table.*?^<!-- end -->", "", page.read_text(), flags=re.M | re.S)
+    lines = [line for line in text.splitlines() if not line.startswith("|")]
+    assert not [line for line in lines if len(line) > 120]
+
+
+def test_the_architecture_names_what_there_is():
+    page = (commands.ROOT / "docs" / "architecture.md").read_text()
+    tables = page.partition("## How to add")[0]
+    package = commands.ROOT / "bert4rec"
+    for path in re.findall(r"`(\w+/\w+\.py|\w+\.py)`", tables):
+        assert (package / path).is_file(), path
+    rooms = [path.name + "/" for path in package.iterdir() if (path / "__init__.py").is_file()]
+    rooms += [path.name for path in package.glob("[!_]*.py")]
+    listed = re.findall(r"`([\w.]+/?)`", "".join(re.findall(r"^\| (`[^|]*) \|", tables, re.M)))
+    assert set(rooms) <= set(listed)

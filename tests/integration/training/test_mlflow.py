@@ -33,7 +33,7 @@ def runs_of(tmp_path):
 
 
 def test_a_training_that_diverged_has_failed(tmp_path, dataset_path):
-    """One that went well is looked at in test_handover."""
+    """One that went well is looked at in test_using_a_model."""
     with pytest.raises(InputError, match="diverged"):
         train(config_for(tmp_path, "training.lr=1e30"), dataset_path)
     _, (run,) = runs_of(tmp_path)

@@ -1,4 +1,7 @@
-"""Everything that docs/handover.md shows, on small data of the same form; the ways to rank must agree."""
+"""What docs/using-a-model.md, export.md and the MLflow part of training.md show, on small data of the same form.
+
+The ways to rank must agree.
+"""
 
 import json
 import os
@@ -43,6 +46,10 @@ def write_films(directory):
     (directory / "titles.tsv").write_text("item\ttitle\n" + titles)
 
 
+def blocks(page, language):
+    return re.findall(rf"```{language}\n(.*?)```", (ROOT / "docs" / page).read_text(), re.S)
+
+
 def films_of(text):
     return [int(film) for film in re.findall(r"Film (\d+)", text)]
 
@@ -55,9 +62,10 @@ def recommended(text):
 def test_every_example_of_the_guide(tmp_path):
     pytest.importorskip("onnxruntime")
     mlflow = pytest.importorskip("mlflow")
-    text = (ROOT / "docs" / "handover.md").read_text()
-    few, new, similar, export, tracked = re.findall(r"```bash\n(.*?)```", text, re.S)
-    notebook, elsewhere, onnx = re.findall(r"```python\n(.*?)```", text, re.S)
+    few, new, similar = blocks("using-a-model.md", "bash")
+    notebook, elsewhere = blocks("using-a-model.md", "python")
+    (export,), (onnx,) = blocks("export.md", "bash"), blocks("export.md", "python")
+    (tracked,) = [block for block in blocks("training.md", "bash") if "mlflow_uri" in block]
     write_films(tmp_path / "data" / "ml-100k")
     (tmp_path / "configs").mkdir()
     (tmp_path / "configs" / "ml-100k.yaml").write_text(CONFIG)
