@@ -6,7 +6,8 @@ ones each; N wanted positions in all, D hidden_units, H heads, V items.
 
 import hashlib
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from typing import Any, Self
 
 import safetensors.torch
@@ -102,6 +103,17 @@ class Block(nn.Module):
         return hidden
 
 
+@contextmanager
+def without_cudnn_attention() -> Iterator[None]:
+    """Meanwhile attention takes no kernel of cuDNN: each new shape, as most steps have, costs a tenth of a second."""
+    is_on = torch.backends.cuda.cudnn_sdp_enabled()  # type: ignore[no-untyped-call]
+    torch.backends.cuda.enable_cudnn_sdp(False)
+    try:
+        yield
+    finally:
+        torch.backends.cuda.enable_cudnn_sdp(is_on)
+
+
 def rotary_turns(max_len: int, size: int) -> Tensor:
     """[max_len, size/2] complex: e^(i p / 10000^(2j/size)) for distance p from the end (RoPE, arXiv 2104.09864)."""
     angles = torch.arange(max_len)[:, None] * 10_000.0 ** (-torch.arange(0, size, 2) / size)
@@ -183,13 +195,14 @@ class BERT4Rec(nn.Module):
             (tokens != PADDING)[:, None, None, :] if group.is_padded else None
             for group, tokens in zip(batch.groups, batch.rectangles(), strict=True)
         ]
-        for block in self.blocks[:-1]:
-            x = block(x, batch.groups, keep, turns)
         wanted = torch.nonzero(batch.labels).flatten()
         count = len(wanted)
         if x.device.type == "cpu":
             wanted = F.pad(wanted, (0, full_size(count) - count))
-        hidden: Tensor = self.blocks[-1](x, batch.groups, keep, turns, batch.query, wanted)
+        with without_cudnn_attention():
+            for block in self.blocks[:-1]:
+                x = block(x, batch.groups, keep, turns)
+            hidden: Tensor = self.blocks[-1](x, batch.groups, keep, turns, batch.query, wanted)
         return hidden[:count]
 
     def project(self, hidden: Tensor) -> Tensor:
