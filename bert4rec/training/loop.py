@@ -19,7 +19,7 @@ from bert4rec.evaluation.metrics import RankCounts
 from bert4rec.inference.ranking import Exclusions, rank_of_target, score_next
 from bert4rec.model.batches import Step, iter_steps
 from bert4rec.model.network import BERT4Rec
-from bert4rec.training.muon import Float32Muon, uses_float32
+from bert4rec.training.muon import muon_for
 
 VALIDATION_USERS = 512
 """Users ranked at once in validation."""
@@ -65,8 +65,8 @@ def make_optimizers(model: nn.Module, training: TrainingConfig) -> list[torch.op
     if muon:
         # Its steps are scaled to the size of AdamW's, so that one learning rate suits both (Liu et al. 2025).
         decay, scaled = training.weight_decay, "match_rms_adamw"
-        muon_kind = Float32Muon if uses_float32(muon[0].device) else torch.optim.Muon
-        optimizers.append(muon_kind(muon, lr=training.lr, weight_decay=decay, adjust_lr_fn=scaled))
+        kind_of_muon = muon_for(muon[0].device)
+        optimizers.append(kind_of_muon(muon, lr=training.lr, weight_decay=decay, adjust_lr_fn=scaled))
     return optimizers
 
 

@@ -4,7 +4,7 @@ import torch
 from bert4rec.config import load_config
 from bert4rec.model.network import BERT4Rec
 from bert4rec.training.loop import make_optimizers
-from bert4rec.training.muon import Float32Muon, orthogonalised, uses_float32
+from bert4rec.training.muon import Float32Muon, StackedMuon, muon_for, orthogonalised, uses_float32
 
 pytestmark = pytest.mark.unit
 
@@ -33,12 +33,14 @@ def test_no_gradient_is_no_update():
     assert torch.equal(orthogonalised(torch.zeros(4, 6)), torch.zeros(4, 6))
 
 
-def test_steps_are_those_of_torch_and_so_is_the_state():
+@pytest.mark.parametrize("kind", [Float32Muon, StackedMuon])
+def test_steps_are_those_of_torch_and_so_is_the_state(kind):
     torch.manual_seed(4)
-    ours, theirs = [[torch.nn.Parameter(torch.ones(shape)) for shape in ((24, 8), (8, 24))] for _ in range(2)]
+    shapes = ((24, 8), (8, 8), (8, 24), (8, 8))
+    ours, theirs = [[torch.nn.Parameter(torch.ones(shape)) for shape in shapes] for _ in range(2)]
     unused = torch.nn.Parameter(torch.ones(8, 8))
     arguments = {"lr": 0.1, "weight_decay": 0.2, "adjust_lr_fn": "match_rms_adamw"}
-    optimizers = [Float32Muon([*ours, unused], **arguments), torch.optim.Muon([*theirs, unused], **arguments)]
+    optimizers = [kind([*ours, unused], **arguments), torch.optim.Muon([*theirs, unused], **arguments)]
     for step in range(4):
         if step == 3:  # each goes on with the state of the other, as a run does that goes on elsewhere
             states = [optimizer.state_dict() for optimizer in optimizers]
@@ -70,3 +72,4 @@ def test_float32_where_the_processor_has_no_bfloat16(monkeypatch, capabilities, 
     config = load_config(None, ["model.hidden_units=8", "training.optimizer=muon"])
     assert type(make_optimizers(BERT4Rec(config.model, 20), config.training)[1]) is kind
     assert not uses_float32(torch.device("cuda"))
+    assert muon_for(torch.device("cuda")) is StackedMuon
