@@ -64,7 +64,7 @@ class _LinearCrossEntropy(torch.autograd.Function):
             for low in range(0, len(states), rows):
                 part, target = states[low : low + rows], labels[low : low + rows, None]
                 count = len(part)
-                part = F.pad(part, (0, 0, 0, full_size(count) - count))
+                part = F.pad(part, (0, 0, 0, full_size(count, hidden.device.type) - count))
                 log_probability = torch.log_softmax(product(part, matrix, bias.to(dtype)).float(), dim=1)
                 loss -= log_probability[:count].gather(1, target).sum()
                 grad_logits = log_probability.exp_()

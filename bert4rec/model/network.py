@@ -97,7 +97,7 @@ class Block(nn.Module):
         attended.append(x_query.new_zeros(len(x_query) - sum(queries), x_query.shape[1]))
         context = torch.cat(attended)
         if wanted is not None:
-            x_query, context = x_query[wanted], context[wanted]  # (N, D)
+            x_query, context = x_query.index_select(0, wanted), context.index_select(0, wanted)  # (N, D)
         x_query = self.attention_norm(x_query + self.dropout(self.attention_output(context)))
         hidden: Tensor = self.output_norm(x_query + self.dropout(self.feed_forward(x_query)))
         return hidden
@@ -195,10 +195,8 @@ class BERT4Rec(nn.Module):
             (tokens != PADDING)[:, None, None, :] if group.is_padded else None
             for group, tokens in zip(batch.groups, batch.rectangles(), strict=True)
         ]
-        wanted = torch.nonzero(batch.labels).flatten()
-        count = len(wanted)
-        if x.device.type == "cpu":
-            wanted = F.pad(wanted, (0, full_size(count) - count))
+        wanted, count = batch.wanted, len(batch.wanted)
+        wanted = F.pad(wanted, (0, full_size(count, x.device.type) - count))
         with without_cudnn_attention():
             for block in self.blocks[:-1]:
                 x = block(x, batch.groups, keep, turns)
@@ -285,7 +283,7 @@ class BERT4Rec(nn.Module):
         weights, bias = self.output_weights()
         known = self.num_items - self.num_new_items  # an item that is never a target would only learn to be avoided
         states = self.project(self.encode(batch))  # (N, D)
-        labels = batch.labels[batch.labels != PADDING]
+        labels = batch.labels.index_select(0, batch.wanted)
         return self.loss(states, weights[:known], bias[:known], labels - 1)
 
     def save_pretrained(self, directory: str) -> None:

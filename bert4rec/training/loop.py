@@ -17,7 +17,7 @@ from bert4rec.data.windows import Before, Windows, held_out
 from bert4rec.errors import InputError
 from bert4rec.evaluation.metrics import RankCounts
 from bert4rec.inference.ranking import Exclusions, rank_of_target, score_next
-from bert4rec.model.batches import Step, iter_steps
+from bert4rec.model.batches import Step, iter_steps, steps_ahead
 from bert4rec.model.network import BERT4Rec
 from bert4rec.training.muon import muon_for
 
@@ -152,6 +152,8 @@ def train_epoch(
         return iter_steps(windows, data, config.model, *drawn)
 
     steps = steps_of(worker.rank, worker.world_size)
+    if worker.device.type == "cuda":  # on a CPU, the thread would take from the model what it gives
+        steps = steps_ahead(steps, lambda: torch.cuda.set_device(core.output_bias.device))
     for index, step in enumerate(steps):
         rate = learning_rate(training, epoch + (index + 0.5) / num_steps)
         for group in (group for optimizer in optimizers for group in optimizer.param_groups):

@@ -206,9 +206,44 @@ def test_pack_keeps_every_row_and_label_and_pads_little(monkeypatch, fills):
     assert len(batch.tokens) < (17 / 16 if fills else 1) * (1.05 * sum(lengths) + 32 * len(batch.groups))
     distance = [place for length in lengths for place in range(length - 1, -1, -1)]
     assert batch.position[batch.tokens > 0].tolist() == distance
+    assert batch.wanted.tolist() == batch.labels.nonzero().flatten().tolist()
     last = batches.pack(tokens, None, torch.device("cpu"))
+    assert last.wanted.tolist() == list(range(len(tokens)))
     assert last.tokens[last.query][: len(tokens)].tolist() == tokens[:, -1].tolist()
     assert last.labels.tolist() == [1] * len(tokens) + [0] * (len(last.labels) - len(tokens))
+
+
+def test_groups_end_where_padding_costs_more_than_another_group():
+    lengths = np.array([50, 50, 49, 30, 30, 3])
+    assert list(batches._group_ends(lengths, 0)) == [3, 5, 6]
+    assert list(batches._group_ends(lengths, 32)) == [5, 6]
+    assert list(batches._group_ends(lengths, 2048)) == [6]
+
+
+def test_steps_made_ahead_are_the_same():
+    windows = windows_of(list(random_histories(43, 30, longest=15).values()))
+    data, started = DataConfig(batch_size=4, sampling_strategy="weighted"), []
+
+    def steps():
+        return batches.iter_steps(windows, data, MODEL, 30, 2, 0, 1, 20, torch.device("cpu"))
+
+    for ahead, plain in zip(batches.steps_ahead(steps(), lambda: started.append(1)), steps(), strict=True):
+        assert (ahead.num_targets, ahead.num_tokens) == (plain.num_targets, plain.num_tokens)
+        for batch, other in zip(ahead.batches, plain.batches, strict=True):
+            assert batch.groups == other.groups
+            assert all(torch.equal(*pair) for pair in zip(batch[:-1], other[:-1], strict=True))
+    assert started == [1]
+
+
+def test_steps_made_ahead_fail_where_they_would():
+    def failing():
+        yield 1
+        raise ValueError("the second")
+
+    steps = batches.steps_ahead(failing())
+    assert next(steps) == 1
+    with pytest.raises(ValueError, match="the second"):
+        next(steps)
 
 
 @pytest.mark.parametrize("strategy", ["recent", "weighted", "window"])

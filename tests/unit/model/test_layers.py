@@ -31,6 +31,7 @@ def test_few_sizes_recur(monkeypatch):
     assert len({size for size in taken if 1024 < size <= 2048}) == 16
     monkeypatch.setattr(layers, "USES_ONEDNN", False)
     assert layers.full_size(33) == 33
+    assert layers.full_size(33, "cuda") == 34
 
 
 @pytest.mark.usefixtures("either_library")
