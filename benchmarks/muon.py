@@ -9,7 +9,7 @@ from benchmarks.common import options, publish
 from bert4rec.config import ModelConfig, TrainingConfig
 from bert4rec.model.network import BERT4Rec
 from bert4rec.training.loop import make_optimizers
-from bert4rec.training.muon import Float32Muon, uses_float32
+from bert4rec.training.muon import BFloat16Muon, Float32Muon, muon_for
 
 
 def main() -> None:
@@ -26,7 +26,11 @@ def main() -> None:
             parameter.grad = torch.randn_like(parameter)
         muon = make_optimizers(model, TrainingConfig(optimizer="muon"))[1].param_groups[0]
         arguments = {name: muon[name] for name in ("params", "lr", "weight_decay", "adjust_lr_fn")}
-        contenders = {"float32": Float32Muon(**arguments), "torch, bfloat16": torch.optim.Muon(**arguments)}
+        contenders = {
+            "float32": Float32Muon(**arguments),
+            "bfloat16": BFloat16Muon(**arguments),
+            "torch, bfloat16": torch.optim.Muon(**arguments),
+        }
         seconds: dict[str, list[float]] = {name: [] for name in contenders}
         for _ in range(args.repeats + 1):
             for name, optimizer in contenders.items():
@@ -46,7 +50,7 @@ def main() -> None:
         ]
     notes = [
         f"2 layers, {args.threads} threads; seed {args.seed}; medians of {args.repeats} turns; bfloat16 in hardware: "
-        f"{not uses_float32(torch.device('cpu'))}.",
+        f"{muon_for(torch.device('cpu'), 1024) is torch.optim.Muon}.",
     ]
     publish("muon", notes, rows, args.record)
 

@@ -10,10 +10,13 @@ from benchmarks.common import Histories, Meter, Workload, report
 from bert4rec.config import DataConfig, ModelConfig, TrainingConfig
 from bert4rec.data.windows import Windows, training_windows
 from bert4rec.inference.ranking import Exclusions, score_next, top_k
-from bert4rec.model.batches import iter_steps
+from bert4rec.model.batches import iter_steps, steps_ahead
 from bert4rec.model.layers import product
 from bert4rec.model.network import BERT4Rec
 from bert4rec.training.loop import PASS_TOKENS, make_optimizers, train_step
+
+GPU_STEPS_AT_ONCE = 8
+"""Steps after which a GPU is waited for: in a training it is waited for once an epoch."""
 
 
 def windows_of(histories: Histories) -> Windows:
@@ -43,9 +46,13 @@ def train(workload: Workload, histories: Histories) -> dict[str, float]:
     model = BERT4Rec(model_config(workload), num_items).to(device).train()
     optimizers = make_optimizers(model, training)
     scaler = torch.amp.GradScaler(device.type, enabled=workload.precision == "16-mixed")  # type: ignore[attr-defined]
-    meter, epoch, waited, is_over = Meter(workload.seconds), 0, 0.0, False
+    at_once = 1 if device.type == "cpu" else GPU_STEPS_AT_ONCE
+    meter, epoch, waited, is_over = Meter(workload.seconds, warmup_steps=3 * at_once), 0, 0.0, False
+    lengths: list[torch.Tensor] = []  # of the users of each step that is not counted yet
     while not is_over:
         steps = iter_steps(windows, data, model.config, num_items, epoch, 0, 1, PASS_TOKENS[device.type], device)
+        if device.type == "cuda":
+            steps = steps_ahead(steps)
         epoch += 1
         while not is_over:
             began = time.perf_counter()
@@ -56,8 +63,11 @@ def train(workload: Workload, histories: Histories) -> dict[str, float]:
             train_step(model, step, optimizers, scaler, training)
             if meter.warmup_steps > 0:
                 waited = 0.0
-            _wait(device)
-            is_over = meter.add(torch.cat([(rows > 0).sum(1) for batch in step.batches for rows in batch.rectangles()]))
+            lengths.append(torch.cat([(rows > 0).sum(1) for batch in step.batches for rows in batch.rectangles()]))
+            if len(lengths) == at_once:
+                _wait(device)
+                is_over = [meter.add(each.cpu()) for each in lengths][-1]
+                lengths.clear()
     result = meter.result()
     return {**result, "input_share": waited / result["seconds"]}
 

@@ -4,7 +4,9 @@ Shapes: B users, L positions, M queried positions a user, T interactions in all,
 Sequences are padded on the left, so that the last column is always the latest position.
 """
 
-from collections.abc import Iterator
+from collections import deque
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from typing import NamedTuple
 
 import numpy as np
@@ -19,8 +21,10 @@ from bert4rec.model.layers import full_size
 
 MAX_PADDING = 0.04
 """Largest share of padding in a group of rows..."""
-GROUP_TOKENS = 32
-"""...besides this many positions: what one more group costs in time, about."""
+GROUP_TOKENS = {"cpu": 32, "cuda": 2048}
+"""...besides this many positions: what one more group costs in time, about; a GPU waits for each to be launched."""
+STEPS_AHEAD = 2
+"""Steps that are made while a GPU works on another one."""
 
 
 class Group(NamedTuple):
@@ -47,6 +51,8 @@ class Batch(NamedTuple):
     """[Q] int64 places in `tokens` whose hidden states are wanted; each group's [B, M], flat, and some more."""
     labels: Tensor
     """[Q] int64 true token at `query`, 0 where it only fills the row."""
+    wanted: Tensor
+    """[N] int64 places in `query` that have a label: known here, so that nobody has to wait for a GPU to count them."""
     groups: list[Group]
 
     def rectangles(self) -> list[Tensor]:
@@ -169,7 +175,7 @@ def pack(tokens: Tensor, labels: Tensor | None, device: torch.device) -> Batch:
     lengths = (tokens != PADDING).sum(1).tolist()
     assert lengths == sorted(lengths, reverse=True)
     groups, parts, begin, offset = [], [], 0, 0
-    for end in _group_ends(np.asarray(lengths)):
+    for end in _group_ends(np.asarray(lengths), GROUP_TOKENS[device.type]):
         rows, length = end - begin, lengths[begin]
         inner = tokens[begin:end, -length:]
         position = torch.arange(length - 1, -1, -1, device=tokens.device).expand_as(inner)
@@ -186,18 +192,21 @@ def pack(tokens: Tensor, labels: Tensor | None, device: torch.device) -> Batch:
         groups.append(Group(rows, length, query.shape[1], lengths[end - 1] < length))
         begin, offset = end, offset + inner.numel()
     flat = [torch.cat(part) for part in zip(*parts, strict=True)]
-    if device.type == "cpu":
-        flat = [F.pad(part, (0, full_size(len(part)) - len(part))) for part in flat]
-    flat = [part.to(device, non_blocking=True) for part in flat]
-    return Batch(flat[0], flat[1], flat[2], flat[3], groups)
+    wanted = torch.arange(len(flat[3]), device=tokens.device) if labels is None else torch.nonzero(flat[3]).flatten()
+    flat = [F.pad(part, (0, full_size(len(part), device.type) - len(part))) for part in flat]
+    tensors = [*flat, wanted]
+    if device.type == "cuda" and tokens.device.type == "cpu":
+        tensors = [part.pin_memory() for part in tensors]  # else each copy waits for all that the GPU has to do
+    tensors = [part.to(device, non_blocking=True) for part in tensors]
+    return Batch(tensors[0], tensors[1], tensors[2], tensors[3], tensors[4], groups)
 
 
-def _group_ends(lengths: np.ndarray) -> Iterator[int]:
+def _group_ends(lengths: np.ndarray, group_tokens: int) -> Iterator[int]:
     """Where groups of rows, longest first, end."""
     begin = 0
     while begin < len(lengths):
         area = lengths[begin] * np.arange(1, len(lengths) - begin + 1)
-        too_much = area - np.cumsum(lengths[begin:]) > MAX_PADDING * area + GROUP_TOKENS
+        too_much = area - np.cumsum(lengths[begin:]) > MAX_PADDING * area + group_tokens
         begin = begin + int(too_much.argmax()) if too_much.any() else len(lengths)
         yield begin
 
@@ -245,3 +254,12 @@ def iter_steps(
             length = int(lengths[0])
             batches = [pack(masked[:1, -length:], torch.zeros_like(labels[:1, -length:]), device)]
         yield Step(batches, int((labels != PADDING).sum()), int(lengths.sum()))
+
+
+def steps_ahead(steps: Iterator[Step], start: Callable[[], object] = lambda: None) -> Iterator[Step]:
+    """The same steps, the next `STEPS_AHEAD` of them made in a thread that calls `start` first."""
+    with ThreadPoolExecutor(1, initializer=start) as thread:
+        coming = deque(thread.submit(next, steps, None) for _ in range(STEPS_AHEAD))
+        while (step := coming.popleft().result()) is not None:
+            coming.append(thread.submit(next, steps, None))
+            yield step

@@ -64,7 +64,7 @@ class _LinearCrossEntropy(torch.autograd.Function):
             for low in range(0, len(states), rows):
                 part, target = states[low : low + rows], labels[low : low + rows, None]
                 count = len(part)
-                part = F.pad(part, (0, 0, 0, full_size(count) - count))
+                part = F.pad(part, (0, 0, 0, full_size(count, hidden.device.type) - count))
                 logits = product(part, matrix, bias.to(dtype)).float()
                 probability = torch.softmax(logits, dim=1)
                 # log p of the target by way of the likeliest item: its own p may be too small for a float.

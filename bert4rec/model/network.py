@@ -6,7 +6,8 @@ ones each; N wanted positions in all, D hidden_units, H heads, V items.
 
 import hashlib
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from typing import Any, Self
 
 import safetensors.torch
@@ -96,10 +97,21 @@ class Block(nn.Module):
         attended.append(x_query.new_zeros(len(x_query) - sum(queries), x_query.shape[1]))
         context = torch.cat(attended)
         if wanted is not None:
-            x_query, context = x_query[wanted], context[wanted]  # (N, D)
+            x_query, context = x_query.index_select(0, wanted), context.index_select(0, wanted)  # (N, D)
         x_query = self.attention_norm(x_query + self.dropout(self.attention_output(context)))
         hidden: Tensor = self.output_norm(x_query + self.dropout(self.feed_forward(x_query)))
         return hidden
+
+
+@contextmanager
+def without_cudnn_attention() -> Iterator[None]:
+    """Meanwhile attention takes no kernel of cuDNN: each new shape, as most steps have, costs a tenth of a second."""
+    is_on = torch.backends.cuda.cudnn_sdp_enabled()  # type: ignore[no-untyped-call]
+    torch.backends.cuda.enable_cudnn_sdp(False)
+    try:
+        yield
+    finally:
+        torch.backends.cuda.enable_cudnn_sdp(is_on)
 
 
 def rotary_turns(max_len: int, size: int) -> Tensor:
@@ -183,13 +195,12 @@ class BERT4Rec(nn.Module):
             (tokens != PADDING)[:, None, None, :] if group.is_padded else None
             for group, tokens in zip(batch.groups, batch.rectangles(), strict=True)
         ]
-        for block in self.blocks[:-1]:
-            x = block(x, batch.groups, keep, turns)
-        wanted = torch.nonzero(batch.labels).flatten()
-        count = len(wanted)
-        if x.device.type == "cpu":
-            wanted = F.pad(wanted, (0, full_size(count) - count))
-        hidden: Tensor = self.blocks[-1](x, batch.groups, keep, turns, batch.query, wanted)
+        wanted, count = batch.wanted, len(batch.wanted)
+        wanted = F.pad(wanted, (0, full_size(count, x.device.type) - count))
+        with without_cudnn_attention():
+            for block in self.blocks[:-1]:
+                x = block(x, batch.groups, keep, turns)
+            hidden: Tensor = self.blocks[-1](x, batch.groups, keep, turns, batch.query, wanted)
         return hidden[:count]
 
     def project(self, hidden: Tensor) -> Tensor:
@@ -272,7 +283,7 @@ class BERT4Rec(nn.Module):
         weights, bias = self.output_weights()
         known = self.num_items - self.num_new_items  # an item that is never a target would only learn to be avoided
         states = self.project(self.encode(batch))  # (N, D)
-        labels = batch.labels[batch.labels != PADDING]
+        labels = batch.labels.index_select(0, batch.wanted)
         if self.num_new_items:  # a slice costs a copy of the gradient
             weights, bias = weights[:known], bias[:known]
         return self.loss(states, weights, bias, labels - 1)

@@ -17,9 +17,9 @@ from bert4rec.data.windows import Before, Windows, held_out
 from bert4rec.errors import InputError
 from bert4rec.evaluation.metrics import RankCounts
 from bert4rec.inference.ranking import Exclusions, rank_of_target, score_next
-from bert4rec.model.batches import Step, iter_steps
+from bert4rec.model.batches import Step, iter_steps, steps_ahead
 from bert4rec.model.network import BERT4Rec
-from bert4rec.training.muon import Float32Muon, uses_float32
+from bert4rec.training.muon import muon_for
 
 VALIDATION_USERS = 512
 """Users ranked at once in validation."""
@@ -65,9 +65,8 @@ def make_optimizers(model: nn.Module, training: TrainingConfig) -> list[torch.op
     if muon:
         # Its steps are scaled to the size of AdamW's, so that one learning rate suits both (Liu et al. 2025).
         decay, scaled = training.weight_decay, "match_rms_adamw"
-        width = min(min(p.shape) for p in muon)
-        muon_kind = Float32Muon if uses_float32(muon[0].device, width) else torch.optim.Muon
-        optimizers.append(muon_kind(muon, lr=training.lr, weight_decay=decay, adjust_lr_fn=scaled))
+        kind_of_muon = muon_for(muon[0].device, min(min(p.shape) for p in muon))
+        optimizers.append(kind_of_muon(muon, lr=training.lr, weight_decay=decay, adjust_lr_fn=scaled))
     return optimizers
 
 
@@ -153,6 +152,8 @@ def train_epoch(
         return iter_steps(windows, data, config.model, *drawn)
 
     steps = steps_of(worker.rank, worker.world_size)
+    if worker.device.type == "cuda":  # on a CPU, the thread would take from the model what it gives
+        steps = steps_ahead(steps, lambda: torch.cuda.set_device(core.output_bias.device))
     for index, step in enumerate(steps):
         rate = learning_rate(training, epoch + (index + 0.5) / num_steps)
         for group in (group for optimizer in optimizers for group in optimizer.param_groups):

@@ -18,6 +18,7 @@ WITH_RAY = {
     "bert4rec.inference.recommend",
     "bert4rec.progress",
     "bert4rec.training.train",
+    "bert4rec.training.trainer",
     "bert4rec.tune.tune",
 }
 

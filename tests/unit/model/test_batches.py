@@ -5,7 +5,7 @@ import pytest
 import torch
 
 from bert4rec.config import DataConfig, ModelConfig
-from bert4rec.data.windows import Windows
+from bert4rec.data.windows import Windows, held_out, held_out_users, item_counts, training_windows
 from bert4rec.model import batches, layers
 from tests.helpers.datasets import random_histories
 from tests.twins import reference
@@ -54,33 +54,33 @@ def test_windows_flat_and_to_keep_the_histories():
 
 def test_item_counts_by_hand():
     windows = windows_of([[1, 2, 2], [5, 1]])
-    assert windows.item_counts(windows.users(torch.arange(2).repeat(70_000)), 5).tolist() == [
+    assert item_counts(windows.users(torch.arange(2).repeat(70_000)), 5).tolist() == [
         140_000,
         140_000,
         0,
         0,
         70_000,
     ]
-    assert windows.item_counts(windows.without_last(1), 5).tolist() == [1, 1, 0, 0, 1]
+    assert item_counts(windows.without_last(1), 5).tolist() == [1, 1, 0, 0, 1]
 
 
 def test_splits_by_hand():
     windows = windows_of([[1, 2, 3, 4], [5, 6], [7, 8, 9]])
     one = DataConfig(min_interactions=3, holdout=1)
-    assert batches.last_items(windows.training_windows(windows, one), 9).tolist() == [[1, 2, 3], [0, 7, 8]]
-    history, target = windows.held_out(windows, one, "validation")
+    assert batches.last_items(training_windows(windows, one), 9).tolist() == [[1, 2, 3], [0, 7, 8]]
+    history, target = held_out(windows, one, "validation")
     assert batches.last_items(history, 9).tolist() == [[1, 2, 3], [0, 7, 8]]
     assert target.tolist() == [4, 9]
 
     two = DataConfig(min_interactions=3, holdout=2)
-    assert batches.last_items(windows.training_windows(windows, two), 9).tolist() == [[1, 2], [0, 7]]
-    history, target = windows.held_out(windows, two, "validation")
+    assert batches.last_items(training_windows(windows, two), 9).tolist() == [[1, 2], [0, 7]]
+    history, target = held_out(windows, two, "validation")
     assert (batches.last_items(history, 9).tolist(), target.tolist()) == ([[1, 2], [0, 7]], [3, 8])
-    history, target = windows.held_out(windows, two, "test")
+    history, target = held_out(windows, two, "test")
     assert (batches.last_items(history, 9).tolist(), target.tolist()) == ([[1, 2, 3], [0, 7, 8]], [4, 9])
 
     full = DataConfig(min_interactions=1, use_full_data=True)
-    assert windows.training_windows(windows, full).lengths.tolist() == [4, 2, 3]
+    assert training_windows(windows, full).lengths.tolist() == [4, 2, 3]
 
 
 def test_temporal_splits_by_hand():
@@ -89,16 +89,16 @@ def test_temporal_splits_by_hand():
     windows = windows_of([[1, 2, 3, 4], [5, 6, 7, 8], [9, 10, 11], [12, 13, 14], [15, 16]])
     before = {"validation": np.array([2, 1, 2, 2, 2]), "test": np.array([3, 3, 2, 3, 2])}
     data = DataConfig(split="temporal", min_interactions=2, holdout=2)
-    assert windows.training_windows(windows, data, before).flat()[1].tolist() == [1, 2, 9, 10, 12, 13, 15, 16]
-    history, target = windows.held_out(windows, data, "validation", before)
+    assert training_windows(windows, data, before).flat()[1].tolist() == [1, 2, 9, 10, 12, 13, 15, 16]
+    history, target = held_out(windows, data, "validation", before)
     assert (batches.last_items(history, 9).tolist(), target.tolist()) == ([[1, 2], [12, 13]], [3, 14])
-    history, target = windows.held_out(windows, data, "test", before)
+    history, target = held_out(windows, data, "test", before)
     assert batches.last_items(history, 9).tolist() == [[1, 2, 3], [5, 6, 7], [0, 9, 10]]
     assert target.tolist() == [4, 8, 11]
-    assert windows.held_out_users(windows, data, "test", before).tolist() == [0, 1, 2]
+    assert held_out_users(windows, data, "test", before).tolist() == [0, 1, 2]
 
     full = DataConfig(split="temporal", min_interactions=3, use_full_data=True)
-    assert windows.training_windows(windows, full, before).lengths.tolist() == [4, 4, 3, 3]
+    assert training_windows(windows, full, before).lengths.tolist() == [4, 4, 3, 3]
 
 
 def test_masking_frequencies():
@@ -206,9 +206,44 @@ def test_pack_keeps_every_row_and_label_and_pads_little(monkeypatch, fills):
     assert len(batch.tokens) < (17 / 16 if fills else 1) * (1.05 * sum(lengths) + 32 * len(batch.groups))
     distance = [place for length in lengths for place in range(length - 1, -1, -1)]
     assert batch.position[batch.tokens > 0].tolist() == distance
+    assert batch.wanted.tolist() == batch.labels.nonzero().flatten().tolist()
     last = batches.pack(tokens, None, torch.device("cpu"))
+    assert last.wanted.tolist() == list(range(len(tokens)))
     assert last.tokens[last.query][: len(tokens)].tolist() == tokens[:, -1].tolist()
     assert last.labels.tolist() == [1] * len(tokens) + [0] * (len(last.labels) - len(tokens))
+
+
+def test_groups_end_where_padding_costs_more_than_another_group():
+    lengths = np.array([50, 50, 49, 30, 30, 3])
+    assert list(batches._group_ends(lengths, 0)) == [3, 5, 6]
+    assert list(batches._group_ends(lengths, 32)) == [5, 6]
+    assert list(batches._group_ends(lengths, 2048)) == [6]
+
+
+def test_steps_made_ahead_are_the_same():
+    windows = windows_of(list(random_histories(43, 30, longest=15).values()))
+    data, started = DataConfig(batch_size=4, sampling_strategy="weighted"), []
+
+    def steps():
+        return batches.iter_steps(windows, data, MODEL, 30, 2, 0, 1, 20, torch.device("cpu"))
+
+    for ahead, plain in zip(batches.steps_ahead(steps(), lambda: started.append(1)), steps(), strict=True):
+        assert (ahead.num_targets, ahead.num_tokens) == (plain.num_targets, plain.num_tokens)
+        for batch, other in zip(ahead.batches, plain.batches, strict=True):
+            assert batch.groups == other.groups
+            assert all(torch.equal(*pair) for pair in zip(batch[:-1], other[:-1], strict=True))
+    assert started == [1]
+
+
+def test_steps_made_ahead_fail_where_they_would():
+    def failing():
+        yield 1
+        raise ValueError("the second")
+
+    steps = batches.steps_ahead(failing())
+    assert next(steps) == 1
+    with pytest.raises(ValueError, match="the second"):
+        next(steps)
 
 
 @pytest.mark.parametrize("strategy", ["recent", "weighted", "window"])

@@ -5,7 +5,7 @@ import torch
 import torch.nn.functional as F
 
 from bert4rec.config import TrainingConfig
-from bert4rec.model import layers
+from bert4rec.model import layers, losses
 from bert4rec.model.layers import Dropout, Linear, product, product_over_rows
 from bert4rec.model.losses import gbce, linear_cross_entropy, make_loss, sampled_softmax
 
@@ -31,6 +31,7 @@ def test_few_sizes_recur(monkeypatch):
     assert len({size for size in taken if 1024 < size <= 2048}) == 16
     monkeypatch.setattr(layers, "USES_ONEDNN", False)
     assert layers.full_size(33) == 33
+    assert layers.full_size(33, "cuda") == 34
 
 
 @pytest.mark.usefixtures("either_library")
@@ -70,8 +71,8 @@ def test_products_of_slices_and_transposed():
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
 @pytest.mark.parametrize("logit_bytes", [1, 10**9])
 def test_linear_cross_entropy_equals_torchs(monkeypatch, logit_bytes, dtype):
-    monkeypatch.setattr(layers, "_CPU_LOGIT_BYTES", logit_bytes)
-    monkeypatch.setattr(layers, "_FEWEST_ROWS", 1)
+    monkeypatch.setattr(losses, "_CPU_LOGIT_BYTES", logit_bytes)
+    monkeypatch.setattr(losses, "_FEWEST_ROWS", 1)
     torch.manual_seed(0)
     tensors = [torch.randn(50, 8), torch.randn(30, 8), torch.randn(30)]
     labels = torch.randint(0, 30, (50,))

@@ -1,5 +1,6 @@
 import pytest
 import torch
+import torch.nn.functional as F
 
 from bert4rec import storage
 from bert4rec.config import DataConfig, ModelConfig
@@ -103,6 +104,20 @@ def test_rotary_attention_sees_distances_alone():
     early, late = (block(x, group, [None], turns[first : first + 5].flip(0)) for first in (0, 7))
     torch.testing.assert_close(early, late, rtol=1e-4, atol=1e-5)
     assert not torch.allclose(early, block(x, group, [None], turns[:5]), atol=1e-2)  # before is not after
+
+
+def test_attention_that_prepares_a_kernel_for_each_shape_is_off(monkeypatch):
+    model, plain, allowed = make_model(), F.scaled_dot_product_attention, []
+
+    def attention(*arguments, **named):
+        allowed.append(torch.backends.cuda.cudnn_sdp_enabled())
+        return plain(*arguments, **named)
+
+    monkeypatch.setattr(F, "scaled_dot_product_attention", attention)
+    before = torch.backends.cuda.cudnn_sdp_enabled()
+    model.encode(packed(torch.tensor([[3, 9, 4]])))
+    assert allowed == [False, False]
+    assert torch.backends.cuda.cudnn_sdp_enabled() == before
 
 
 def test_no_target_adds_no_loss_and_breaks_nothing():

@@ -150,7 +150,7 @@ def test_what_others_wrote_is_text(dataset, tmp_path, monkeypatch):
     table = pq.read_table(tmp_path / "d" / "items.parquet")
     table = table.set_column(4, "title", pa.array([attack] * 5))
     pq.write_table(table, tmp_path / "d" / "items.parquet")
-    manifest = dataset.manifest.model_copy(update={"genres": [attack, attack], "notes": [attack]})
+    manifest = dataset.manifest.model_copy(update={"vocabularies": {"genre": [attack, attack]}, "notes": [attack]})
     monkeypatch.setattr(dataset, "manifest", manifest)
     given = write_recommendations(tmp_path / "r", [(1, 105, 1, 2.5)])
     page = report.render(

@@ -29,7 +29,7 @@ def test_a_card_says_what_was_trained_on_what(tmp_path):
     lines = card.splitlines()
     assert lines[0] == "# bert4rec-05-0.1235"
     assert f"{sum(p.numel() for p in model.parameters()):,} parameters: 2 blocks of width 8, 2 heads" in card
-    assert "reads the last 7 items. Metadata at the input: genres." in card
+    assert "reads the last 7 items. Metadata at the input: genre." in card
     assert "`films`: 5 interactions of 2 users with 4 items. Training did not see the last item of each user." in card
     assert "somewhere" not in card
     assert f"`{dataset.manifest.fingerprint}`" in card

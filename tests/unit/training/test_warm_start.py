@@ -105,5 +105,5 @@ def test_numbers_of_genres_are_those_of_one_catalogue(tmp_path):
     (tmp_path / ITEMS).touch()
     config = load_config(None, [*SETTINGS, f"training.start_from={tmp_path}", "model.use_genre_emb=true"])
     check_start(config, manifest())
-    with pytest.raises(InputError, match="a model with genres"):
+    with pytest.raises(InputError, match="a model with metadata"):
         check_start(config, manifest("another"))
