@@ -20,7 +20,7 @@ import pyarrow as pa
 
 from bert4rec import config_docs
 from bert4rec.cluster.errors import first_line, root_cause
-from bert4rec.cluster.resources import show_messages
+from bert4rec.cluster.resources import check_submitted, show_messages
 from bert4rec.config import Config, load_config
 from bert4rec.errors import InputError
 
@@ -38,6 +38,7 @@ def run_job(description: str, work: Callable[[Config], object]) -> None:
     arguments = _parser(description).parse_intermixed_args()
     try:
         config = _load(arguments.config, arguments.overrides)
+        check_submitted(config)
         if arguments.verbose:
             show_messages()
         else:

@@ -16,6 +16,27 @@ torch.set_num_threads(1)  # the tensors are tiny
 
 @pytest.fixture(scope="session")
 def ray_session():
-    ray.init(address="local", num_cpus=2, include_dashboard=False, log_to_driver=False, logging_level="ERROR")
-    yield
+    """A Ray on two cores; the variables with which jobs in processes of their own join it."""
+    context = ray.init(address="local", num_cpus=2, include_dashboard=False, log_to_driver=False, logging_level="ERROR")
+    yield {"RAY_ADDRESS": context.address_info["address"], "RAY_AUTH_MODE": os.environ.get("RAY_AUTH_MODE", "")}
     ray.shutdown()
+
+
+@pytest.fixture
+def local_training(monkeypatch):
+    """Training in this process, without Ray Train's: what only Ray Train can promise is tested without this."""
+    from tests.helpers.trainer import LocalTrainer
+
+    monkeypatch.setattr("bert4rec.training.train._trainer", LocalTrainer)
+
+
+@pytest.fixture
+def local_parts(monkeypatch):
+    """Users scored and evaluated in this process, part by part, without Ray Data's actors."""
+
+    def map_parts(parts, worker, arguments, num_workers, use_gpu):
+        made = worker(*arguments)
+        return (made(part) for part in parts)
+
+    for module in ("bert4rec.evaluation.evaluate", "bert4rec.inference.recommend"):
+        monkeypatch.setattr(f"{module}.map_parts", map_parts)

@@ -1,6 +1,7 @@
 """What a job takes of the cluster."""
 
 import importlib
+import json
 import logging
 import os
 import threading
@@ -44,20 +45,24 @@ def begin(config: Config, meanwhile: tuple[str, ...] = ()) -> None:
     InputError
         If no cluster answers, or its nodes do not see the same files (`check_shared`).
     """
-    if ray.is_initialized():
-        return
     os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
     os.environ.setdefault("RAY_DATA_DISABLE_PROGRESS_BARS", "1")  # ours report instead
     os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")  # silences a warning about accelerator variables
     importing = threading.Thread(target=lambda: [importlib.import_module(name) for name in meanwhile], daemon=True)
     importing.start()
-    _start_ray()
-    check_shared(config)
+    if not ray.is_initialized():
+        _start_ray()
+        check_shared(config)
     importing.join()
+    for name in ("ray.data", "ray.train"):  # which set their levels when they are imported
+        logging.getLogger(name).setLevel(_level())
+
+
+def _level() -> int:
+    return logging.INFO if _shows_messages else logging.ERROR
 
 
 def _start_ray() -> None:
-    level = logging.INFO if _shows_messages else logging.ERROR
     address = os.environ.get("RAY_ADDRESS") or "local"
     print("starting Ray" if address == "local" else f"joining Ray at {address}")
     only_here: dict[str, Any] = {}
@@ -66,11 +71,9 @@ def _start_ray() -> None:
         os.environ.setdefault("RAY_TRAIN_ENABLE_PREEMPTION_WATCHER", "0")  # nobody takes this machine's nodes away
         os.environ.setdefault("RAY_worker_niceness", "0")  # with Ray's 15 its other processes interrupt the work's
     try:
-        ray.init(address=address, log_to_driver=_shows_messages, logging_level=level, **only_here)
+        ray.init(address=address, log_to_driver=_shows_messages, logging_level=_level(), **only_here)
     except ConnectionError as error:
         raise InputError(f"RAY_ADDRESS={address}: no Ray cluster answers there ({error})") from None
-    logging.getLogger("ray.data").setLevel(level)
-    logging.getLogger("ray.train").setLevel(level)
 
 
 USERS_A_WORKER = 8
@@ -211,23 +214,34 @@ def for_scoring(config: Config) -> tuple[bool, int]:
     return use_gpu, config.inference.num_workers or max(1, gpus if use_gpu else cpus)
 
 
+def check_submitted(config: Config) -> None:
+    """See that a job submitted with a folder of its own, which is deleted after it, writes somewhere else.
+
+    Raises
+    ------
+    InputError
+        If run.storage_path is relative.
+    """
+    path = config.run.storage_path
+    settings = json.loads(os.environ.get("RAY_JOB_CONFIG_JSON_ENV_VAR") or "{}").get("runtime_env") or {}
+    if settings.get("working_dir") and "://" not in path and not os.path.isabs(os.path.expanduser(path)):
+        raise InputError(
+            f"run.storage_path={path} is relative, and the folder of a submitted job is deleted "
+            "after it; set an absolute path on a disk that all nodes share, or s3:// or gs://"
+        )
+
+
 def check_shared(config: Config) -> None:
     """See, before any work, that every node finds what another writes; on a single machine there is nothing to see.
 
     Raises
     ------
     InputError
-        If a local `run.storage_path` or `data.data_dir` is not the same on all nodes, or goes with a submitted job.
+        If a local `run.storage_path` or `data.data_dir` is not the same on all nodes.
     """
     given = {"run.storage_path": config.run.storage_path, "data.data_dir": config.data.data_dir}
     local = {key: storage.absolute(path) for key, path in given.items() if "://" not in path}
     root = local.get("run.storage_path")
-    is_relative = root and not os.path.isabs(os.path.expanduser(config.run.storage_path))
-    if is_relative and ray.get_runtime_context().runtime_env.get("working_dir"):
-        raise InputError(
-            f"run.storage_path={config.run.storage_path} is relative, and the folder of a submitted job is deleted "
-            "after it; set an absolute path on a disk that all nodes share, or s3:// or gs://"
-        )
     if not local or not (look := _look_from_other_nodes()):
         return
     if not os.path.isdir(storage.absolute(config.data.data_dir)):

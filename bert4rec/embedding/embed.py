@@ -117,7 +117,7 @@ def embed_titles(config: Config, texts: pa.Table) -> EmbedResult:
     if len(new) and folder is None:
         known = pa.table({"text": texts["text"], "embedding": to_lists(fit_tfidf_svd(all_texts, embedding.width))})
     elif len(new) and folder is not None:
-        begin(config)
+        begin(config, meanwhile=("ray.data",))
         known = pa.concat_tables([known, _encode_all(embedding, folder, identity, new, work)])
     rows = pc.index_in(texts["text"], known["text"]).combine_chunks()
     vectors = known["embedding"].combine_chunks().take(rows)

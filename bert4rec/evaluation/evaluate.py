@@ -83,7 +83,7 @@ def evaluate(config: Config, dataset_path: str, checkpoint: str) -> Evaluation:
     model = load_for(dataset, checkpoint, discount)  # a wrong model is found here, not in an actor
     split = evaluated_split(config)
     _check_is_held_out(config, dataset, model, checkpoint)
-    begin(config)
+    begin(config, meanwhile=("ray.data",))
     use_gpu, num_workers = for_scoring(config)
     names, notes = _usable_baselines(config, dataset)
     popularity, recent = _item_counts(dataset, config, num_workers)

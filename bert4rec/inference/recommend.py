@@ -63,7 +63,7 @@ def recommend(config: Config, dataset_path: str, checkpoint: str, output_path: s
     if counted is not None:
         print(f"{output_path} is up to date")
     else:
-        begin(config)
+        begin(config, meanwhile=("ray.data",))
         work = _open_work(output_path, identity)
         use_gpu, num_workers = for_scoring(config)
         parts = dataset.parts()
@@ -138,7 +138,7 @@ def check_request(inference: InferenceConfig, dataset: PreparedDataset, output_p
     manifest = storage.join(output_path, storage.MANIFEST)
     if storage.exists(manifest):
         identity = storage.read_json(manifest).get("identity")
-        if identity is None:
+        if identity is None or "settings" not in identity:
             raise InputError(f"{output_path}: holds something else than recommendations; choose another output_path")
         if inference.is_for_few and "dataset" in identity:
             raise InputError(

@@ -4,8 +4,6 @@ The same for nodes is in test_nodes.py; worker and driver of training are killed
 BERT4REC_REPEATS sets how often the random ones are repeated (docs/reliability.md).
 """
 
-import json
-import os
 import shutil
 import signal
 import subprocess
@@ -16,11 +14,9 @@ from pathlib import Path
 import numpy as np
 import pyarrow.parquet as pq
 import pytest
-import torch
 from ray.exceptions import RayError
 from ray.train import TrainingFailedError
 
-from bert4rec import storage
 from bert4rec.cluster.errors import first_line, root_cause
 from bert4rec.config import DataConfig, load_config
 from bert4rec.data.dataset import PreparedDataset
@@ -30,6 +26,7 @@ from bert4rec.inference.recommend import recommend
 from bert4rec.model.network import BERT4Rec
 from bert4rec.runs import checkpoint_name
 from bert4rec.training.train import train
+from tests.helpers import trainer
 from tests.helpers.datasets import random_histories, write_dataset
 from tests.helpers.processes import REPEATS, KillOnce, random_delay, wait_for
 from tests.integration.test_jobs import ROOT, without_ray
@@ -44,6 +41,7 @@ EPOCHS = 12
 def training(root, *overrides):
     """Of a dataset in root/data."""
     own = [f"run.storage_path={root}", f"data.data_dir={root}/data", "run.name=run"]
+    own.append("model.use_title_emb=false")  # as the job sets it where there are none
     return load_config(
         None, [*SMALL, f"training.num_epochs={EPOCHS}", "training.early_stopping=false", *own, *overrides]
     )
@@ -56,8 +54,10 @@ def dataset_path(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def trained(tmp_path_factory, dataset_path):
-    """The undisturbed run."""
-    return train(training(tmp_path_factory.mktemp("undisturbed")), dataset_path)
+    """The undisturbed run, in this process: its history, and its directory of checkpoints."""
+    path = tmp_path_factory.mktemp("undisturbed")
+    history, kept = trainer.run(training(path), dataset_path, path)
+    return history, path / kept.best["name"]
 
 
 @pytest.fixture(scope="module")
@@ -70,94 +70,37 @@ def interrupted(tmp_path_factory, dataset_path):
     return root
 
 
-@pytest.fixture
-def run_copy(interrupted, tmp_path):
-    """The interrupted run, to be spoilt: its root, and the checkpoint that it goes on from."""
-    shutil.copytree(interrupted, tmp_path, dirs_exist_ok=True)
-    snapshot = json.loads((tmp_path / "run" / "checkpoint_manager_snapshot.json").read_text())
-    return tmp_path, tmp_path / "run" / snapshot["latest_checkpoint_result"]["checkpoint_dir_name"]
-
-
 def flip_a_bit(file: Path) -> None:
     content = bytearray(file.read_bytes())
     content[len(content) // 2] ^= 1
     file.write_bytes(content)
 
 
-def test_an_interrupted_run_ends_like_an_undisturbed_one(run_copy, trained, dataset_path):
-    root, _ = run_copy
-    result = train(training(root), dataset_path)
-    assert without_times(result.history) == without_times(trained.history)
-    assert Path(result.best_checkpoint).name == Path(trained.best_checkpoint).name
+def test_an_interrupted_run_ends_like_an_undisturbed_one(interrupted, trained, dataset_path):
+    history, best = trained
+    result = train(training(interrupted), dataset_path)
+    assert without_times(result.history) == without_times(history)
+    assert Path(result.best_checkpoint).name == best.name
     for name in ("model.safetensors", "config.json"):
-        assert (Path(result.best_checkpoint) / name).read_bytes() == (Path(trained.best_checkpoint) / name).read_bytes()
-
-
-def save_state(state, checkpoint):
-    """With its digest, as training writes them."""
-    torch.save(state, checkpoint / "training_state.pt")
-    digest = storage.sha256(str(checkpoint / "training_state.pt"))
-    (checkpoint / "training_state.sha256").write_text(f"{digest}  training_state.pt\n")
-
-
-@pytest.mark.parametrize("damage", [flip_a_bit, lambda file: os.truncate(file, 1000), os.unlink])
-@pytest.mark.parametrize("name", ["training_state.pt", "model.safetensors", "config.json"])
-def test_a_damaged_checkpoint_is_named_before_it_is_used(run_copy, dataset_path, damage, name, monkeypatch):
-    """By the function that reads it in the worker; its message comes out as test_a_loss_that_is_no_number shows."""
-    from bert4rec.training.worker import load_checkpoint
-
-    _, last = run_copy
-    damage(last / name)
-    with pytest.raises(InputError) as raised:
-        load_checkpoint(str(last))
-    assert name in str(raised.value)
-    assert str(last) in str(raised.value)
-
-
-def test_a_checkpoint_of_an_older_version_is_named(run_copy):
-    from bert4rec.training.worker import load_checkpoint
-
-    _, last = run_copy
-    state = torch.load(last / "training_state.pt", weights_only=True)
-    state["optimizer"] = state.pop("optimizers")
-    save_state(state, last)
-    with pytest.raises(InputError, match=r"training_state.pt: was written by an older version.*another run\.name"):
-        load_checkpoint(str(last))
-
-
-def test_a_loss_that_is_no_number_stops_and_keeps_the_checkpoints(run_copy, trained, dataset_path):
-    """An optimiser state with an infinite moment: the first step spoils the weights, the second loss is NaN."""
-    root, last = run_copy
-    state = torch.load(last / "training_state.pt", weights_only=True)
-    next(iter(state["optimizers"][0]["state"].values()))["exp_avg"].fill_(torch.inf)
-    save_state(state, last)
-    before = {file: file.read_bytes() for file in (root / "run").glob("bert4rec-*/*")}
-    epoch = state["epoch"] + 1
-    expected = (
-        rf"the loss of epoch {epoch} is nan at learning rate 0\.001, first in step 2 of 4 \(batch [0-9a-f]{{16}}\)"
-    )
-    with pytest.raises(InputError, match=expected):
-        train(training(root), dataset_path)
-    assert {file: file.read_bytes() for file in (root / "run").glob("bert4rec-*/*")} == before
-    BERT4Rec.from_pretrained(str(last))
+        assert (Path(result.best_checkpoint) / name).read_bytes() == (best / name).read_bytes()
 
 
 @pytest.mark.slow
 def test_a_full_disk_is_told_and_earlier_checkpoints_stay(tmp_path, trained, dataset_path):
     """A file of the fourth epoch's checkpoint leads to the device that is always full."""
-    fourth = tmp_path / "run" / checkpoint_name(trained.history[3], "val_ndcg@10")
+    fourth = tmp_path / "run" / checkpoint_name(trained[0][3], "val_ndcg@10")
     fourth.mkdir(parents=True)
     (fourth / "training_state.pt").symlink_to("/dev/full")
     with pytest.raises(TrainingFailedError) as raised:
         train(training(tmp_path, "training.max_failures=1"), dataset_path)
     assert "No space left on device" in first_line(root_cause(raised.value))
-    third = tmp_path / "run" / checkpoint_name(trained.history[2], "val_ndcg@10")
+    third = tmp_path / "run" / checkpoint_name(trained[0][2], "val_ndcg@10")
     BERT4Rec.from_pretrained(str(third))
     assert not (tmp_path / "run" / "run.json").exists()
 
     (fourth / "training_state.pt").unlink()
     result = train(training(tmp_path), dataset_path)
-    assert without_times(result.history) == without_times(trained.history)
+    assert without_times(result.history) == without_times(trained[0])
 
 
 def test_an_altered_dataset_is_named_by_every_job(tmp_path, trained, dataset_path):
@@ -166,7 +109,7 @@ def test_an_altered_dataset_is_named_by_every_job(tmp_path, trained, dataset_pat
     flip_a_bit(copy / "sequences" / "part-00000.parquet")
     for work in (
         lambda: train(training(tmp_path), str(copy)),
-        lambda: recommend(load_config(), str(copy), trained.best_checkpoint, str(tmp_path / "out")),
+        lambda: recommend(load_config(), str(copy), str(trained[1]), str(tmp_path / "out")),
     ):
         with pytest.raises(InputError, match=r"part-00000\.parquet: its content is not what was written"):
             work()

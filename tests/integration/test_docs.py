@@ -60,7 +60,7 @@ def runs(tmp_path_factory):
 
 
 @pytest.mark.parametrize("command", RUN, ids=str)
-def test_a_command_does_its_job(ray_session, films, runs, tmp_path, monkeypatch, command):
+def test_a_command_does_its_job(ray_session, local_training, films, runs, tmp_path, monkeypatch, command):
     monkeypatch.chdir(tmp_path)  # relative outputs
     config = commands.parse(command, f"data.data_dir={films}", f"run.storage_path={runs}", *SMALL)
     if command.job == "embed":

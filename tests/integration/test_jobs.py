@@ -11,6 +11,8 @@ import numpy as np
 import pandas as pd
 import pytest
 
+from bert4rec.config import load_config
+from jobs.recommend import recommend_users
 from tests.helpers.processes import REPEATS, random_delay
 
 pytestmark = pytest.mark.integration
@@ -24,9 +26,13 @@ def without_ray():
     return {key: value for key, value in os.environ.items() if not key.startswith("RAY_")}
 
 
-def run_job(name, *arguments):
+def run_job(name, *arguments, **environment):
     return subprocess.run(
-        [sys.executable, "-m", f"jobs.{name}", *arguments], cwd=ROOT, env=without_ray(), capture_output=True, text=True
+        [sys.executable, "-m", f"jobs.{name}", *arguments],
+        cwd=ROOT,
+        env=without_ray() | environment,
+        capture_output=True,
+        text=True,
     )
 
 
@@ -42,7 +48,7 @@ def data_dir(tmp_path_factory):
     return path
 
 
-def test_pipeline_from_ratings_to_titles(data_dir, tmp_path):
+def test_pipeline_from_ratings_to_titles(data_dir, tmp_path, request):
     arguments = [*SMALL, f"data.data_dir={data_dir}", f"run.storage_path={tmp_path}", "model.use_genre_emb=true"]
     done = run_job("pipeline", *arguments)
     assert done.returncode == 0, done.stderr
@@ -65,13 +71,15 @@ def test_pipeline_from_ratings_to_titles(data_dir, tmp_path):
     assert recommended.groupby("user").size().eq(10).all()
     assert recommended.merge(history, on=["user", "item"]).empty
 
-    again = run_job("pipeline", *arguments)
+    ray_session = request.getfixturevalue("ray_session")  # started only now: the first job started its own
+    again = run_job("pipeline", *arguments, **ray_session)
     assert again.returncode == 0, again.stderr
+    assert f"joining Ray at {ray_session['RAY_ADDRESS']}" in again.stdout
     assert "is already trained" in again.stdout
     assert "is up to date" in again.stdout
 
-    more = run_job("recommend", *arguments[-3:-1], "inference.topk=3", f"inference.output_path={tmp_path / 'other'}")
-    assert more.returncode == 0, more.stderr
+    more = [*arguments[-3:-1], "inference.topk=3", f"inference.output_path={tmp_path / 'other'}"]
+    recommend_users(load_config(None, more))
     first = recommended.groupby("user").head(3).reset_index(drop=True)
     assert pd.read_csv(tmp_path / "other" / "recommendations.csv").equals(first)
 

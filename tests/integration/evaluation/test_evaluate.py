@@ -148,7 +148,12 @@ def ndcg10(ranks):
         (["data.split=temporal", "data.min_interactions=4"], after_the_test_cut_off),
     ],
 )
-def test_every_protocol_and_system_equals_the_slow_way(dataset_path, checkpoint, model, tmp_path, options, make_case):
+def test_every_protocol_and_system_equals_the_slow_way(
+    dataset_path, checkpoint, model, tmp_path, options, make_case, request
+):
+    """On Ray Data's actors for one case, in this process for the others."""
+    if options:
+        request.getfixturevalue("local_parts")
     settings = ["data.min_interactions=4", "data.holdout=2", "evaluation.seed=9", *ALL, *options]
     if "data.split=temporal" in options:
         model.trained_before = PreparedDataset(dataset_path).manifest.cutoffs["validation"]
@@ -198,6 +203,7 @@ def test_every_protocol_and_system_equals_the_slow_way(dataset_path, checkpoint,
     assert any("uniform-100: " in note and "fewer than 100 items left to draw" in note for note in got.notes)
 
 
+@pytest.mark.usefixtures("local_parts")
 def test_a_result_names_what_was_measured(dataset_path, checkpoint):
     got = evaluate(load_config(None, ["data.holdout=2", "evaluation.exclude_seen=false"]), dataset_path, checkpoint)
     assert list(got.protocols) == ["all-with-seen"]
@@ -207,6 +213,7 @@ def test_a_result_names_what_was_measured(dataset_path, checkpoint):
     assert got.beyond_accuracy["popularity"]["coverage"] == 10 / NUM_ITEMS  # the same ten for all, as they may be seen
 
 
+@pytest.mark.usefixtures("local_parts")
 def test_baselines_that_cannot_be_had_are_named(tmp_path, checkpoint):
     path = write_dataset(tmp_path / "d", HISTORIES, NUM_ITEMS)
     config = load_config(None, ["data.holdout=2", *ALL, "evaluation.max_baseline_items=119"])
@@ -231,6 +238,7 @@ def test_a_model_that_knows_the_future_is_refused(dataset_path, checkpoint, mode
         evaluate(load_config(None, ["data.holdout=2"]), dataset_path, str(tmp_path / "m"))
 
 
+@pytest.mark.usefixtures("local_training", "local_parts")
 def test_a_model_trained_on_a_temporal_split_is_validated_as_it_is_evaluated(dataset_path, tmp_path):
     options = [
         "data.split=temporal",
@@ -239,8 +247,6 @@ def test_a_model_trained_on_a_temporal_split_is_validated_as_it_is_evaluated(dat
         "model.num_heads=2",
         "model.max_len=8",
         "training.num_epochs=1",
-        "training.num_workers=2",
-        "training.cpus_per_worker=1",
         f"run.storage_path={tmp_path}",
         f"data.data_dir={tmp_path}/none",
     ]

@@ -85,6 +85,7 @@ def test_every_user_gets_what_the_slow_way_gives(tmp_path, dataset_path, checkpo
     assert sorted(path.name for path in (tmp_path / "out").iterdir()) == ["manifest.json", "recommendations.csv"]
 
 
+@pytest.mark.usefixtures("local_parts")
 def test_less_popular_items_on_request(tmp_path, dataset_path, checkpoint):
     config = load_config(None, ["inference.topk=7", "inference.popularity_discount=0.5"])
     with pytest.raises(InputError, match=r"popularity_discount.*earlier version, which did not keep that"):
@@ -101,6 +102,7 @@ def test_less_popular_items_on_request(tmp_path, dataset_path, checkpoint):
     assert [(row["user"], row["item"]) for row in read(tmp_path / "out")] == expected
 
 
+@pytest.mark.usefixtures("local_parts")
 def test_finished_parts_of_a_killed_job_are_kept(tmp_path, dataset_path, checkpoint, monkeypatch):
     """Stop between scoring and publishing, spoil one part: the rerun does that one again, and no other."""
     config = load_config(None, ["inference.topk=4"])
@@ -131,6 +133,7 @@ def test_finished_parts_of_a_killed_job_are_kept(tmp_path, dataset_path, checkpo
     ).read_bytes()
 
 
+@pytest.mark.usefixtures("local_parts")
 def test_what_cannot_be_scored_is_one_message(tmp_path, dataset_path, checkpoint):
     output = str(tmp_path / "out")
     with pytest.raises(InputError, match=r"inference\.topk=31 is larger than the catalogue, which has 30 items"):
@@ -174,6 +177,7 @@ def test_ids_with_commas_and_quotes_survive_the_csv(tmp_path):
     assert (tmp_path / "x.csv").read_text() == "plain,1\n007,2\n"
 
 
+@pytest.mark.usefixtures("local_parts")
 def test_scores_are_the_models_own(tmp_path, dataset_path, checkpoint, model):
     config = load_config(None, ["inference.topk=2", "inference.formats=[parquet]"])
     recommend(config, dataset_path, checkpoint, str(tmp_path / "out"))

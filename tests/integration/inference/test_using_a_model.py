@@ -26,9 +26,10 @@ run: {mlflow_uri: "sqlite:///mlflow.db"}
 """
 
 
-def run(directory, *command):
+def run(directory, *command, **environment_too):
     environment = {key: value for key, value in os.environ.items() if not key.startswith("RAY_")}
     environment |= {"PYTHONPATH": str(ROOT), "PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}"}
+    environment |= environment_too
     done = subprocess.run(command, cwd=directory, env=environment, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     return done.stdout
@@ -59,7 +60,7 @@ def recommended(text):
     return [films_of(part) for part in re.split(r"rank +item.*title\n", text)[1:]]
 
 
-def test_every_example_of_the_guide(tmp_path):
+def test_every_example_of_the_guide(ray_session, tmp_path):
     pytest.importorskip("onnxruntime")
     mlflow = pytest.importorskip("mlflow")
     few, new, similar = blocks("using-a-model.md", "bash")
@@ -70,7 +71,7 @@ def test_every_example_of_the_guide(tmp_path):
     (tmp_path / "configs").mkdir()
     (tmp_path / "configs" / "ml-100k.yaml").write_text(CONFIG)
 
-    printed = run(tmp_path, sys.executable, "-c", notebook)
+    printed = run(tmp_path, sys.executable, "-c", notebook, **ray_session)
     (run_path,) = (tmp_path / "runs").glob("ml-100k-*")
     trained = json.loads((run_path / "run.json").read_text())
     assert [epoch["epoch"] for epoch in trained["history"]] == list(range(1, 11))

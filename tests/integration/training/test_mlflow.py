@@ -32,6 +32,7 @@ def runs_of(tmp_path):
     return client, client.search_runs([client.get_experiment_by_name("films").experiment_id])
 
 
+@pytest.mark.usefixtures("local_training")
 def test_a_training_that_diverged_has_failed(tmp_path, dataset_path):
     """One that went well is looked at in test_using_a_model."""
     with pytest.raises(InputError, match="diverged"):
