@@ -13,8 +13,9 @@ import subprocess
 import sys
 import time
 import venv
-from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass, fields
 from datetime import date
 from pathlib import Path
 from typing import Any, Self
@@ -51,6 +52,10 @@ class Workload:
     device: str = "cpu"
     precision: str = "32-true"
     """Of ours; see training.precision."""
+    workers: int = 1
+    """DDP workers of ours, which share the threads."""
+    optimizer: str = "adamw"
+    """Of ours; see training.optimizer."""
 
     @property
     def num_heads(self) -> int:
@@ -191,17 +196,29 @@ def peak_memory() -> int:
 
 
 def report(**result: float) -> None:
-    """Hand the result, and this process's peak memory, to `run`."""
-    print(json.dumps({**result, "memory": peak_memory()}), flush=True)
+    """Hand the result, and this process's peak memory where it names none, to `run`."""
+    print(json.dumps({"memory": peak_memory(), **result}), flush=True)
 
 
-def run(module: str, workload: Workload, python: str = "") -> dict[str, float]:
-    """The result of `module` in a process of its own, of another `python` if named, with the workload's threads."""
+def run(
+    module: str, workload: Workload, python: str = "", root: str = "", environment: Mapping[str, str] | None = None
+) -> dict[str, float]:
+    """The result of `module` in a process of its own, with the workload's threads.
+
+    Parameters
+    ----------
+    python
+        Another Python than this one.
+    root
+        Another checkout than this one; it may be of a commit whose `Workload` has fewer fields.
+    """
+    defaults = {field.name: field.default for field in fields(Workload)}
+    given = {name: value for name, value in asdict(workload).items() if value != defaults[name]}
     threads = {name: str(workload.threads) for name in ("OMP_NUM_THREADS", "MKL_NUM_THREADS")}
     done = subprocess.run(
-        [python or sys.executable, "-W", "ignore", "-m", module, json.dumps(asdict(workload))],
-        cwd=_ROOT,
-        env={**os.environ, **threads},
+        [python or sys.executable, "-W", "ignore", "-m", module, json.dumps(given)],
+        cwd=root or _ROOT,
+        env={**os.environ, **threads, **(environment or {})},
         capture_output=True,
         text=True,
     )
@@ -280,6 +297,18 @@ def spread(results: Sequence[Mapping[str, float]], name: str, form: str = ",.0f"
     """Lowest and highest of one figure over the repeats."""
     values = [result[name] for result in results]
     return f"{min(values):{form}}–{max(values):{form}}" if len(values) > 1 else "1 turn"
+
+
+@contextmanager
+def busy(count: int) -> Iterator[None]:
+    """Beside so many processes that compute all the time, one core each."""
+    loops = [subprocess.Popen([sys.executable, "-c", "while True: pass"]) for _ in range(count)]
+    try:
+        yield
+    finally:
+        for loop in loops:
+            loop.kill()
+            loop.wait()
 
 
 def share_of_peak(rate: float, peaks: Sequence[Mapping[str, float]]) -> str:

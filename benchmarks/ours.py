@@ -1,20 +1,27 @@
 """Our side of a measurement, without Ray: `python -m benchmarks.ours WORKLOAD`."""
 
+import json
+import tempfile
 import time
 from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
 
 import numpy as np
 import torch
+import torch.distributed
+import torch.multiprocessing
 
-from benchmarks.common import Histories, Meter, Workload, report
+from benchmarks.common import Histories, Meter, Workload, peak_memory, report
 from bert4rec.config import DataConfig, ModelConfig, TrainingConfig
 from bert4rec.data.windows import Windows, training_windows
 from bert4rec.inference.ranking import Exclusions, score_next, top_k
 from bert4rec.model.batches import iter_steps, steps_ahead
 from bert4rec.model.layers import product
 from bert4rec.model.network import BERT4Rec
-from bert4rec.training.loop import PASS_TOKENS, make_optimizers, train_step
+from bert4rec.training.loop import DDP_OPTIONS, PASS_TOKENS, make_optimizers, train_step
 
+STEPS_OF_WORKERS = 10
+"""After so many, workers agree whether the time is up."""
 GPU_STEPS_AT_ONCE = 8
 """Steps after which a GPU is waited for: in a training it is waited for once an epoch."""
 
@@ -36,21 +43,27 @@ def model_config(workload: Workload) -> ModelConfig:
     )
 
 
-def train(workload: Workload, histories: Histories) -> dict[str, float]:
-    """The loop of a training worker, over as many epochs as the time takes."""
+def train(workload: Workload, histories: Histories, rank: int = 0) -> dict[str, float]:
+    """The loop of a training worker, over as many epochs as the time takes.
+
+    Of several workers each runs this in a process of its own (`train_together`), and all return the same counts.
+    """
     data = DataConfig(batch_size=workload.batch_size, use_full_data=True, min_interactions=2, seed=workload.seed)
-    training = TrainingConfig.model_validate({"precision": workload.precision})
-    device = torch.device(workload.device)
+    training = TrainingConfig.model_validate({"precision": workload.precision, "optimizer": workload.optimizer})
+    device, size = torch.device(workload.device), workload.workers
     num_items = len(histories.item_ids)
     windows = training_windows(windows_of(histories), data)
+    torch.manual_seed(workload.seed)
     model = BERT4Rec(model_config(workload), num_items).to(device).train()
+    wrapped = torch.nn.parallel.DistributedDataParallel
+    trained = wrapped(model, **DDP_OPTIONS) if size > 1 else model  # type: ignore[arg-type]
     optimizers = make_optimizers(model, training)
     scaler = torch.amp.GradScaler(device.type, enabled=workload.precision == "16-mixed")  # type: ignore[attr-defined]
-    at_once = 1 if device.type == "cpu" else GPU_STEPS_AT_ONCE
+    at_once = GPU_STEPS_AT_ONCE if device.type == "cuda" else STEPS_OF_WORKERS if size > 1 else 1
     meter, epoch, waited, is_over = Meter(workload.seconds, warmup_steps=3 * at_once), 0, 0.0, False
     lengths: list[torch.Tensor] = []  # of the users of each step that is not counted yet
     while not is_over:
-        steps = iter_steps(windows, data, model.config, num_items, epoch, 0, 1, PASS_TOKENS[device.type], device)
+        steps = iter_steps(windows, data, model.config, num_items, epoch, rank, size, PASS_TOKENS[device.type], device)
         if device.type == "cuda":
             steps = steps_ahead(steps)
         epoch += 1
@@ -60,16 +73,48 @@ def train(workload: Workload, histories: Histories) -> dict[str, float]:
             waited += time.perf_counter() - began
             if step is None:
                 break
-            train_step(model, step, optimizers, scaler, training)
+            train_step(trained, step, optimizers, scaler, training, size)
             if meter.warmup_steps > 0:
                 waited = 0.0
             lengths.append(torch.cat([(rows > 0).sum(1) for batch in step.batches for rows in batch.rectangles()]))
             if len(lengths) == at_once:
                 _wait(device)
-                is_over = [meter.add(each.cpu()) for each in lengths][-1]
+                is_over = _summed(size, [meter.add(each.cpu()) for each in lengths][-1])[0] > 0  # one ends all
                 lengths.clear()
     result = meter.result()
-    return {**result, "input_share": waited / result["seconds"]}
+    names = ("users", "tokens", "squares")
+    counted = dict(zip(names, _summed(size, *(result[name] for name in names)), strict=True))
+    return {**result, **counted, "input_share": waited / result["seconds"]}
+
+
+def _summed(size: int, *values: float) -> list[float]:
+    """Each value summed over all workers."""
+    total = torch.tensor(values, dtype=torch.float64)
+    if size > 1:
+        torch.distributed.all_reduce(total)
+    return total.tolist()
+
+
+def train_together(workload: Workload) -> dict[str, float]:
+    """The first worker's result, of as many gloo processes as there are workers, which share the threads."""
+    with tempfile.TemporaryDirectory() as directory:
+        torch.multiprocessing.spawn(  # type: ignore[attr-defined, no-untyped-call]
+            _worker, (workload, directory), nprocs=workload.workers
+        )
+        result: dict[str, float] = json.loads(Path(directory, "result.json").read_text())
+    return result
+
+
+def _worker(rank: int, workload: Workload, directory: str) -> None:
+    torch.set_num_threads(max(1, workload.threads // workload.workers))
+    torch.distributed.init_process_group(
+        "gloo", init_method=f"file://{directory}/meeting", rank=rank, world_size=workload.workers
+    )
+    result = train(workload, Histories.load(workload.data), rank)
+    if rank == 0:
+        result["memory"] = peak_memory()
+        Path(directory, "result.json").write_text(json.dumps(result))
+    torch.distributed.destroy_process_group()
 
 
 def recommend(workload: Workload, histories: Histories) -> dict[str, float]:
@@ -133,6 +178,8 @@ def main() -> None:
     torch.manual_seed(workload.seed)
     if workload.task == "peak":
         report(**matrix_peak(workload))
+    elif workload.task == "training" and workload.workers > 1:
+        report(**train_together(workload))
     else:
         report(**{"training": train, "recommend": recommend}[workload.task](workload, Histories.load(workload.data)))
 

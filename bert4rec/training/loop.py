@@ -21,6 +21,8 @@ from bert4rec.model.batches import Step, iter_steps, steps_ahead
 from bert4rec.model.network import BERT4Rec
 from bert4rec.training.muon import muon_for
 
+DDP_OPTIONS = {"broadcast_buffers": False, "gradient_as_bucket_view": True}
+"""The model's tables never change, and a gradient need not lie in memory twice."""
 VALIDATION_USERS = 512
 """Users ranked at once in validation."""
 PASS_TOKENS = {"cpu": 8_192, "cuda": 131_072}

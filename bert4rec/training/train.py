@@ -32,6 +32,14 @@ if TYPE_CHECKING:
 LEFT_OUT_AT_DEFAULT = ("model.position_encoding", "training.num_workers")
 """Keys that count only where they are set: those that came after the first version, whose runs keep their names, and
 the number of workers, which the machine chooses: the same command goes on with its run on another one."""
+WORKER_ENVIRONMENT = {
+    # OpenMP's threads spin for a while before they sleep. The default makes a step 7 times slower where other processes
+    # use the cores too; no spinning at all makes it up to a third slower on idle cores.
+    "GOMP_SPINCOUNT": "10000",
+    # glibc keeps freed blocks up to this size for the next step, instead of asking the system for them anew.
+    "MALLOC_MMAP_THRESHOLD_": str(256 * 2**20),
+    "MALLOC_TRIM_THRESHOLD_": str(1024 * 2**20),
+}
 HEAVY = ("bert4rec.training.trainer",)
 """What takes seconds to import: done while Ray starts, and not at all where a run is found finished."""
 
@@ -166,9 +174,7 @@ def _trainer(
         run_config=RunConfig(
             name=name,
             storage_path=storage.absolute(config.run.storage_path),
-            # OpenMP's threads spin for a while before they sleep. The default makes a step 7 times slower where other
-            # processes use the cores too; no spinning at all makes it up to a third slower on idle cores.
-            worker_runtime_env={"env_vars": {"GOMP_SPINCOUNT": "10000"}},
+            worker_runtime_env={"env_vars": WORKER_ENVIRONMENT},
             callbacks=list(callbacks),
             failure_config=FailureConfig(max_failures=config.training.max_failures),
             checkpoint_config=CheckpointConfig(
@@ -188,7 +194,7 @@ def train_worker(loop: dict[str, Any]) -> list[dict[str, float]] | str:
     import ray.train.torch
     import torch
 
-    from bert4rec.training.loop import Worker
+    from bert4rec.training.loop import DDP_OPTIONS, Worker
     from bert4rec.training.worker import run_epochs
 
     def report(metrics: dict[str, float], name: str, directory: str | None) -> None:
@@ -209,10 +215,7 @@ def train_worker(loop: dict[str, Any]) -> list[dict[str, float]] | str:
                 progress=loop["reporter"],
                 worker=Worker(context.get_world_rank(), context.get_world_size(), ray.train.torch.get_device()),
                 resume_from=None if checkpoint is None else stack.enter_context(checkpoint.as_directory()),
-                wrap=lambda model: ray.train.torch.prepare_model(
-                    model,
-                    parallel_strategy_kwargs={"broadcast_buffers": False},  # the tables never change
-                ),
+                wrap=lambda model: ray.train.torch.prepare_model(model, parallel_strategy_kwargs=DDP_OPTIONS),
             )
     except InputError as error:
         return str(error)

@@ -3,6 +3,8 @@
 `train.py` runs it in Ray Train's workers. It runs as well alone, or as one of several gloo processes.
 """
 
+import contextlib
+import ctypes
 import os
 import tempfile
 from collections.abc import Callable
@@ -124,12 +126,19 @@ def run_epochs(
                 progress.advance(0, f"{place}, validating{last_validation}", always=True)
             metrics |= validate(model, sequences, config, worker, read.before)
         _note_best(state, metrics, config.monitor)
+        _give_memory_back()
         _report(model, state, optimizers, scaler, metrics, config, dataset, worker, report)
         if worker.rank == 0:
             progress.record(metrics)
             last_validation = _summary(metrics, config.monitor)
     history: list[dict[str, float]] = state["history"]
     return history
+
+
+def _give_memory_back() -> None:
+    """Hand what validation took, and freed, back to the system: glibc keeps it, in pieces that training cannot use."""
+    with contextlib.suppress(AttributeError, OSError):  # another C library
+        ctypes.CDLL(None).malloc_trim(0)
 
 
 def _new_model(config: Config, dataset: PreparedDataset) -> BERT4Rec:
