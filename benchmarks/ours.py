@@ -114,6 +114,7 @@ def _worker(rank: int, workload: Workload, directory: str) -> None:
     if rank == 0:
         result["memory"] = peak_memory()
         Path(directory, "result.json").write_text(json.dumps(result))
+    torch.distributed.barrier()  # nobody leaves while another still sums
     torch.distributed.destroy_process_group()
 
 

@@ -39,8 +39,12 @@ _METRICS = ("HR@10", "NDCG@10", "spread", "popularity-100")
 TABLES = {
     "ablations": Table("{change}", ("NDCG@10", "spread", "minutes")),
     "baselines": Table("{data}: {model}", (*_METRICS, "uniform-100")),
+    "busy": Table(
+        "{implementation}, beside {beside}, hidden {hidden}, {data}", ("tokens/s", "spread", "memory, MiB", "ours is")
+    ),
     "discount": Table("{discount}", (*_METRICS, "popularity-100-of-all", "uniform-100")),
     "embed": Table("{implementation}", ("texts/s", "spread", "of encode")),
+    "memory": Table("{claim}", ("MiB", "of epoch 2")),
     "metadata": Table("{variant}", ("NDCG@10", "spread", "HR@10", "gates", "seconds a training")),
     "muon": Table("{implementation}, hidden {hidden}", ("ms a step", "spread", "float32 is")),
     "new_items": Table("seed {seed}", ("hidden items", "users", "AUC", "standard error")),
@@ -59,6 +63,7 @@ TABLES = {
         ("users/s", "seconds", "spread", "useful GFLOP/s", "share of peak", "memory, MiB", "ours is"),
     ),
     "short_histories": Table("{model}", ("HR@1", "HR@10", "NDCG@10", "spread", "coverage", "one core"), "NDCG@10"),
+    "start": Table("{claim}", ("seconds", "spread", "of before")),
     "training": Table(
         "{implementation}, hidden {hidden}, {data}",
         ("tokens/s", "spread", "useful GFLOP/s", "share of peak", "memory, MiB", "input", "ours is"),

@@ -85,7 +85,7 @@ def main() -> None:
         "input: share of the time in which training waits for its next step. Ours: a worker of one thread a core, as a "
         "job has by default, and its memory is one worker's.",
     ]
-    publish("training", notes, rows, args.record)
+    publish("training" if args.beside == [0] else "busy", notes, rows, args.record)
 
 
 class Contender(NamedTuple):

@@ -91,6 +91,7 @@ def evaluate(config: Config, dataset_path: str, checkpoint: str) -> Evaluation:
         name: ray.remote(_fit).remote(name, config, dataset_path) for name in names if name in ("item-knn", "ease")
     }
     if fitted:
+        print(f"fitting {', '.join(fitted)} on {dataset.num_items:,} items", flush=True)
         ray.wait(list(fitted.values()), num_returns=len(fitted))  # before the actors take all cores
     systems, protocols = [MODEL, *names], evaluated_protocols(config)
     keys = _keys(systems, protocols)
