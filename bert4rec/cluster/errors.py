@@ -1,10 +1,10 @@
-"""What went wrong in a Ray process, as one readable line."""
+"""The error of a Ray process as one readable line."""
 
 from ray.exceptions import RayError
 
 
 def root_cause(error: BaseException) -> BaseException:
-    """What a worker raised, out of Ray's layers around it."""
+    """The exception that a worker raised, without the exceptions that Ray wraps around it."""
     failures = getattr(error, "worker_failures", None)
     inner = next(iter(failures.values())) if failures else getattr(error, "cause", None) or error.__cause__
     return root_cause(inner) if isinstance(inner, BaseException) and inner is not error else error

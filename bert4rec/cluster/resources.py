@@ -1,4 +1,4 @@
-"""What a job takes of the cluster."""
+"""How a job starts or joins Ray, and how many workers, CPU cores and GPUs it requests."""
 
 import importlib
 import json
@@ -80,8 +80,12 @@ USERS_A_WORKER = 8
 """Users of a step, at least, for each worker of a default training: with fewer, workers mostly wait for each other."""
 
 
+GPU_CORES = 4
+"""CPU cores of a worker with a GPU, at most, by default: with more, its small tensors wait for threads."""
+
+
 class Places(NamedTuple):
-    """What a training takes of the cluster."""
+    """What a training requests."""
 
     use_gpu: bool
     """Whether each worker gets a GPU."""
@@ -104,7 +108,7 @@ def for_training(config: Config) -> Places:
     if wanted is None:
         each = training.cpus_per_worker or 1
         wanted = max(1, min(_room(nodes, use_gpu, each), config.data.batch_size // USERS_A_WORKER))
-    largest = max((cpu for cpu, _ in nodes), default=0)
+    largest = max((min(cpu, GPU_CORES) if use_gpu else cpu for cpu, _ in nodes), default=0)
     sizes = [training.cpus_per_worker] if training.cpus_per_worker else range(largest, 0, -1)
     fitting = next((cores for cores in sizes if _room(nodes, use_gpu, cores) >= wanted), None)
     if fitting is None:
@@ -168,7 +172,7 @@ def most_at_once(config: Config) -> int:
 
 @contextmanager
 def releasing_abandoned() -> Iterator[None]:
-    """Meanwhile free the places of trainings that were ended from outside, as a scheduler ends trials.
+    """Inside this block, remove the placement groups of trainings that were stopped from outside, for instance by ASHA.
 
     Ray Train leaves that to a helper process, which asks the dashboard, and gives up where there is none, or where it
     finds several Rays on the machine; the next training would wait for ever.
@@ -215,7 +219,7 @@ def for_scoring(config: Config) -> tuple[bool, int]:
 
 
 def check_submitted(config: Config) -> None:
-    """See that a job submitted with a folder of its own, which is deleted after it, writes somewhere else.
+    """Check that a submitted job does not write into its own working directory, which Ray deletes after it.
 
     Raises
     ------
@@ -232,7 +236,7 @@ def check_submitted(config: Config) -> None:
 
 
 def check_shared(config: Config) -> None:
-    """See, before any work, that every node finds what another writes; on a single machine there is nothing to see.
+    """Check before any work that every node sees what another one writes. A single machine needs no check.
 
     Raises
     ------
@@ -254,7 +258,7 @@ def check_shared(config: Config) -> None:
         for answer in [each.remote(list(local.values())) for each in look]:
             try:
                 node, missing = ray.get(answer)
-            except RayError:  # a node that went has nothing to say
+            except RayError:  # the node was lost meanwhile
                 continue
             if wrong := next((key for key, path in local.items() if path in missing), None):
                 raise InputError(
@@ -267,7 +271,7 @@ def check_shared(config: Config) -> None:
 
 
 def _look_from_other_nodes() -> list[Any]:
-    """A task for each other node of the cluster; where there is none yet to work on, one for the first that comes."""
+    """One task for each other node. A cluster that is only a head gets one task for its first worker node."""
 
     def missing(paths: list[str]) -> tuple[str, list[str]]:
         return ray.util.get_node_ip_address(), [path for path in paths if not os.path.exists(path)]

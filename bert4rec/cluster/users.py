@@ -1,4 +1,4 @@
-"""The one way to run over all users: Ray Data over the dataset's parts."""
+"""Runs a worker over all users of a dataset: Ray Data gives the dataset's parts to actors."""
 
 from collections.abc import Callable, Iterator
 from typing import Any

@@ -1,4 +1,4 @@
-"""The arithmetic of training, without Ray: optimiser, step, epoch, validation; alone or as one of DDP workers."""
+"""Optimiser, step, epoch and validation, without Ray. They run in one process or in each of several DDP workers."""
 
 import itertools
 import math

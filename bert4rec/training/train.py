@@ -222,8 +222,7 @@ def train_worker(loop: dict[str, Any]) -> list[dict[str, float]] | str:
 
 
 def with_features(config: Config, manifest: Manifest) -> Config:
-    """The config with absolute paths, and with the metadata features that can be used; what has no file is switched
-    off, which is said."""
+    """The config with absolute paths. A metadata feature that has no file is switched off, and a note says so."""
     features: dict[str, bool] = {}
     for name, feature in FEATURES.items():
         wanted = getattr(config.model, f"use_{name}_emb")

@@ -21,7 +21,7 @@ def weights_of(directory: str) -> str:
 
 
 def check_start(config: Config, manifest: Manifest) -> None:
-    """Find out before training whether it can begin with the model of training.start_from.
+    """Check before training that it can begin with the model of training.start_from.
 
     Raises
     ------
@@ -59,7 +59,7 @@ def check_start(config: Config, manifest: Manifest) -> None:
 
 @torch.no_grad()
 def begin_from(model: BERT4Rec, directory: str, ids: pa.Array) -> None:
-    """Take over the weights of a model directory: each item's by its id; an item that it did not know keeps its own.
+    """Copy the weights of a model directory. Items are matched by their ids; an item unknown to it keeps its own.
 
     Parameters
     ----------

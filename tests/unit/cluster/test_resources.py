@@ -24,7 +24,7 @@ pytestmark = pytest.mark.unit
         ([(8, 2), (8, 2)], ["training.num_workers=3"], (True, 3, 4)),
         ([(8, 2)], ["training.num_workers=3"], (False, 3, 2)),  # not enough GPUs for all
         ([(8, 2)], ["training.accelerator=cpu"], (False, 8, 1)),
-        ([(8, 1), (8, 0)], ["data.batch_size=8"], (True, 1, 8)),
+        ([(8, 1), (8, 0)], ["data.batch_size=8"], (True, 1, 4)),
     ],
 )
 def test_the_workers_of_a_training(monkeypatch, nodes, overrides, expected):
