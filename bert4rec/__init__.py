@@ -18,6 +18,7 @@ if TYPE_CHECKING:
     from bert4rec.config import Config as Config
     from bert4rec.config import load_config as load_config
     from bert4rec.errors import InputError as InputError
+    from bert4rec.inference.ranking import Ranking as Ranking
     from bert4rec.inference.recommender import load as load
     from bert4rec.model.network import BERT4Rec as BERT4Rec
 
@@ -27,6 +28,7 @@ _HOME = {
         "Config": "config",
         "load_config": "config",
         "BERT4Rec": "model.network",
+        "Ranking": "inference.ranking",
         "load": "inference.recommender",
         "InputError": "errors",
     },
@@ -35,6 +37,7 @@ __all__ = [
     "BERT4Rec",
     "Config",
     "InputError",
+    "Ranking",
     "embed",
     "evaluate",
     "load",

@@ -24,7 +24,8 @@ from bert4rec.cluster.resources import check_submitted, show_messages
 from bert4rec.config import Config, load_config
 from bert4rec.errors import InputError
 
-DEFAULT_CONFIG = Path(__file__).parent.parent / "configs" / "ml-100k.yaml"
+DEFAULT_CONFIG = Path(__file__).parent / "configs" / "ml-100k.yaml"
+"""Part of the package; configs/ml-100k.yaml of the repository is a link to it."""
 
 
 def run_job(description: str, work: Callable[[Config], object]) -> None:

@@ -7,22 +7,16 @@ from bert4rec import storage
 from bert4rec.cli import run_job
 from bert4rec.config import Config
 from bert4rec.evaluation.evaluate import MODEL, RECOMMENDED, Evaluation, evaluate
+from bert4rec.evaluation.protocols import PROTOCOLS
 from bert4rec.runs import EVALUATION, checkpoint_and_output
-
-RANKED = {
-    "all": "all items ranked without the user's seen ones",
-    "all-with-seen": "all items ranked with the user's seen ones",
-    "popularity-100": "ranked among 100 items drawn by popularity, none of the user's own",
-    "popularity-100-of-all": "ranked among what the user has not seen of 100 items drawn by popularity",
-    "uniform-100": "ranked among 100 items drawn uniformly, none of the user's own",
-    "uniform-100-of-all": "ranked among what the user has not seen of 100 items drawn uniformly",
-}
 
 
 def evaluate_model(config: Config, checkpoint: str | None = None) -> Evaluation:
     """Print the metrics of `checkpoint` (default: the config's) beside the baselines', and write them beside it."""
     checkpoint = checkpoint or checkpoint_and_output(config)[0]
     result = evaluate(config, config.prepared_path, checkpoint)
+    path = storage.join(os.path.dirname(checkpoint.rstrip("/")), EVALUATION)
+    storage.write_json(path, asdict(result))
     for note in result.notes:
         print(f"note: {note}")
     print(f"{_held_out(result)}; {result.num_users:,} users, {result.num_items:,} items, {checkpoint}")
@@ -30,13 +24,11 @@ def evaluate_model(config: Config, checkpoint: str | None = None) -> Evaluation:
         print(f"{MODEL} with inference.popularity_discount={result.popularity_discount:g}")
     print(f"dataset {result.dataset}, fingerprint {result.fingerprint}")
     for protocol, rows in result.protocols.items():
-        print(f"\nprotocol {protocol}: {RANKED[protocol]}\n{table_of_metrics(rows)}")
+        print(f"\nprotocol {protocol}: {PROTOCOLS[protocol].description}\n{table_of_metrics(rows)}")
     print(f"\nthe first {RECOMMENDED} of each user\n{table_of_metrics(result.beyond_accuracy)}")
     first = next(iter(result.protocols))
     for groups, name in ((result.by_history_length, "items before it"), (result.by_target_popularity, "popularity")):
         print(f"\nndcg@10 by the target's {name}, protocol {first}\n{_table_of_groups(groups[first])}")
-    path = storage.join(os.path.dirname(checkpoint.rstrip("/")), EVALUATION)
-    storage.write_json(path, asdict(result))
     print(f"\nevaluation: {path}")
     return result
 
@@ -62,10 +54,6 @@ def _table_of_groups(groups: dict[str, dict[str, dict[str, float]]]) -> str:
     return "\n".join(lines)
 
 
-if __name__ == "__main__":
-    run_job("Rank each user's held-out item by the model and by baselines.", evaluate_model)
-
-
 def table_of_metrics(rows: dict[str, dict[str, float]]) -> str:
     """Metrics side by side, a column for each of `rows`."""
     names = list(next(iter(rows.values())))
@@ -75,3 +63,7 @@ def table_of_metrics(rows: dict[str, dict[str, float]]) -> str:
         cells = (f"  {metrics[name]:>{max(11, len(system))}.4f}" for system, metrics in rows.items())
         lines.append(f"{name:<{first}}" + "".join(cells))
     return "\n".join(lines)
+
+
+if __name__ == "__main__":
+    run_job("Rank each user's held-out item by the model and by baselines.", evaluate_model)

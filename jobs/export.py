@@ -1,6 +1,9 @@
 """Trained model -> programs that need none of this: `python -m jobs.export [--config FILE] [group.key=value ...]`."""
 
 import os
+from typing import Literal, assert_never
+
+import torch
 
 from bert4rec import storage
 from bert4rec.cli import run_job
@@ -14,10 +17,9 @@ from bert4rec.inference.export import (
     write_onnx,
     write_torch,
 )
+from bert4rec.inference.ranking import Ranking
 from bert4rec.inference.recommender import load
 from bert4rec.runs import checkpoint_and_output
-
-WRITERS = {"torch": write_torch, "onnx": write_onnx}
 
 
 def export_model(config: Config) -> str:
@@ -32,14 +34,22 @@ def export_model(config: Config) -> str:
     topk, num_items = config.export.topk, recommender.model.num_items
     if topk is not None and topk > num_items:
         raise InputError(f"export.topk={topk} is larger than the catalogue, which has {num_items} items")
-    inference = config.inference
-    function = ScoringFunction(recommender.model, topk, inference.exclude_seen, inference.popularity_discount)
-    program = export_program(function)
+    program = export_program(ScoringFunction(recommender.model, topk, Ranking.of(config.inference)))
     print(f"model: {checkpoint}\nhistory [users, length] int64 -> " + _outputs(topk, num_items))
     for form in config.export.formats:
-        print(f"{form}: {WRITERS[form](program, output_path)}")
+        print(f"{form}: {_write(form, program, output_path)}")
     print(f"tokens of items: {write_catalogue(recommender.items, output_path)}")
     return output_path
+
+
+def _write(form: Literal["torch", "onnx"], program: torch.export.ExportedProgram, directory: str) -> str:
+    match form:
+        case "torch":
+            return write_torch(program, directory)
+        case "onnx":
+            return write_onnx(program, directory)
+        case _:
+            assert_never(form)
 
 
 def _outputs(topk: int | None, num_items: int) -> str:

@@ -4,7 +4,7 @@ from bert4rec.cli import run_job
 from bert4rec.config import Config
 from bert4rec.data.dataset import PreparedDataset, Sequences
 from bert4rec.inference.few_users import choose_users, users_of_dataset, users_of_file
-from bert4rec.inference.ranking import load_for
+from bert4rec.inference.ranking import Ranking, load_for
 from bert4rec.inference.recommend import CSV, PARQUET, RecommendResult, check_request, recommend, write_few
 from bert4rec.inference.recommender import Ranked, Recommender, device_for
 from bert4rec.progress import duration
@@ -18,22 +18,22 @@ def recommend_users(config: Config) -> None:
     if not config.inference.is_for_few:
         recommend_all(config)
         return
-    inference = config.inference
+    inference, ranking = config.inference, Ranking.of(config.inference)
     checkpoint, output_path = checkpoint_and_output(config)
     dataset = PreparedDataset(config.prepared_path)
     if inference.output_path:
         check_request(inference, dataset, output_path)
-    model = load_for(dataset, checkpoint, inference.popularity_discount)
+    model = load_for(dataset, checkpoint, ranking)
     recommender = Recommender(model.to(device_for(config.training.accelerator)), dataset.items())
     print(f"model: {checkpoint}")
     if inference.users is not None or inference.users_file is not None:
         sequences = _few_users(config, dataset, recommender)
-        ranked = list(recommender.rank(sequences, inference))
+        ranked = list(recommender.rank(sequences, inference, ranking))
         shown = len(sequences) if inference.users is not None else min(len(sequences), SHOWN_NEW_USERS)
         _show_users(recommender, sequences, ranked, shown)
         if inference.output_path:
             print()
-            _say_what_was_written(config, write_few(ranked, inference, checkpoint, output_path))
+            _say_what_was_written(config, write_few(ranked, inference, ranking, checkpoint, output_path))
         elif shown < len(sequences):
             print(f"\n… and {len(sequences) - shown:,} more users; inference.output_path=DIR writes them all")
     for item in inference.similar_to or ():

@@ -13,6 +13,7 @@ manifest's vocabularies. Ids are int64 or strings, as they came.
 """
 
 import tempfile
+from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from functools import cached_property
 from typing import Any, Literal, NamedTuple, Self
@@ -99,6 +100,13 @@ class Sequences:
     """[N] bool."""
     before: dict[str, np.ndarray] = field(default_factory=dict)
     """[N] int32 interactions before each of the manifest's cut-offs."""
+
+    @classmethod
+    def of(cls, users: pa.Array, histories: Sequence[np.ndarray], last_years: pa.Array | None = None) -> Self:
+        """Of users [N], their tokens, the latest last, and int16 years of their last interactions, null if unknown."""
+        years = pa.nulls(len(users), pa.int16()) if last_years is None else last_years
+        items = pa.array(histories, pa.list_(pa.int32()))
+        return cls.from_table(pa.table({"user": users, "items": items, "last_year": years}))
 
     @classmethod
     def from_table(cls, table: pa.Table) -> Self:

@@ -9,7 +9,7 @@ import json
 import os
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, assert_never
 
 import numpy as np
 import torch
@@ -90,8 +90,15 @@ def load_encoder(embedding: EmbeddingConfig, folder: str, device: Literal["cpu",
     """
     if not os.path.isdir(folder):
         folder = find_model(embedding) or folder
-    load = _load_sentence_transformer if embedding.method == "sentence-transformers" else _load_bert_mean
-    return load(folder, device)
+    match embedding.method:
+        case "sentence-transformers":
+            return _load_sentence_transformer(folder, device)
+        case "bert-mean":
+            return _load_bert_mean(folder, device)
+        case "tfidf-svd":
+            raise AssertionError("tfidf-svd has no encoder")
+        case _:
+            assert_never(embedding.method)
 
 
 def fit_tfidf_svd(texts: list[str], width: int) -> np.ndarray:

@@ -4,8 +4,9 @@ All that leaves a worker are counts of ranks and of recommended items, so that a
 same. docs/evaluation.md defines the protocols, the splits and the metrics.
 """
 
+from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Literal, assert_never
 
 import numpy as np
 import ray
@@ -14,24 +15,40 @@ from torch import Tensor
 
 from bert4rec.cluster.resources import begin, for_scoring
 from bert4rec.cluster.users import map_parts
-from bert4rec.config import Config, Protocol
+from bert4rec.config import Baseline, Config, Protocol
 from bert4rec.data.dataset import Part, PreparedDataset
 from bert4rec.data.windows import Windows, held_out, held_out_users, training_windows
 from bert4rec.errors import InputError
 from bert4rec.evaluation import baselines, metrics
 from bert4rec.evaluation.metrics import RankCounts
-from bert4rec.evaluation.negatives import NUM_NEGATIVES, draw_negatives
-from bert4rec.inference.ranking import Exclusions, Scorer, load_for, rank_among, rank_of_target, score_next, top_k
+from bert4rec.evaluation.negatives import draw_negatives
+from bert4rec.evaluation.protocols import PROTOCOLS, Drawn
+from bert4rec.inference.ranking import (
+    Exclusions,
+    Ranking,
+    Scorer,
+    load_for,
+    rank_among,
+    rank_of_target,
+    score_next,
+    top_k,
+)
 from bert4rec.model.network import BERT4Rec
 from bert4rec.progress import Progress, Reporter
 
-MODEL = "BERT4Rec"
+MODEL: Literal["BERT4Rec"] = "BERT4Rec"
+System = Literal["BERT4Rec"] | Baseline
 RECOMMENDED = 10
 """Items a user that coverage, Gini, novelty and popularity are counted on."""
 HISTORY_LENGTHS = {"1-9": 10, "10-49": 50, "50-199": 200, "200+": None}
 """Groups of users by the items before their target: name, and the first length beyond."""
 THIRDS = ("head", "mid", "tail")
 """Groups of users by their target: `metrics.popularity_thirds`."""
+FITTED: dict[Baseline, Callable[[Windows, int], baselines.ItemWeights]] = {
+    "item-knn": baselines.item_knn,
+    "ease": baselines.ease,
+}
+"""Baselines that are fitted to the training data before any user is ranked."""
 
 Metrics = dict[str, float]
 
@@ -55,7 +72,7 @@ class Evaluation:
     """Of the model's scores: `inference.popularity_discount`."""
     seed: int
     """Of the drawn negatives."""
-    protocols: dict[str, dict[str, Metrics]]
+    protocols: dict[Protocol, dict[str, Metrics]]
     """By protocol, then system: hr@K, ndcg@K, mrr."""
     by_history_length: dict[str, dict[str, dict[str, Metrics]]]
     """By protocol, group of `HISTORY_LENGTHS`, then system: num_users, hr@10, ndcg@10."""
@@ -79,8 +96,8 @@ def evaluate(config: Config, dataset_path: str, checkpoint: str) -> Evaluation:
         to evaluate.
     """
     dataset = PreparedDataset(dataset_path, verify=True)
-    discount = config.inference.popularity_discount
-    model = load_for(dataset, checkpoint, discount)  # a wrong model is found here, not in an actor
+    ranking = Ranking.of(config.inference)
+    model = load_for(dataset, checkpoint, ranking)  # a wrong model is found here, not in an actor
     split = evaluated_split(config)
     _check_is_held_out(config, dataset, model, checkpoint)
     begin(config, meanwhile=("ray.data",))
@@ -88,18 +105,20 @@ def evaluate(config: Config, dataset_path: str, checkpoint: str) -> Evaluation:
     names, notes = _usable_baselines(config, dataset)
     popularity, recent = _item_counts(dataset, config, num_workers)
     fitted: dict[str, ray.ObjectRef] = {
-        name: ray.remote(_fit).remote(name, config, dataset_path) for name in names if name in ("item-knn", "ease")
+        name: ray.remote(_fit).remote(name, config, dataset_path) for name in names if name in FITTED
     }
     if fitted:
         print(f"fitting {', '.join(fitted)} on {dataset.num_items:,} items", flush=True)
         ray.wait(list(fitted.values()), num_returns=len(fitted))  # before the actors take all cores
-    systems, protocols = [MODEL, *names], evaluated_protocols(config)
+    systems: list[System] = [MODEL, *names]
+    protocols = evaluated_protocols(config)
     keys = _keys(systems, protocols)
     num_groups = len(HISTORY_LENGTHS) * len(THIRDS)
     sizes = [dataset.num_items if protocol is None else num_groups * (dataset.num_items + 1) for protocol, _ in keys]
     totals = [np.zeros(size, np.int64) for size in [*sizes, len(protocols)]]
     with Progress("evaluating", dataset.manifest.num_users, "users") as reporter:
-        arguments = (config, dataset_path, checkpoint, systems, (popularity, recent), fitted, use_gpu, reporter)
+        counts = (popularity, recent)
+        arguments = (config, dataset_path, checkpoint, ranking, systems, counts, fitted, use_gpu, reporter)
         for counted in map_parts(dataset.parts(), _Evaluator, arguments, num_workers, use_gpu):
             for key, total in enumerate(totals):
                 of_key = counted["key"] == key
@@ -119,9 +138,9 @@ def evaluate(config: Config, dataset_path: str, checkpoint: str) -> Evaluation:
             + (f" before, and one after, the {split} cut-off" if config.data.split == "temporal" else "")
         )
     notes += [
-        f"{protocol}: {count:,} users have fewer than {NUM_NEGATIVES} items left to draw; all of those are ranked"
+        f"{protocol}: {count:,} users have fewer than {drawn.num_items} items left to draw; all of those are ranked"
         for protocol, count in zip(protocols, short.tolist(), strict=True)
-        if count
+        if count and (drawn := PROTOCOLS[protocol].drawn)
     ]
 
     def by(dimension: int, groups: tuple[str, ...]) -> dict[str, dict[str, dict[str, Metrics]]]:
@@ -144,7 +163,7 @@ def evaluate(config: Config, dataset_path: str, checkpoint: str) -> Evaluation:
             "cutoffs": dataset.manifest.cutoffs if config.data.split == "temporal" else {},
         },
         split=split,
-        popularity_discount=discount,
+        popularity_discount=ranking.popularity_discount,
         seed=config.evaluation.seed,
         protocols={
             protocol: {system: RankCounts(ranks[protocol, system].sum((0, 1))).metrics() for system in systems}
@@ -168,7 +187,7 @@ def evaluated_protocols(config: Config) -> list[Protocol]:
     """The protocols, each once; with seen items where `evaluation.exclude_seen` is off."""
     wanted = config.evaluation.protocols
     if not config.evaluation.exclude_seen:
-        wanted = tuple("all-with-seen" if protocol == "all" else protocol for protocol in wanted)
+        wanted = tuple(PROTOCOLS[protocol].with_seen or protocol for protocol in wanted)
     return list(dict.fromkeys(wanted))
 
 
@@ -182,7 +201,7 @@ def _check_is_held_out(config: Config, dataset: PreparedDataset, model: BERT4Rec
     model.check_is_held_out(split, data, dataset.manifest.cutoffs, checkpoint)
 
 
-def _usable_baselines(config: Config, dataset: PreparedDataset) -> tuple[list[str], list[str]]:
+def _usable_baselines(config: Config, dataset: PreparedDataset) -> tuple[list[Baseline], list[str]]:
     """The baselines that can be had on this dataset, and a line for each of the others."""
     evaluation = config.evaluation
     reasons = {}
@@ -199,7 +218,7 @@ def _usable_baselines(config: Config, dataset: PreparedDataset) -> tuple[list[st
     return [name for name in wanted if name not in reasons], notes
 
 
-def _keys(systems: list[str], protocols: list[Protocol]) -> list[tuple[Protocol | None, str]]:
+def _keys(systems: list[System], protocols: list[Protocol]) -> list[tuple[Protocol | None, System]]:
     """What a worker counts: ranks by protocol and system, and (protocol None) the items that a system recommends."""
     return [(protocol, system) for protocol in (*protocols, None) for system in systems]
 
@@ -229,13 +248,15 @@ class _Evaluator:
         config: Config,
         dataset_path: str,
         checkpoint: str,
-        systems: list[str],
+        ranking: Ranking,
+        systems: list[System],
         item_counts: tuple[Tensor, Tensor],
         fitted: dict[str, ray.ObjectRef],
         use_gpu: bool,
         reporter: Reporter,
     ) -> None:
-        self.config, self.checkpoint, self.systems, self.reporter = config, checkpoint, systems, reporter
+        self.config, self.checkpoint, self.ranking, self.reporter = config, checkpoint, ranking, reporter
+        self.systems = systems
         self.device = torch.device("cuda" if use_gpu else "cpu")
         self.dataset = PreparedDataset(dataset_path)
         self.model = BERT4Rec.from_pretrained(checkpoint).to(self.device)
@@ -270,45 +291,58 @@ class _Evaluator:
         self.reporter.advance(part.high - part.low)
         return _counted([torch.cat([torch.empty(0, dtype=torch.int64), *each]).numpy() for each in values])
 
-    def _scorer(self, system: str, history: Windows) -> Scorer:
-        if system == MODEL:
-            return score_next(self.model, history.to(self.device), self.config.inference.popularity_discount)
-        if system in self.fitted:
-            scores = baselines.from_history(self.fitted[system], history)
-        else:
-            counts = self.popularity if system == "popularity" else self.recent
-            scores = baselines.same_for_all(counts.double(), len(history))
+    def _scorer(self, system: System, history: Windows) -> Scorer:
+        match system:
+            case "BERT4Rec":
+                return score_next(self.model, history.to(self.device), self.ranking)
+            case "item-knn" | "ease":
+                scores = baselines.from_history(self.fitted[system], history)
+            case "popularity":
+                scores = baselines.same_for_all(self.popularity.double(), len(history))
+            case "popularity-7-days":
+                scores = baselines.same_for_all(self.recent.double(), len(history))
+            case _:
+                assert_never(system)
         return lambda low, high: scores(low, high).to(self.device)
 
     def _negatives(self, own: Windows, target: Tensor, user_index: np.ndarray) -> dict[Protocol, Tensor]:
-        number = torch.arange(len(target))
-        target_alone = Windows(target.int(), number, number + 1)
-        ones = torch.ones_like(self.popularity)
-        drawn: dict[Protocol, tuple[Tensor, Windows]] = {  # by which weights, and what not
-            "popularity-100": (self.popularity, own),
-            "popularity-100-of-all": (self.popularity, target_alone),
-            "uniform-100": (ones, own),
-            "uniform-100-of-all": (ones, target_alone),
-        }
-        seed = self.config.evaluation.seed
+        """[B, C] items, counted from 0, that each protocol draws; -1 for none."""
         return {
-            protocol: draw_negatives(weights, never, user_index, seed, NUM_NEGATIVES)
-            for protocol, (weights, never) in drawn.items()
-            if protocol in self.protocols
+            protocol: self._draw(drawn, own, target, user_index)
+            for protocol in self.protocols
+            if (drawn := PROTOCOLS[protocol].drawn)
         }
+
+    def _draw(self, drawn: Drawn, own: Windows, target: Tensor, user_index: np.ndarray) -> Tensor:
+        match drawn.by:
+            case "popularity":
+                weights = self.popularity
+            case "uniform":
+                weights = torch.ones_like(self.popularity)
+            case _:
+                assert_never(drawn.by)
+        match drawn.never:
+            case "own":
+                never = own
+            case "target":
+                number = torch.arange(len(target))
+                never = Windows(target.int(), number, number + 1)
+            case _:
+                assert_never(drawn.never)
+        return draw_negatives(weights, never, user_index, self.config.evaluation.seed, drawn.num_items)
 
     def _rank(
         self, protocol: Protocol, scores: Scorer, history: Windows, target: Tensor, negatives: dict[Protocol, Tensor]
     ) -> Tensor:
-        target, num_items = target.to(self.device), self.model.num_items
-        if protocol in negatives:
+        target, num_items, among = target.to(self.device), self.model.num_items, PROTOCOLS[protocol]
+        if among.drawn is None:
+            seen = None if among.ranks_seen else _on(history, self.device)
+            rank = rank_of_target(scores, Exclusions.of(seen, device=self.device), target, num_items)
+        else:
             candidates = negatives[protocol]
-            if protocol.endswith("-of-all"):
+            if among.drawn.never != "own" and not among.ranks_seen:
                 candidates = candidates.masked_fill(_is_in(history, candidates, num_items), -1)
             rank = rank_among(scores, candidates.to(self.device), target, num_items)
-        else:
-            seen = history if protocol == "all" else None
-            rank = rank_of_target(scores, Exclusions.of(_on(seen, self.device), device=self.device), target, num_items)
         if (rank < 1).any():  # such a score is above nothing, not even itself
             raise InputError(f"{self.checkpoint}: scores of this model are no numbers")
         return rank.cpu()
@@ -379,9 +413,8 @@ def _item_counts(dataset: PreparedDataset, config: Config, num_workers: int) -> 
     return torch.from_numpy(total[0]), torch.from_numpy(total[1])
 
 
-def _fit(baseline: str, config: Config, dataset_path: str) -> baselines.ItemWeights:
+def _fit(baseline: Baseline, config: Config, dataset_path: str) -> baselines.ItemWeights:
     dataset = PreparedDataset(dataset_path)
     sequences = dataset.sequences(config.data.memory_mb)
     training = training_windows(Windows.from_sequences(sequences), config.data, sequences.before)
-    fit = {"item-knn": baselines.item_knn, "ease": baselines.ease}[baseline]
-    return fit(training, dataset.num_items)
+    return FITTED[baseline](training, dataset.num_items)

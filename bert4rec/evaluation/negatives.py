@@ -10,7 +10,6 @@ from torch import Tensor
 from bert4rec.data.windows import Windows
 from bert4rec.inference.ranking import Exclusions, top_k
 
-NUM_NEGATIVES = 100
 _DRAW_BYTES = 16 * 2**20  # for each block's float32; the draws' own numbers take some eight times as much
 
 

@@ -21,6 +21,7 @@ from torch import Tensor, nn
 from bert4rec import storage
 from bert4rec.data.dataset import PADDING, ItemTable
 from bert4rec.errors import InputError
+from bert4rec.inference.ranking import NO_RULES, Ranking
 from bert4rec.model.network import BERT4Rec
 
 TORCH = "model.pt2"
@@ -39,27 +40,19 @@ class ScoringFunction(nn.Module):
     ----------
     topk
         Give the best items only, instead of the scores of all.
-    exclude_seen
-        With `topk`: never an item of the history.
-    popularity_discount
-        See `BERT4Rec.discounted_bias`.
+    ranking
+        The rules, but for exclude_future, since a program knows no years; exclude_seen is of `topk` alone.
     """
 
-    def __init__(
-        self,
-        model: BERT4Rec,
-        topk: int | None = None,
-        exclude_seen: bool = True,
-        popularity_discount: float = 0,
-    ) -> None:
+    def __init__(self, model: BERT4Rec, topk: int | None = None, ranking: Ranking = NO_RULES) -> None:
         super().__init__()
         self.num_heads, self.max_len = model.config.num_heads, model.config.max_len
         self.mask_token = model.num_items + 1
-        self.topk, self.exclude_seen = topk, exclude_seen
+        self.topk, self.exclude_seen = topk, ranking.exclude_seen
         with torch.no_grad():
             every = torch.arange(model.num_items + 2, device=model.output_bias.device)
             vectors = model.items(every).clone()
-            weights, bias = (tensor.detach() for tensor in model.output_weights(popularity_discount))
+            weights, bias = (tensor.detach() for tensor in ranking.output_weights(model))
         self.register_buffer("vectors", vectors)  # [V+2, D]
         self.register_buffer("bias", bias.clone())  # [V]
         self.is_tied = torch.equal(weights, vectors[1:-1])

@@ -45,15 +45,10 @@ def choose_users(sequences: Sequences, users: Sequence[int | str], source: str) 
             "histories of new users go into a file for inference.users_file"
         )
     place = place[np.sort(np.unique(place, return_index=True)[1])]  # each once
-    lengths = sequences.lengths[place]
-    ends = np.cumsum(lengths)
-    flat = np.arange(ends[-1]) + np.repeat(sequences.offsets[place] - (ends - lengths), lengths)
-    return Sequences(
-        users=sequences.users.take(pa.array(place)),
-        items=sequences.items[flat],
-        offsets=np.append(0, ends),
-        last_year=sequences.last_year[place],
-        has_last_year=sequences.has_last_year[place],
+    return Sequences.of(
+        sequences.users.take(pa.array(place)),
+        [sequences.items[sequences.offsets[user] : sequences.offsets[user + 1]] for user in place],
+        pa.array(sequences.last_year[place], pa.int16(), mask=~sequences.has_last_year[place]),
     )
 
 
@@ -121,12 +116,10 @@ def users_of_file(path: str, items: ItemTable) -> NewUsers:
     if num_empty := int((lengths == 0).sum()):
         notes.append(f"users without any item that the model knows, who get no recommendations: {num_empty:,}")
     kept = np.flatnonzero(lengths)
-    sequences = Sequences(
-        users=pa.array(ids[kept], users.type),
-        items=known["token"].to_numpy(np.int32),
-        offsets=np.append(0, np.cumsum(lengths[kept])),
-        last_year=last_year[kept],
-        has_last_year=np.full(len(kept), has_time),
+    sequences = Sequences.of(
+        pa.array(ids[kept], users.type),
+        np.split(known["token"].to_numpy(np.int32), np.cumsum(lengths[kept])[:-1]),
+        pa.array(last_year[kept], pa.int16()) if has_time else None,
     )
     return NewUsers(sequences, notes)
 

@@ -5,13 +5,15 @@ Shapes: B users, V items, K top-k, S seen items of all B users.
 """
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
+from typing import Self
 
 import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from bert4rec.config import InferenceConfig
 from bert4rec.data.dataset import ItemTable, PreparedDataset, Sequences
 from bert4rec.data.windows import Windows
 from bert4rec.errors import InputError
@@ -29,6 +31,40 @@ CPU_BLOCK_BYTES = 2 * 2**20
 """Of the scores that are made before they are looked at: what a CPU's caches hold is read again at no cost."""
 PASS_TOKENS = 16_384
 """Tokens in one forward pass of scoring."""
+
+
+@dataclass(frozen=True)
+class Ranking:
+    """The rules of a ranking, each a key of `inference` of the same name.
+
+    What no user may get belongs into `output_weights`, as a bias of -inf; what some users may not get belongs into
+    `exclusions`. The batch job, a few users, evaluation and exported programs all take a rule from there; evaluation
+    and programs make exclusions of their own. docs/architecture.md lists the steps.
+    """
+
+    exclude_seen: bool = True
+    exclude_future: bool = True
+    popularity_discount: float = 0.0
+
+    @classmethod
+    def of(cls, inference: InferenceConfig) -> Self:
+        """The config's rules. A rule that is read from a file is read here, once."""
+        return cls(**{rule.name: getattr(inference, rule.name) for rule in fields(cls)})
+
+    def output_weights(self, model: BERT4Rec) -> tuple[Tensor, Tensor]:
+        """Weights [V, D] and bias [V]: a state's product with them gives the scores of all items."""
+        return model.output_weights(self.popularity_discount)
+
+    def exclusions(self, histories: Windows, items: ItemTable, sequences: Sequences, users: Tensor) -> "Exclusions":
+        """What may not be ranked for the users [B] of `sequences`; `histories` are theirs, on the model's device."""
+        return Exclusions.of(
+            histories if self.exclude_seen else None,
+            (items, sequences, users) if self.exclude_future else None,
+            histories.items.device,
+        )
+
+
+NO_RULES = Ranking(exclude_seen=False, exclude_future=False)
 
 
 @dataclass(frozen=True)
@@ -98,8 +134,8 @@ class Exclusions:
         return scores
 
 
-def load_for(dataset: PreparedDataset, checkpoint: str, popularity_discount: float = 0) -> BERT4Rec:
-    """The model of `checkpoint`, if it was trained on this dataset's catalogue and can be scored with the discount.
+def load_for(dataset: PreparedDataset, checkpoint: str, ranking: Ranking) -> BERT4Rec:
+    """The model of `checkpoint`, if it was trained on this dataset's catalogue and can be scored by the rules.
 
     Raises
     ------
@@ -107,7 +143,7 @@ def load_for(dataset: PreparedDataset, checkpoint: str, popularity_discount: flo
         If not, or if it is damaged.
     """
     model = BERT4Rec.from_pretrained(checkpoint)
-    model.discounted_bias(popularity_discount)  # raises where there can be none
+    model.discounted_bias(ranking.popularity_discount)  # raises where there can be none
     if model.catalogue != dataset.manifest.catalogue:
         raise InputError(
             f"{checkpoint}: this model was trained on another catalogue (fingerprint {model.catalogue}, "
@@ -128,10 +164,10 @@ def next_item_states(model: BERT4Rec, histories: Windows) -> Tensor:
 
 
 @torch.inference_mode()
-def score_next(model: BERT4Rec, histories: Windows, popularity_discount: float = 0) -> Scorer:
-    """Scores of all items as the next one of each history; of the discount see `BERT4Rec.discounted_bias`."""
+def score_next(model: BERT4Rec, histories: Windows, ranking: Ranking = NO_RULES) -> Scorer:
+    """Scores of all items as the next one of each history, by those rules that are the same for all users."""
     states = next_item_states(model, histories)
-    weights, bias = (tensor.detach() for tensor in model.output_weights(popularity_discount))
+    weights, bias = (tensor.detach() for tensor in ranking.output_weights(model))
     block: Tensor | None = None
 
     def scores(low: int, high: int) -> Tensor:

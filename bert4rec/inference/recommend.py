@@ -5,7 +5,7 @@ a killed job keeps what was done. The results appear in `output_path` when all p
 """
 
 import time
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from typing import Any
 
 import pyarrow as pa
@@ -20,7 +20,7 @@ from bert4rec.cluster.users import map_parts
 from bert4rec.config import Config, InferenceConfig
 from bert4rec.data.dataset import Part, PreparedDataset
 from bert4rec.errors import InputError
-from bert4rec.inference.ranking import load_for
+from bert4rec.inference.ranking import Ranking, load_for
 from bert4rec.inference.recommender import Ranked, Recommender
 from bert4rec.model.network import WEIGHTS, BERT4Rec
 from bert4rec.progress import Progress, Reporter
@@ -54,11 +54,11 @@ def recommend(config: Config, dataset_path: str, checkpoint: str, output_path: s
         If the model belongs to another catalogue, topk is larger than it, or `output_path` cannot be written.
     """
     began = time.monotonic()
-    inference = config.inference
+    inference, ranking = config.inference, Ranking.of(config.inference)
     dataset = PreparedDataset(dataset_path, verify=True)
-    load_for(dataset, checkpoint, inference.popularity_discount)  # a wrong model is found here, not in an actor
+    load_for(dataset, checkpoint, ranking)  # a wrong model is found here, not in an actor
     check_request(inference, dataset, output_path)
-    identity = {"dataset": dataset.manifest.fingerprint, **_identity(checkpoint, inference)}
+    identity = {"dataset": dataset.manifest.fingerprint, **_identity(checkpoint, inference, ranking)}
     counted = _finished(output_path, identity)
     if counted is not None:
         print(f"{output_path} is up to date")
@@ -70,7 +70,7 @@ def recommend(config: Config, dataset_path: str, checkpoint: str, output_path: s
         missing = [part for part in parts if not _is_done(work, part, inference)]
         with Progress("scoring", dataset.manifest.num_users, "users") as reporter:
             reporter.skip(dataset.manifest.num_users - sum(part.high - part.low for part in missing))
-            arguments = (inference, dataset_path, checkpoint, work, use_gpu, reporter)
+            arguments = (inference, ranking, dataset_path, checkpoint, work, use_gpu, reporter)
             for _ in map_parts(missing, _Recommender, arguments, num_workers, use_gpu) if missing else ():
                 pass
         counted = _publish(work, output_path, parts, inference)
@@ -78,10 +78,13 @@ def recommend(config: Config, dataset_path: str, checkpoint: str, output_path: s
     return RecommendResult(output_path=output_path, seconds=time.monotonic() - began, **counted)
 
 
-def write_few(ranked: list[Ranked], inference: InferenceConfig, checkpoint: str, output_path: str) -> RecommendResult:
+def write_few(
+    ranked: list[Ranked], inference: InferenceConfig, ranking: Ranking, checkpoint: str, output_path: str
+) -> RecommendResult:
     """Write what a few users got in the same form, in their order; what `output_path` holds is replaced."""
     began = time.monotonic()
-    identity = {"users": [batch.table["user"].to_pylist() for batch in ranked], **_identity(checkpoint, inference)}
+    users = [batch.table["user"].to_pylist() for batch in ranked]
+    identity = {"users": users, **_identity(checkpoint, inference, ranking)}
     work = _open_work(output_path, identity)
     part = Part(0, 0, sum(batch.num_users for batch in ranked))
     _write_part(work, part, ranked, inference)
@@ -113,12 +116,12 @@ def _sizes(output_path: str) -> dict[str, int]:
     return {info.base_name: info.size for info in found if info.is_file}
 
 
-def _identity(checkpoint: str, inference: InferenceConfig) -> dict[str, Any]:
-    """The model and the settings that results depend on."""
+def _identity(checkpoint: str, inference: InferenceConfig, ranking: Ranking) -> dict[str, Any]:
+    """The model and the settings that results depend on; of a rule that is read from a file, what the file says."""
     elsewhere = {"checkpoint_path", "output_path", "num_workers", "users", "users_file", "similar_to"}
     return {
         "model": storage.sha256(storage.join(checkpoint, WEIGHTS)),
-        "settings": inference.model_dump(mode="json", exclude=elsewhere),
+        "settings": inference.model_dump(mode="json", exclude=elsewhere) | asdict(ranking),
     }
 
 
@@ -128,9 +131,10 @@ def check_request(inference: InferenceConfig, dataset: PreparedDataset, output_p
     Raises
     ------
     InputError
-        If topk is larger than the catalogue, or `output_path` cannot be written or holds something else: a few users'
-        recommendations do not replace those of all.
+        If topk is larger than the catalogue, a rule cannot be made, or `output_path` cannot be written or holds
+        something else: a few users' recommendations do not replace those of all.
     """
+    Ranking.of(inference)
     if inference.topk > dataset.num_items:
         raise InputError(
             f"inference.topk={inference.topk} is larger than the catalogue, which has {dataset.num_items} items"
@@ -154,13 +158,14 @@ class _Recommender:
     def __init__(
         self,
         inference: InferenceConfig,
+        ranking: Ranking,
         dataset_path: str,
         checkpoint: str,
         work: str,
         use_gpu: bool,
         reporter: Reporter,
     ) -> None:
-        self.inference, self.work, self.reporter = inference, work, reporter
+        self.inference, self.ranking, self.work, self.reporter = inference, ranking, work, reporter
         self.dataset = PreparedDataset(dataset_path)
         model = BERT4Rec.from_pretrained(checkpoint).to("cuda" if use_gpu else "cpu")
         self.recommender = Recommender(model, self.dataset.items())
@@ -168,7 +173,7 @@ class _Recommender:
     def __call__(self, part: Part) -> dict[str, list[int]]:
         """Score a part and write its files; their counts."""
         ranked = []
-        for batch in self.recommender.rank(self.dataset.read_part(part), self.inference):
+        for batch in self.recommender.rank(self.dataset.read_part(part), self.inference, self.ranking):
             ranked.append(batch)
             self.reporter.advance(batch.num_users)
         return {name: [count] for name, count in _write_part(self.work, part, ranked, self.inference).items()}

@@ -20,10 +20,11 @@ from bert4rec.data.dataset import ITEMS, ItemTable, Sequences, read_items
 from bert4rec.data.ids import find_ids, some_of
 from bert4rec.data.windows import Windows
 from bert4rec.errors import InputError
-from bert4rec.inference.ranking import Exclusions, score_next, score_similar, top_k
+from bert4rec.inference.ranking import Exclusions, Ranking, score_next, score_similar, top_k
 from bert4rec.model.network import BERT4Rec
 
 ItemId = int | str
+DEFAULT_RULES = Ranking()
 
 
 class Ranked(NamedTuple):
@@ -43,20 +44,15 @@ class Recommender:
     model: BERT4Rec
     items: ItemTable
 
-    def rank(self, sequences: Sequences, inference: InferenceConfig) -> Iterator[Ranked]:
-        """The best items of N users, inference.batch_size users at a time."""
+    def rank(self, sequences: Sequences, inference: InferenceConfig, ranking: Ranking) -> Iterator[Ranked]:
+        """The best items of N users by the rules `ranking`, inference.batch_size users at a time."""
         windows = Windows.from_sequences(sequences)
         device = self.model.output_bias.device
         for users in torch.split(torch.arange(len(windows)), inference.batch_size):
             histories = windows.users(users).to(device)
-            exclusions = Exclusions.of(
-                histories if inference.exclude_seen else None,
-                future_of=(self.items, sequences, users) if inference.exclude_future else None,
-                device=device,
-            )
             values, items = top_k(
-                score_next(self.model, histories, inference.popularity_discount),
-                exclusions,
+                score_next(self.model, histories, ranking),
+                ranking.exclusions(histories, self.items, sequences, users),
                 len(users),
                 self.model.num_items,
                 inference.topk,
@@ -79,9 +75,8 @@ class Recommender:
         history: Sequence[ItemId],
         topk: int = 10,
         *,
-        exclude_seen: bool = True,
         last_year: int | None = None,
-        popularity_discount: float = 0,
+        ranking: Ranking = DEFAULT_RULES,
     ) -> pd.DataFrame:
         """The next items of one history.
 
@@ -93,8 +88,8 @@ class Recommender:
             Rows, at most.
         last_year
             Year of the last interaction: items released later are left out.
-        popularity_discount
-            How much less popular the items are to be: as inference.popularity_discount.
+        ranking
+            The rules: `Ranking(exclude_seen=False)` ranks the history's items too.
 
         Returns
         -------
@@ -111,15 +106,8 @@ class Recommender:
         if len(history) == 0:
             raise InputError("the history is empty; expected at least one item id")
         tokens = self.tokens(history) + 1
-        sequences = Sequences(
-            users=pa.array([0]),
-            items=tokens.astype(np.int32),
-            offsets=np.array([0, len(tokens)]),
-            last_year=np.array([last_year or 0], np.int16),
-            has_last_year=np.array([last_year is not None]),
-        )
-        inference = InferenceConfig(topk=topk, exclude_seen=exclude_seen, popularity_discount=popularity_discount)
-        (ranked,) = self.rank(sequences, inference)
+        sequences = Sequences.of(pa.array([0]), [tokens], pa.array([last_year], pa.int16()))
+        (ranked,) = self.rank(sequences, InferenceConfig(topk=topk), ranking)
         return self._frame(pc.index_in(ranked.table["item"], self.items.ids), "score", ranked.table["score"])
 
     def similar(self, item: ItemId, topk: int = 10) -> pd.DataFrame:

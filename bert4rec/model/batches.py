@@ -7,7 +7,7 @@ Sequences are padded on the left, so that the last column is always the latest p
 from collections import deque
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
-from typing import NamedTuple
+from typing import NamedTuple, assert_never
 
 import numpy as np
 import torch
@@ -238,12 +238,15 @@ def iter_steps(
     shuffled = torch.randperm(len(windows), generator=generator)
     for users in torch.split(shuffled, data.batch_size):
         chosen = windows.users(users)
-        if data.sampling_strategy == "weighted":
-            tokens = weighted_items(chosen, model.max_len, generator)
-        elif data.sampling_strategy == "window":
-            tokens = window_items(chosen, model.max_len, generator)
-        else:
-            tokens = last_items(chosen, model.max_len)
+        match data.sampling_strategy:
+            case "recent":
+                tokens = last_items(chosen, model.max_len)
+            case "weighted":
+                tokens = weighted_items(chosen, model.max_len, generator)
+            case "window":
+                tokens = window_items(chosen, model.max_len, generator)
+            case _:
+                assert_never(data.sampling_strategy)
         masked, labels = mask_items(tokens, model, num_items, generator, num_new_items)
         lengths = (tokens != PADDING).sum(1)
         rows = torch.argsort(lengths, descending=True, stable=True)[rank::world_size]

@@ -5,7 +5,7 @@ position cannot see its own item's. Shapes: U tokens, V items, D hidden_units, F
 width of title embeddings.
 """
 
-from typing import NamedTuple, cast
+from typing import NamedTuple, assert_never, cast
 
 import numpy as np
 import torch
@@ -108,12 +108,16 @@ class ItemVectors(nn.Module):
     def _fuse(self, tokens: Tensor) -> Tensor:
         """[U] -> [U, D]."""
         vectors, present = self._features(tokens)
-        if self.fusion == "concat":
-            fused: Tensor = self.concat(vectors.flatten(1))
-            return fused.masked_fill((tokens == PADDING)[:, None], 0)
-        if self.fusion == "add":
-            return vectors.sum(1)
-        return (self._gates(vectors, present)[:, :, None] * vectors).sum(1)
+        match self.fusion:
+            case "concat":
+                fused: Tensor = self.concat(vectors.flatten(1))
+                return fused.masked_fill((tokens == PADDING)[:, None], 0)
+            case "add":
+                return vectors.sum(1)
+            case "gate":
+                return (self._gates(vectors, present)[:, :, None] * vectors).sum(1)
+            case _:
+                assert_never(self.fusion)
 
     def _gates(self, vectors: Tensor, present: Tensor) -> Tensor:
         logits: Tensor = self.gate(vectors.flatten(1))

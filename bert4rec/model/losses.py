@@ -5,7 +5,7 @@ Shapes: N targets, D hidden_units, V items, K negatives.
 
 import math
 from collections.abc import Callable
-from typing import Any
+from typing import Any, assert_never
 
 import torch
 import torch.nn.functional as F
@@ -95,20 +95,17 @@ def make_loss(training: TrainingConfig, counts: Tensor | None = None) -> Loss:
     counts : Tensor
         [V] interactions of each item, for negatives drawn by popularity.
     """
-    if training.loss == "cross-entropy":
-        return linear_cross_entropy
     k = training.num_negatives
 
     def draw(num_items: int, device: torch.device) -> Tensor:
-        if training.negative_sampling == "uniform":
-            return torch.randint(num_items, (k,), device=device)
-        assert counts is not None
-        return torch.multinomial(counts.to(device), k, replacement=True)
-
-    if training.loss == "gbce":
-        return lambda hidden, weights, bias, labels: gbce(
-            hidden, weights, bias, labels, draw(len(weights), hidden.device), training.gbce_t
-        )
+        match training.negative_sampling:
+            case "uniform":
+                return torch.randint(num_items, (k,), device=device)
+            case "popularity":
+                assert counts is not None
+                return torch.multinomial(counts.to(device), k, replacement=True)
+            case _:
+                assert_never(training.negative_sampling)
 
     def sampled(hidden: Tensor, weights: Tensor, bias: Tensor, labels: Tensor) -> Tensor:
         negatives = draw(len(weights), hidden.device)
@@ -117,7 +114,17 @@ def make_loss(training: TrainingConfig, counts: Tensor | None = None) -> Loss:
             log_q = (counts / counts.sum()).log().to(hidden.device, torch.float32)[negatives]
         return sampled_softmax(hidden, weights, bias, labels, negatives, log_q)
 
-    return sampled
+    match training.loss:
+        case "cross-entropy":
+            return linear_cross_entropy
+        case "sampled-softmax":
+            return sampled
+        case "gbce":
+            return lambda hidden, weights, bias, labels: gbce(
+                hidden, weights, bias, labels, draw(len(weights), hidden.device), training.gbce_t
+            )
+        case _:
+            assert_never(training.loss)
 
 
 def sampled_softmax(

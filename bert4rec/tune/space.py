@@ -2,7 +2,7 @@
 
 import difflib
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any, Literal, Protocol, Self
+from typing import TYPE_CHECKING, Any, Literal, Protocol, Self, assert_never
 
 import numpy as np
 from pydantic import ValidationError
@@ -203,13 +203,21 @@ class Space:
         tried = [trial.values for trial in trials]
         if tune.include_config and not trials and self.is_valid(self.own_values()):
             return self.own_values()
-        if tune.search == "random":
-            draws = _RandomDraws(np.random.default_rng([seed, number]))
-            candidates = (self.draw(draws) for _ in range(MOST_DRAWS))
-            return next((values for values in candidates if values not in tried and self.is_valid(values)), None)
+        match tune.search:
+            case "random":
+                draws = _RandomDraws(np.random.default_rng([seed, number]))
+                candidates = (self.draw(draws) for _ in range(MOST_DRAWS))
+                return next((values for values in candidates if values not in tried and self.is_valid(values)), None)
+            case "tpe":
+                return self._suggested(trials, tried, seed + number)
+            case _:
+                assert_never(tune.search)
+
+    def _suggested(self, trials: list[Trial], tried: list[dict[str, Any]], seed: int) -> dict[str, Any] | None:
+        """What Optuna's estimator suggests."""
         import optuna
 
-        study = self.study(trials, optuna.samplers.TPESampler(seed=(seed + number) % 2**32))
+        study = self.study(trials, optuna.samplers.TPESampler(seed=seed % 2**32))
         for _ in range(MOST_DRAWS):
             asked = study.ask()
             values = self.draw(asked)

@@ -18,7 +18,7 @@ from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from importlib.util import find_spec
 from types import SimpleNamespace
-from typing import Any
+from typing import Any, assert_never
 
 import pyarrow as pa
 import ray
@@ -229,17 +229,21 @@ class _Sweep:
 
     def _scheduler(self) -> ASHAScheduler | None:
         tune = self.config.tune
-        if tune.scheduler == "none":
-            return None
-        return ASHAScheduler(
-            time_attr="epoch",
-            metric="score",
-            mode="max",
-            max_t=max(self.space.most_epochs, tune.grace_epochs),
-            grace_period=tune.grace_epochs,
-            reduction_factor=tune.reduction_factor,
-            stop_last_trials=False,
-        )
+        match tune.scheduler:
+            case "none":
+                return None
+            case "asha":
+                return ASHAScheduler(
+                    time_attr="epoch",
+                    metric="score",
+                    mode="max",
+                    max_t=max(self.space.most_epochs, tune.grace_epochs),
+                    grace_period=tune.grace_epochs,
+                    reduction_factor=tune.reduction_factor,
+                    stop_last_trials=False,
+                )
+            case _:
+                assert_never(tune.scheduler)
 
     def _is_stopped_at(self, trial: Trial) -> bool:
         """What ASHA says of the trial after its last epoch, by its best so far."""

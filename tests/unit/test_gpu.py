@@ -11,6 +11,7 @@ from bert4rec.config import InferenceConfig, load_config
 from bert4rec.data.dataset import PreparedDataset
 from bert4rec.data.windows import Windows, training_windows
 from bert4rec.inference.export import ScoringFunction, export_program
+from bert4rec.inference.ranking import Ranking
 from bert4rec.inference.recommender import Recommender
 from bert4rec.model.batches import iter_steps
 from bert4rec.model.item_vectors import Metadata
@@ -129,7 +130,9 @@ def test_rankings_are_those_of_the_cpu(dataset, features, tmp_path):
     assert found == pytest.approx(expected, rel=1e-3)
     inference = InferenceConfig(topk=10, batch_size=100)
     tables = [
-        pa.concat_tables(each.table for each in Recommender(model, dataset.items()).rank(read, inference))
+        pa.concat_tables(
+            each.table for each in Recommender(model, dataset.items()).rank(read, inference, Ranking.of(inference))
+        )
         for model in (gpu, cpu)
     ]
     assert tables[0]["user"] == tables[1]["user"]

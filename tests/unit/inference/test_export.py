@@ -8,7 +8,7 @@ from bert4rec.config import ModelConfig
 from bert4rec.data.dataset import PreparedDataset
 from bert4rec.errors import InputError
 from bert4rec.inference.export import ScoringFunction, export_program, write_catalogue, write_onnx, write_torch
-from bert4rec.inference.ranking import Exclusions, score_next, top_k
+from bert4rec.inference.ranking import Exclusions, Ranking, score_next, top_k
 from bert4rec.model.batches import last_items
 from bert4rec.model.item_vectors import Metadata
 from bert4rec.model.network import BERT4Rec
@@ -76,7 +76,7 @@ def test_top_k_programs_give_what_the_batch_job_gives(exclude_seen, tmp_path, ca
     pytest.importorskip("onnxscript")
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")
-        program = export_program(ScoringFunction(model, 5, exclude_seen))
+        program = export_program(ScoringFunction(model, 5, Ranking(exclude_seen=exclude_seen)))
         path = write_onnx(program, str(tmp_path))
     assert not caught
     assert capfd.readouterr() == ("", "")
@@ -105,8 +105,9 @@ def test_the_weights_are_the_models_and_the_input_its_own():
 def test_the_discount_is_the_batch_jobs():
     model = make_model()
     model.item_counts += torch.arange(NUM_ITEMS)
-    expected = score_next(model, windows_of(HISTORIES), 0.3)(0, NUM_ITEMS)
-    function = ScoringFunction(model, popularity_discount=0.3).eval()
+    ranking = Ranking(popularity_discount=0.3)
+    expected = score_next(model, windows_of(HISTORIES), ranking)(0, NUM_ITEMS)
+    function = ScoringFunction(model, ranking=ranking).eval()
     torch.testing.assert_close(function(padded(HISTORIES, 30)), expected, rtol=1e-4, atol=1e-5)
 
 

@@ -10,6 +10,7 @@ from bert4rec.errors import InputError
 from bert4rec.evaluation.metrics import RankCounts, hit_rate, mrr, ndcg
 from bert4rec.inference.ranking import (
     Exclusions,
+    Ranking,
     item_blocks,
     next_item_states,
     rank_among,
@@ -40,14 +41,7 @@ def items_table():
 
 
 def sequences_with(last_years):
-    count = len(last_years)
-    return Sequences(
-        users=pa.array(range(count)),
-        items=np.empty(0, np.int32),
-        offsets=np.zeros(count + 1, np.int64),
-        last_year=np.array([year or 0 for year in last_years], np.int16),
-        has_last_year=np.array([year is not None for year in last_years]),
-    )
+    return Sequences.of(pa.array(range(len(last_years))), [[]] * len(last_years), pa.array(last_years, pa.int16()))
 
 
 @pytest.mark.parametrize("exclude_seen", [True, False])
@@ -75,9 +69,9 @@ def test_scores_are_discounted_by_popularity():
     histories = windows_of([[3, 9, 4], [1]])
     plain = score_next(model, histories)(0, NUM_ITEMS).clone()
     with pytest.raises(InputError, match=r"popularity_discount.*earlier version"):
-        score_next(model, histories, 0.5)
+        score_next(model, histories, Ranking(popularity_discount=0.5))
     model.item_counts[:3] = torch.tensor([0, 1, 99])
-    taken = (plain - score_next(model, histories, 0.5)(0, NUM_ITEMS)).tolist()
+    taken = (plain - score_next(model, histories, Ranking(popularity_discount=0.5))(0, NUM_ITEMS)).tolist()
     for of_user in taken:
         assert of_user[:4] == pytest.approx([0, 0.346574, 2.302585, 0], abs=1e-5)  # half of log 1, 2 and 100
 

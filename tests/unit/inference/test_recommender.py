@@ -11,6 +11,7 @@ from bert4rec.config import load_config
 from bert4rec.data.dataset import PreparedDataset
 from bert4rec.errors import InputError
 from bert4rec.inference.few_users import choose_users, users_of_dataset, users_of_file
+from bert4rec.inference.ranking import Ranking
 from bert4rec.inference.recommender import Recommender, load
 from tests.helpers.datasets import random_histories, write_dataset
 from tests.twins import reference
@@ -39,7 +40,9 @@ def recommender(dataset):
 @pytest.mark.parametrize("batch_size", [7, 512])
 def test_every_user_of_any_batch_gets_what_the_slow_way_gives(dataset, recommender, batch_size):
     inference = load_config(None, [f"inference.batch_size={batch_size}", "inference.topk=9"]).inference
-    rows = [row for batch in recommender.rank(dataset.sequences(), inference) for row in batch.table.to_pylist()]
+    rows = [
+        row for batch in recommender.rank(dataset.sequences(), inference, Ranking()) for row in batch.table.to_pylist()
+    ]
     expected = []
     for index, user in enumerate(sorted(HISTORIES)):
         best = reference.recommendations(recommender.model, HISTORIES[user], 9, YEARS, LAST_YEARS[index])
@@ -56,9 +59,8 @@ def test_one_history_gets_what_the_slow_way_gives(recommender, discount):
         got = recommender.recommend(
             [100 + token for token in history],
             topk=6,
-            exclude_seen=exclude_seen,
             last_year=last_year,
-            popularity_discount=discount,
+            ranking=Ranking(exclude_seen=exclude_seen, popularity_discount=discount),
         )
         assert got["item"].tolist() == [100 + token for token, _ in best]
         assert got["title"].tolist() == [f"film {token}" for token, _ in best]
@@ -189,10 +191,11 @@ def test_the_same_history_gets_the_same_from_a_file(dataset, recommender, tmp_pa
     user = 12
     rows = "".join(f"new,{100 + token}\n" for token in HISTORIES[user])
     (tmp_path / "new.csv").write_text("user,item\n" + rows)
-    inference = load_config(None, ["inference.exclude_future=false"]).inference
+    inference, ranking = load_config().inference, Ranking(exclude_future=False)
     of_file = users_of_file(str(tmp_path / "new.csv"), dataset.items()).sequences
     (new,), (known,) = (
-        list(recommender.rank(sequences, inference)) for sequences in (of_file, users_of_dataset(dataset, [user]))
+        list(recommender.rank(sequences, inference, ranking))
+        for sequences in (of_file, users_of_dataset(dataset, [user]))
     )
     assert new.table.drop_columns(["user"]).equals(known.table.drop_columns(["user"]))
     assert torch.isfinite(torch.tensor(new.table["score"].to_pylist())).all()
