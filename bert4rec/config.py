@@ -1,4 +1,7 @@
-"""All settings: pydantic groups (frozen, unknown keys refused), from one YAML file and `group.key=value` overrides."""
+"""All settings: pydantic groups, read from one YAML file and `group.key=value` overrides.
+
+The groups are frozen and refuse unknown keys.
+"""
 
 import difflib
 import os
@@ -17,37 +20,41 @@ class _Group(BaseModel):
 
 
 class DataConfig(_Group):
-    """What is read, and which part of it is trained on."""
+    """The input files, and which part of them training uses."""
 
     data_dir: str = "data/ml-100k"
-    """Directory (local or s3://, gs://) of the input files; the default is fetched when it is not there."""
+    """Directory of the input files: local, s3:// or gs://. Jobs download the default data set if it is missing."""
     data_file: str = "train_ratings.csv"
     """Interactions `user,item[,time]` in data_dir: a file name or a glob pattern; CSV, compressed CSV or Parquet."""
     batch_size: int = Field(512, ge=1)
-    """Users a training step, over all workers."""
+    """Users per training step, counted over all workers."""
     min_interactions: int = Field(3, ge=1)
-    """Users with fewer interactions are left out of training and validation (they still get recommendations)."""
+    """Training and validation leave out users with fewer interactions. These users still get recommendations."""
     use_full_data: bool = False
-    """Train on every interaction: no validation, no early stopping, the best epoch is the one of least train_loss."""
+    """Train on every interaction. There is then no validation and no early stopping, and the best epoch is the one with
+    the smallest train_loss."""
     sampling_strategy: Literal["recent", "weighted", "window"] = "recent"
-    """Of a history longer than max_len: the last max_len items; or, drawn anew each epoch, max_len without replacement,
-    probability rising linearly with recency, order kept; or max_len that follow one another."""
+    """Which max_len items of a longer history training reads. recent: the last ones. weighted: a random choice without
+    replacement that prefers recent items (weight n for the n-th item) and keeps their order. window: consecutive items
+    from a random place. weighted and window draw again each epoch."""
     include_new_items: bool = False
-    """Give items that have metadata but no interactions a place in the catalogue, so that they can be recommended;
-    needs model.output_features=fused."""
+    """Add items that have metadata but no interactions to the catalogue, so that jobs can recommend them. Needs
+    model.output_features=fused."""
     memory_mb: int = Field(4096, ge=1)
-    """MiB of a training worker for the interactions; more are read from its local disk, with the same result."""
+    """MiB that the interactions may take in the memory of a training worker. If they need more, the worker reads them
+    from its local disk; the result is the same."""
     min_item_interactions: int = Field(0, ge=0)
-    """Leave items with fewer interactions out of the data, then users with fewer, again until none is left to leave out
-    (the k-core; published tables on MovieLens-1M use 5); such users get no recommendations. 0: every item and user."""
+    """Reduce the data to their k-core: remove items with fewer interactions, then users with fewer, and repeat until
+    nothing changes. Removed users get no recommendations. Published tables on MovieLens-1M use 5; 0 removes nothing."""
     split: Literal["leave-one-out", "temporal"] = "leave-one-out"
-    """What is kept from training: each user's last items (data.holdout), or all from a moment on (data.split_time)."""
+    """Which interactions training does not see: the last items of each user (data.holdout), or all interactions after a
+    point in time (data.split_time)."""
     split_time: float = Field(0.9, gt=0)
-    """Test cut-off of data.split=temporal: a Unix time, or, below 1, the share of interactions before it."""
+    """Test cut-off of data.split=temporal: a Unix time, or a number below 1 for the share of interactions before it."""
     holdout: Literal[1, 2] = 1
-    """Last items of each user kept from training: 1 gives train / validation, 2 train / validation / test."""
+    """How many last items of each user to hold out: 1 for validation alone, 2 for validation and test."""
     seed: int = Field(42, ge=0)
-    """Seed of the weights, the order of users, the masks and dropout."""
+    """Random seed of the initial weights, the order of users, the masks and dropout."""
 
     @model_validator(mode="after")
     def _split_time_is_a_time_or_a_share(self) -> Self:
@@ -66,53 +73,57 @@ class DataConfig(_Group):
 
 
 DATASET_KEYS = ("include_new_items", "min_item_interactions", "split", "split_time")
-"""Keys of `data` that make another prepared dataset of the same files; all others are of the training alone, but for
-`data_dir` and `data_file`, which name the files."""
+"""Keys of `data` that change the prepared dataset made from the same files. All other keys change the training alone,
+except `data_dir` and `data_file`, which name the files."""
 
 
 def data_identity(data: DataConfig) -> dict[str, Any]:
-    """What makes one prepared dataset another than the next of the same files: `DATASET_KEYS` that are set."""
+    """The `DATASET_KEYS` that are set: they tell apart the prepared datasets made from the same files."""
     without = {"split_time"} if data.split == "leave-one-out" else set()
     return data.model_dump(mode="json", include=set(DATASET_KEYS) - without, exclude_defaults=True)
 
 
 class ModelConfig(_Group):
-    """The network (BERT4Rec, arXiv 1904.06690, Section 3)."""
+    """The network: BERT4Rec, arXiv 1904.06690, Section 3."""
 
     hidden_units: int = Field(256, ge=1)
     """Width of embeddings and hidden states."""
     num_heads: int = Field(4, ge=1)
-    """Attention heads; must divide hidden_units."""
+    """Attention heads per block. The number must divide hidden_units."""
     num_layers: int = Field(2, ge=1)
     """Transformer blocks."""
     max_len: int = Field(200, ge=2)
-    """Longest sequence, the appended [MASK] of scoring counted in."""
+    """Longest sequence that the network reads. In scoring, the appended [MASK] counts as one item."""
     position_encoding: Literal["learned", "rotary"] = "learned"
-    """Where an item stands: a learned embedding of its distance from the end (as the paper); or, besides, queries and
-    keys turned by it (RoPE, Su et al. 2021, arXiv 2104.09864), so that attention sees how far apart two items are."""
+    """How the network knows an item's place. learned: an embedding of its distance from the end, as in the paper.
+    rotary: the same, and attention also rotates queries and keys by that distance (RoPE, Su et al. 2021, arXiv
+    2104.09864), so that it sees how far apart two items are."""
     dropout_rate: float = Field(0.2, ge=0, lt=1)
-    """Dropout after the embeddings and after each sub-layer (Section 3.3)."""
+    """Dropout rate after the embeddings and after each sub-layer (Section 3.3)."""
     random_mask_prob: float = Field(0.2, gt=0, le=1)
-    """Probability that an item becomes a target of the masked-item task (Section 3.6)."""
+    """Probability that training masks an item and predicts it (the masked-item task, Section 3.6)."""
     last_item_mask_ratio: float = Field(0.05, ge=0, le=1)
-    """Probability that, besides, the last item of a sequence is masked."""
+    """Probability that training also masks the last item of a sequence, which is the item that scoring predicts."""
     share_embeddings: bool = True
-    """Output weights tied to the item embedding (equation 7), or a matrix of their own."""
+    """Use the item embeddings as output weights (equation 7). false: learn a separate output matrix."""
     use_genre_emb: bool = False
-    """Add each item's genres (mean of their embeddings) to its input; needs genres.tsv."""
+    """Fuse each item's genres (the mean of their embeddings) into its input vector. Needs genres.tsv."""
     use_director_emb: bool = False
-    """The same for the director; needs directors.tsv."""
+    """Fuse the director into the input vector. Needs directors.tsv."""
     use_writer_emb: bool = False
-    """The same for the writers (mean); needs writers.tsv."""
+    """Fuse the writers (the mean of their embeddings) into the input vector. Needs writers.tsv."""
     use_title_emb: bool | None = None
-    """The same for the title embedding of `jobs.embed`, kept frozen; default: where embeddings exist."""
+    """Fuse the title embedding of `jobs.embed`, which training does not change, into the input vector. Default: true if
+    the embeddings exist."""
     metadata_fusion: Literal["concat", "add", "gate"] = "gate"
-    """How item and metadata become one vector: a linear layer over all, their sum, or a sum weighted by gates."""
+    """How an item's vectors become one. concat: a linear layer over all of them. add: their sum. gate: a weighted sum
+    whose weights the model learns."""
     metadata_dropout: float = Field(0.1, ge=0, lt=1)
-    """Dropout of the metadata vectors."""
+    """Dropout rate of the metadata vectors."""
     output_features: Literal["ids", "fused"] = "ids"
-    """Output weights: item embeddings alone (as the paper), or the same fused vectors as the input; with those, items
-    without interactions (data.include_new_items) can be ranked. Needs share_embeddings."""
+    """Vectors that the output layer uses as weights. ids: the item embeddings, as in the paper. fused: the input
+    vectors with metadata, which can also rank items without interactions (data.include_new_items). fused needs
+    share_embeddings."""
 
     @model_validator(mode="after")
     def _parts_fit_together(self) -> Self:
@@ -129,56 +140,61 @@ class ModelConfig(_Group):
 
 
 class TrainingConfig(_Group):
-    """How the network is trained, and on what."""
+    """How training runs, and on which hardware."""
 
     start_from: str | None = None
-    """Model directory whose weights training begins with, instead of random ones; items are matched by their ids."""
+    """Model directory whose weights training starts from, instead of random ones. Training matches items by their
+    ids."""
     num_epochs: int = Field(500, ge=1)
-    """Passes over the training users, at most."""
+    """Most epochs that training may take. An epoch is a pass over all training users."""
     lr: float = Field(0.001, gt=0)
     """Peak learning rate."""
     weight_decay: float = Field(0.0, ge=0)
-    """L2 penalty (adam) or decoupled decay (adamw, muon) of matrices; biases, norms and the padding row have none."""
+    """L2 penalty (adam) or decoupled weight decay (adamw, muon). It applies to matrices, not to biases, norms and the
+    padding row."""
     optimizer: Literal["adam", "adamw", "muon"] = "adamw"
-    """Optimiser; the fused kernels of torch. muon: the transformer's matrices by Muon (Jordan et al. 2024, as scaled in
-    arXiv 2502.16982), all else by adamw."""
+    """Optimiser. adam and adamw use torch's fused kernels. muon updates the transformer's matrices by Muon (Jordan et
+    al. 2024, scaled as in arXiv 2502.16982) and all other weights by adamw."""
     scheduler: Literal["constant", "cosine", "linear"] = "constant"
-    """Learning rate after the warm-up: constant, or falling to zero at num_epochs."""
+    """Course of the learning rate after the warm-up. cosine and linear fall to zero at num_epochs."""
     warmup_epochs: float = Field(0.0, ge=0)
-    """Epochs in which the learning rate rises linearly to lr; fractions are allowed."""
+    """Epochs over which the learning rate rises linearly to lr. Fractions are allowed."""
     loss: Literal["cross-entropy", "sampled-softmax", "gbce"] = "cross-entropy"
-    """Over all items; or, for large catalogues, over num_negatives drawn ones: softmax with log-Q correction, or
-    generalised binary cross-entropy (Petrov and Macdonald 2023, arXiv 2308.07192)."""
+    """cross-entropy compares each target with all items. For large catalogues, the other two compare it with
+    num_negatives sampled items: sampled-softmax with log-Q correction, gbce by generalised binary cross-entropy (Petrov
+    and Macdonald 2023, arXiv 2308.07192)."""
     num_negatives: int = Field(256, ge=1)
-    """Items drawn for each forward pass, shared by its targets; of the sampled losses."""
+    """Negatives drawn per forward pass and shared by all its targets. Used by sampled-softmax and gbce only."""
     negative_sampling: Literal["uniform", "popularity"] = "uniform"
-    """Negatives drawn evenly, or (sampled-softmax) in proportion to the interactions in the training data."""
+    """How to draw negatives: uniformly, or in proportion to the interactions in the training data. popularity needs
+    training.loss=sampled-softmax."""
     gbce_t: float = Field(0.75, ge=0, le=1)
-    """Calibration t of gbce: 0 is plain binary cross-entropy, 1 takes all overconfidence of the sampling away."""
+    """Calibration t of gbce: 0 is plain binary cross-entropy, 1 removes all overconfidence that negative sampling
+    causes."""
     gradient_clip_val: float | None = Field(None, gt=0)
-    """Largest norm of the gradient of a step; none by default."""
+    """Clip the gradient of a step to this norm. null: do not clip."""
     monitor_metric: str = "val_ndcg@10"
-    """Metric that chooses the best checkpoint and drives early stopping: a validation metric or train_loss."""
+    """Metric that chooses the best checkpoint and decides on early stopping: a validation metric or train_loss."""
     early_stopping: bool = True
     """Stop when monitor_metric has not improved for early_stopping_patience validations."""
     early_stopping_patience: int = Field(20, ge=1)
     """Validations without improvement before training stops."""
     val_check_interval: int = Field(1, ge=1)
-    """Epochs from one validation, and checkpoint, to the next; the last epoch always has both."""
+    """Validate and write a checkpoint every so many epochs, and after the last epoch."""
     accelerator: Literal["auto", "cpu", "gpu"] = "auto"
-    """Where training and scoring run; auto takes a GPU a worker where the cluster has enough of them."""
+    """Hardware for training and scoring. auto gives each worker a GPU if the cluster has enough of them."""
     num_workers: int | None = Field(None, ge=1)
-    """Distributed (DDP) workers, one GPU each on GPUs; default: one for each GPU, or for each CPU core, but only so
-    many that each has 8 users of a step or more; a trial of a sweep has one."""
+    """Training (DDP) workers; on GPUs each has one GPU. Default: one per GPU, or one per CPU core, but no more than
+    leaves each worker 8 users per step. A trial of a sweep has one worker by default."""
     min_workers: int | None = Field(None, ge=1)
-    """Workers, at least, to go on with while nodes for num_workers are missing; default: wait for all of them."""
+    """Train with at least this many workers while nodes for num_workers are missing. Default: wait for all workers."""
     cpus_per_worker: int | None = Field(None, ge=1)
-    """CPU cores, and torch threads, a worker, whatever OMP_NUM_THREADS says; default: the cluster's cores shared
-    evenly."""
+    """CPU cores and torch threads per worker; they override OMP_NUM_THREADS. Default: an equal share of the cluster's
+    cores."""
     precision: Literal["32-true", "16-mixed", "bf16-mixed"] = "32-true"
-    """Arithmetic of the forward and backward pass."""
+    """Floating-point precision of the forward and backward pass."""
     max_failures: int = Field(3, ge=0)
-    """Times that training restarts from the last checkpoint after a worker or its node died."""
+    """How often training may restart from the last checkpoint after a worker or its node has died."""
 
     @model_validator(mode="after")
     def _negatives_suit_the_loss(self) -> Self:
@@ -189,7 +205,9 @@ class TrainingConfig(_Group):
     @model_validator(mode="after")
     def _no_more_at_least_than_at_most(self) -> Self:
         if self.min_workers is not None and self.num_workers is None:
-            raise ValueError(f"training.min_workers={self.min_workers} needs training.num_workers, the most to have")
+            raise ValueError(
+                f"training.min_workers={self.min_workers} needs training.num_workers, the largest number of workers"
+            )
         if self.min_workers is not None and self.num_workers is not None and self.min_workers > self.num_workers:
             raise ValueError(
                 f"training.min_workers={self.min_workers} is larger than training.num_workers={self.num_workers}"
@@ -204,55 +222,62 @@ Baseline = Literal["popularity", "popularity-7-days", "item-knn", "ease"]
 
 
 class EvaluationConfig(_Group):
-    """How validation and `jobs.evaluate` rank (docs/evaluation.md)."""
+    """How validation and `jobs.evaluate` rank held-out items (docs/evaluation.md)."""
 
     exclude_seen: bool = True
-    """Leave the user's seen items out of the ranking, as recommendation does; false turns protocol all into
+    """Leave items that the user has seen out of the ranking, as recommendation does. false turns the protocol all into
     all-with-seen."""
     split: Literal["auto", "validation", "test"] = "auto"
-    """Target that `jobs.evaluate` ranks; auto: test where data.holdout is 2 or data.split temporal, else validation."""
+    """Split whose targets `jobs.evaluate` ranks. auto: test if data.holdout is 2 or data.split is temporal, otherwise
+    validation."""
     protocols: tuple[Protocol, ...] = Field(("all",), min_length=1)
-    """What `jobs.evaluate` ranks the target among: all items but the seen ones (all), all items (all-with-seen), 100
-    items that the user never had, drawn by popularity (popularity-100) or uniformly (uniform-100); or what is not seen
-    of 100 drawn from all items but the target (...-100-of-all), as in some published figures."""
+    """Items among which `jobs.evaluate` ranks the target. all: all items that the user has not seen. all-with-seen: all
+    items. popularity-100, uniform-100: 100 sampled items that are nowhere in the user's history. ...-100-of-all: 100
+    items sampled from all but the target, without those that the user has seen, as in some published figures."""
     seed: int = Field(42, ge=0)
-    """Seed of the drawn items: the same ones for every model."""
+    """Random seed of the sampled items, which are the same for every model."""
     baselines: tuple[Baseline, ...] = ("popularity",)
-    """What `jobs.evaluate` ranks beside the model: popularity, that of the last 7 days, and two item-item models."""
+    """Baselines that `jobs.evaluate` ranks beside the model: popularity, popularity in the last 7 days, and two
+    item-item models."""
     max_baseline_items: int = Field(20_000, ge=1)
-    """Largest catalogue for ease, whose memory and time grow with its square (12 bytes each) and cube; a larger one
-    leaves it out, which is said."""
+    """Largest catalogue for the baseline ease, whose memory grows with the square of the number of items (12 bytes
+    each) and whose time grows with the cube. For a larger catalogue, `jobs.evaluate` skips ease and prints a note."""
 
 
 class InferenceConfig(_Group):
-    """Scoring of all users."""
+    """How `jobs.recommend` scores users and what it writes."""
 
     checkpoint_path: str | None = None
-    """Model directory; default: the best one of run.name, or of the newest run in run.storage_path."""
+    """Model directory to score with. Default: the best model of run.name, or of the newest run in run.storage_path."""
     topk: int = Field(10, ge=1)
-    """Recommendations a user, at most."""
+    """Largest number of recommendations per user."""
     batch_size: int = Field(512, ge=1)
-    """Users scored at once by one worker."""
+    """Users that one worker scores at once."""
     num_workers: int | None = Field(None, ge=1)
-    """Scoring workers, one GPU or one CPU core each; default: as many as the cluster has when the job begins."""
+    """Scoring workers, each with one GPU or one CPU core. Default: as many as the cluster has room for when the job
+    starts."""
     score_memory_mb: int = Field(256, ge=1)
-    """MiB for the scores of one batch; larger catalogues are ranked in blocks of items of that size."""
+    """MiB for the scores of one batch. The job ranks a larger catalogue in blocks of items of that size."""
     exclude_seen: bool = True
-    """Never recommend an item of the user's whole history."""
+    """Never recommend an item that is anywhere in the user's history."""
     exclude_future: bool = True
-    """Never recommend an item released in a later year than the user's last interaction, where both are known."""
+    """Never recommend an item released in a later year than the user's last interaction. Applies if both years are
+    known."""
     popularity_discount: float = Field(0.0, ge=0, allow_inf_nan=False)
-    """Recommend less popular items: this times log(1 + training interactions) is taken from each item's score."""
+    """Prefer less popular items: subtract this factor times log(1 + training interactions) from each item's score."""
     formats: tuple[Literal["parquet", "csv"], ...] = Field(("parquet", "csv"), min_length=1)
-    """Files to write."""
+    """File formats to write."""
     output_path: str | None = None
-    """Directory of the results; default: `recommendations` beside the run's checkpoints."""
+    """Directory of the results. Default: `recommendations` beside the model directory."""
     users: tuple[int | str, ...] | None = Field(None, min_length=1)
-    """Only these users, as [1, 2]: their recommendations are printed with titles, and written if output_path is set."""
+    """Score only these users, for example [1, 2]. The job prints their recommendations with titles, and writes files
+    only if output_path is set."""
     users_file: str | None = None
-    """The same for new users, whom the data do not have: a CSV or Parquet file `user,item[,time]` of histories."""
+    """Score new users, who are not in the data. Names a CSV or Parquet file of their histories, `user,item[,time]`. The
+    job prints and writes as for inference.users."""
     similar_to: tuple[int | str, ...] | None = Field(None, min_length=1)
-    """Print, for each of these items, as [50, 100], the topk most similar ones: cosine of the model's item vectors."""
+    """For each of these items, for example [50, 100], print the topk items with the most similar vectors in the model
+    (cosine)."""
 
     @field_validator("users", "similar_to", mode="before")
     @classmethod
@@ -261,99 +286,102 @@ class InferenceConfig(_Group):
 
     @property
     def is_for_few(self) -> bool:
-        """Whether something else is wanted than recommendations for every user of the data."""
+        """Whether the config asks for anything other than recommendations for every user of the data."""
         return not (self.users is None and self.users_file is None and self.similar_to is None)
 
 
 class ExportConfig(_Group):
-    """The model as a program of its own (`jobs.export`)."""
+    """How `jobs.export` writes the model as a program that needs no other code of this package."""
 
     formats: tuple[Literal["torch", "onnx"], ...] = Field(("torch", "onnx"), min_length=1)
-    """torch: a program of torch.export, model.pt2; onnx: model.onnx, which needs the extra `export`."""
+    """Formats to write. torch: model.pt2 for torch.export. onnx: model.onnx, which needs the extra `export`."""
     topk: int | None = Field(None, ge=1)
-    """The program gives that many items a history, those in it left out if inference.exclude_seen; default: the scores
-    of all items."""
+    """The program returns this many best items per history, without the items of the history if inference.exclude_seen.
+    Default: it returns the scores of all items."""
     output_path: str | None = None
-    """Directory of the result; default: `export` beside the run's checkpoints."""
+    """Directory of the result. Default: `export` beside the model directory."""
 
 
 class EmbeddingConfig(_Group):
-    """Title embeddings (`jobs.embed`)."""
+    """How `jobs.embed` makes title embeddings."""
 
     method: Literal["sentence-transformers", "bert-mean", "tfidf-svd"] = "sentence-transformers"
-    """A sentence-transformers model; the mean over a transformers encoder's tokens; or TF-IDF and SVD, which needs no
-    download."""
+    """How a text becomes a vector. sentence-transformers: a model of that library. bert-mean: the mean over the tokens
+    of an encoder of the transformers library. tfidf-svd: TF-IDF and SVD, which needs no download."""
     model_name: str = "mixedbread-ai/mxbai-embed-large-v1"
-    """Name on the hub, or a local folder, of the encoder; tfidf-svd has none."""
+    """The encoder: its name on the hub, or a local folder. tfidf-svd ignores this key."""
     with_genres: bool = True
-    """Embed "{title}. Genres: {genre}, {genre}"; else the title alone."""
+    """Embed "{title}. Genres: {genre}, {genre}". false: embed the title alone."""
     width: int = Field(128, ge=1)
-    """Components of tfidf-svd, at most; the encoders have their own width."""
+    """Largest width of the vectors of tfidf-svd. An encoder has its own width."""
     batch_size: int = Field(64, ge=1)
-    """Texts encoded at once."""
+    """Texts that one worker encodes at once."""
     device: Literal["auto", "cpu", "gpu"] = "auto"
-    """Where encoders run."""
+    """Hardware for the encoders."""
     output_path: str | None = None
-    """Parquet file of the embeddings, read by training; default: title_embeddings.parquet in data.data_dir."""
+    """Parquet file of the embeddings, which training reads. Default: title_embeddings.parquet in data.data_dir."""
     write_tsv: bool = False
-    """Also write a .tsv of the established format (item, blank-separated floats) beside it."""
+    """Also write a .tsv file beside it: each line has the item and its numbers, separated by blanks."""
     overwrite: bool = False
-    """Embed every item again, instead of only those whose text or model is new."""
+    """Embed every item again. false: embed only items whose text or model has changed."""
     backup_original: bool = False
-    """Keep the previous file as .bak."""
+    """Keep a copy of the previous file with the ending .bak."""
 
 
 class TuneConfig(_Group):
-    """The search of `jobs.tune`."""
+    """How `jobs.tune` searches for settings."""
 
     space: dict[str, Any] | None = None
-    """What is drawn, by config key, such as {model.hidden_units: {choice: [64, 128]}, training.lr: {loguniform: [1e-4,
-    1e-2]}}; also uniform, int (both ends included), a plain value; default and conditions: docs/tune.md."""
+    """Config keys to search and their values, for example {model.hidden_units: {choice: [64, 128]}, training.lr:
+    {loguniform: [1e-4, 1e-2]}}. A key may also have uniform, int (both ends included) or one fixed value. docs/tune.md
+    lists the default space and explains conditions."""
     search: Literal["random", "tpe"] = "random"
-    """Independent draws, or Optuna's tree-structured Parzen estimator, which learns from the trials before."""
+    """random: independent draws. tpe: Optuna's tree-structured Parzen estimator, which learns from earlier trials."""
     scheduler: Literal["asha", "none"] = "asha"
-    """asha stops a trial whose best monitor_metric so far is not among the first 1/reduction_factor of those that got
-    as far; none lets all run to the end."""
+    """asha stops a trial whose best monitor_metric so far is not among the best 1/reduction_factor of the trials that
+    have trained as long. none trains all trials to the end."""
     num_trials: int = Field(16, ge=1)
-    """Trials of the whole sweep; more than before continues a finished sweep."""
+    """Trials of the whole sweep. A larger number than before continues a finished sweep."""
     include_config: bool = True
-    """The first trial takes the config's own values, so that the search has something to beat."""
+    """Give the first trial the config's own values, so that the other trials have something to beat."""
     max_concurrent_trials: int | None = Field(None, ge=1)
-    """Trials at once, training.num_workers workers each; default: as many as the cluster has CPU cores (GPUs) for."""
+    """Most trials that run at once, each with training.num_workers workers. Default: as many as the cluster has CPU
+    cores or GPUs for."""
     time_budget_minutes: float | None = Field(None, gt=0)
-    """Minutes after which no trial goes on; the same command continues with as many again."""
+    """Stop all trials after this many minutes. The same command continues the sweep for as many minutes again."""
     grace_epochs: int = Field(5, ge=1)
-    """Epochs that asha gives every trial."""
+    """Epochs that asha lets every trial train before it compares trials."""
     reduction_factor: float = Field(3, gt=1)
-    """asha compares after grace_epochs, and each time that a trial has trained this many times as long."""
+    """asha compares trials after grace_epochs, and again each time a trial has trained this many times as long."""
     max_failed_trials: int = Field(3, ge=0)
-    """More failed trials than this end the sweep."""
+    """End the sweep if more trials than this fail."""
     refit: bool = False
-    """Train the best settings on the full data (data.use_full_data) for as many epochs as the best trial's best."""
+    """After the search, train the best settings on the full data (data.use_full_data), up to the epoch in which the
+    best trial was best."""
 
 
 class RunConfig(_Group):
-    """Where runs live."""
+    """Names and places of runs."""
 
     name: str | None = Field(None, pattern=r"^[\w.-]+$")
-    """Directory of the run, or sweep, in storage_path; default: named after the data and the config, so that the same
-    command continues, and finishes, the same run."""
+    """Directory of the run or sweep in storage_path. By default its name follows from the data and the settings, so
+    that the same command continues the same run."""
     storage_path: str = "runs"
-    """Root of prepared datasets and runs: local, or a URI that all nodes reach."""
+    """Root directory of prepared datasets and runs: a local path, or a URI that all nodes can reach."""
     mlflow_uri: str | None = None
-    """MLflow tracking server, or a database as sqlite:///mlflow.db, to log training to besides TensorBoard; needs the
-    extra `mlflow`."""
+    """MLflow tracking server, or a database such as sqlite:///mlflow.db, to which training also logs. Needs the extra
+    `mlflow`."""
 
     @field_validator("name")
     @classmethod
     def _name_is_free(cls, name: str | None) -> str | None:
         if name in (".", "..", "prepared"):
-            raise ValueError(f"run.name={name} is no name for a run: run.storage_path/{name} is another directory")
+            raise ValueError(f"run.name={name} is no name for a run: run.storage_path/{name} has another purpose")
         return name
 
 
 class Config(_Group):
-    """All groups."""
+    """All groups of settings."""
 
     data: DataConfig = DataConfig()
     model: ModelConfig = ModelConfig()
@@ -386,24 +414,24 @@ class Config(_Group):
 
     @property
     def monitor(self) -> str:
-        """The metric that chooses the best checkpoint; on the full data there is no validation, only train_loss."""
+        """The metric that chooses the best checkpoint: train_loss on the full data, where there is no validation."""
         return "train_loss" if self.data.use_full_data else self.training.monitor_metric
 
     @property
     def data_name(self) -> str:
-        """The data's short name, for directories."""
+        """Short name of the data, from which names of directories are made."""
         return os.path.basename(storage.absolute(self.data.data_dir).rstrip("/")) or "data"
 
     @property
     def embeddings_path(self) -> str:
-        """File of the title embeddings."""
+        """Path of the title embeddings."""
         return storage.absolute(
             self.embedding.output_path or storage.join(self.data.data_dir, "title_embeddings.parquet")
         )
 
     @property
     def prepared_path(self) -> str:
-        """Directory of the prepared dataset: one for each input, shared by all runs on it."""
+        """Directory of the prepared dataset. All runs on the same input and dataset options share it."""
         files = {"data_dir": storage.absolute(self.data.data_dir), "data_file": self.data.data_file}
         source = files | data_identity(self.data)
         name = f"{self.data_name}-{storage.fingerprint(source)[:8]}"
@@ -418,12 +446,12 @@ METRIC_NAMES = (
 
 
 def load_config(path: str | None = None, overrides: list[str] | None = None) -> Config:
-    """The config of a YAML file (or the defaults) with `group.key=value` overrides; values are read as YAML.
+    """Read a YAML file (or take the defaults) and apply `group.key=value` overrides, whose values are YAML too.
 
     Raises
     ------
     InputError
-        For a file that cannot be read, a key that does not exist (the nearest is named) or a value out of range.
+        If the file cannot be read, a key does not exist (the message names the nearest) or a value is out of range.
     """
     content: dict[str, Any] = {}
     if path is not None:
@@ -460,7 +488,7 @@ def _read_yaml(path: str) -> dict[str, Any]:
 
 
 def parse_value(text: str) -> Any:  # noqa: ANN401 - any YAML scalar or list
-    """The value that YAML reads in `text`; numbers such as 1e-3, which YAML 1.1 takes for text, are numbers."""
+    """Parse `text` as a YAML value. Numbers such as 1e-3, which YAML 1.1 takes for text, become numbers."""
     try:
         value = yaml.safe_load(text)
     except yaml.YAMLError:
@@ -487,7 +515,7 @@ def _explain(error: ValidationError, path: str | None) -> str:
 
 
 def nearest_key(key: str) -> str:
-    """A hint at the config key that `key` was perhaps meant to be, or nothing."""
+    """A hint at the existing config key that is nearest to `key`, or an empty string."""
     known = [f"{group}.{name}" for group, field in Config.model_fields.items() for name in _keys(field.annotation)]
     close = difflib.get_close_matches(key, [*known, *Config.model_fields], n=1, cutoff=0.5)
     return f" (did you mean {close[0]}?)" if close else ""
