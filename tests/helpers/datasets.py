@@ -19,6 +19,7 @@ def write_dataset(
     catalogue: str = "test",
     genres: list[list[int]] | None = None,
     before: dict[str, list[int]] | None = None,
+    identity: dict | None = None,
 ) -> str:
     """Histories of tokens by user id; items have ids 100+token and titles "film TOKEN"; cut-offs at 1000, 1001, …"""
     (path / "sequences").mkdir(parents=True)
@@ -50,6 +51,7 @@ def write_dataset(
     pq.write_table(items, path / "items.parquet")
     files = {str(file.relative_to(path)): file.stat().st_size for file in path.rglob("*.parquet")}
     manifest = Manifest(
+        identity=identity or {},
         num_users=len(users),
         num_items=num_items,
         num_interactions=int(counts.sum()),

@@ -1,0 +1,121 @@
+"""Every rule of `Ranking` reaches whatever ranks: through the jobs' own functions, in this process."""
+
+from dataclasses import fields
+
+import pyarrow.parquet as pq
+import pytest
+import torch
+
+from bert4rec.config import InferenceConfig, load_config
+from bert4rec.data.dataset import PreparedDataset
+from bert4rec.errors import InputError
+from bert4rec.evaluation import evaluate
+from bert4rec.inference import recommend
+from bert4rec.inference.ranking import Ranking
+from bert4rec.inference.recommender import Recommender
+from bert4rec.report import page
+from jobs import recommend as few
+from tests.helpers.datasets import random_histories, write_dataset
+from tests.helpers.in_process import exported, without_ray
+from tests.unit.model.test_network import NUM_ITEMS, make_model
+
+pytestmark = pytest.mark.unit
+
+HISTORIES = random_histories(30, NUM_ITEMS, seed=3, longest=20)
+YEARS = [1990 + token % 10 for token in range(1, NUM_ITEMS + 1)]
+LAST_YEARS = [1990 + user % 10 for user in range(30)]
+EVERYWHERE = {"all users", "a few users", "new users", "one history", "evaluation", "programs", "report"}
+
+# Of each rule a value that is not the default, and what it changes. Evaluation has exclude_seen of its own, and
+# ranks later releases too; a program knows no years.
+RULES = {
+    "exclude_seen": ("false", EVERYWHERE - {"evaluation"}),
+    "exclude_future": ("false", EVERYWHERE - {"evaluation", "programs"}),
+    "popularity_discount": ("0.9", EVERYWHERE),
+}
+
+
+@pytest.fixture
+def place(tmp_path, monkeypatch):
+    """Overrides under which the jobs find a model and a dataset."""
+    without_ray(monkeypatch, recommend, evaluate)
+    settings = [f"run.storage_path={tmp_path}", "inference.topk=4", "inference.formats=[parquet]", "export.topk=4"]
+    settings += ["data.data_dir=/d", f"inference.checkpoint_path={tmp_path / 'run' / 'm'}"]
+    path = load_config(None, settings).prepared_path
+    (tmp_path / "prepared").mkdir()
+    write_dataset(tmp_path / "prepared" / path.rpartition("/")[2], HISTORIES, NUM_ITEMS, YEARS, LAST_YEARS)
+    model = make_model()
+    model.catalogue, model.held_out = "test", 1
+    model.item_counts += torch.arange(NUM_ITEMS, 0, -1) ** 2
+    model.save_pretrained(str(tmp_path / "run" / "m"))
+    (tmp_path / "run" / "m" / "items.parquet").write_bytes((tmp_path / path / "items.parquet").read_bytes())
+    (tmp_path / "new.csv").write_text("user,item,time\n" + "".join(f"1,{item},800000000\n" for item in range(101, 119)))
+    return settings
+
+
+def rows_of(directory):
+    return pq.read_table(f"{directory}/recommendations.parquet").to_pylist()
+
+
+def everything(settings, tmp_path, name):
+    """What each of EVERYWHERE gives."""
+    config = load_config(None, settings)
+    checkpoint, path = config.inference.checkpoint_path, config.prepared_path
+    dataset, found = PreparedDataset(path), {}
+    ranking = Ranking.of(config.inference)
+    recommend.recommend(config, path, checkpoint, str(tmp_path / name / "all"))
+    found["all users"] = rows_of(tmp_path / name / "all")
+    for what, more in {
+        "a few users": "inference.users=[1, 2, 3, 4, 5, 6]",
+        "new users": f"inference.users_file={tmp_path / 'new.csv'}",
+    }.items():
+        output = tmp_path / name / what
+        few.recommend_users(load_config(None, [*settings, more, f"inference.output_path={output}"]))
+        found[what] = rows_of(output)
+    model = recommend.BERT4Rec.from_pretrained(checkpoint)
+    history = [100 + token for token in HISTORIES[1]]
+    one = Recommender(model, dataset.items()).recommend(history, topk=4, last_year=1992, ranking=ranking)
+    found["one history"] = one.to_dict()
+    result = evaluate.evaluate(config, path, checkpoint)
+    found["evaluation"] = result.protocols, result.beyond_accuracy
+    found["programs"] = exported(config, checkpoint, torch.tensor([[0, 3, 5], [9, 8, 7]]))
+    given = page.Recommendations(f"{tmp_path / name / 'all'}/recommendations.parquet", config.inference.model_dump(), 0)
+    found["report"] = page.render(config, dataset, "run", None, None, given).partition('<script type="application')[0]
+    return found
+
+
+def test_every_rule_is_a_key_and_has_an_entry():
+    names = [rule.name for rule in fields(Ranking)]
+    assert set(RULES) == set(names), f"say in RULES of {__file__} what the rule changes"
+    assert set(names) <= set(InferenceConfig.model_fields)
+    assert Ranking.of(InferenceConfig()) == Ranking()
+
+
+@pytest.mark.parametrize("rule", RULES)
+def test_a_rule_changes_every_ranking_that_it_is_for(rule, place, tmp_path):
+    value, changes = RULES[rule]
+    before = everything(place, tmp_path, "before")
+    after = everything([*place, f"inference.{rule}={value}"], tmp_path, "after")
+    assert set(before) == EVERYWHERE
+    assert {what for what in before if before[what] != after[what]} == changes
+
+
+def test_a_rule_that_cannot_be_made_is_told_before_any_work(place, tmp_path, monkeypatch):
+    config = load_config(None, place)
+
+    def fail(inference):
+        raise InputError("no such file")
+
+    monkeypatch.setattr(Ranking, "of", fail)
+    with pytest.raises(InputError, match="no such file"):
+        recommend.check_request(config.inference, PreparedDataset(config.prepared_path), str(tmp_path / "out"))
+
+
+def test_a_rule_counts_by_its_content(place):
+    """Where a rule is read from a file, another content under the same path makes recommendations anew."""
+    config = load_config(None, place)
+    of = [
+        recommend._identity(config.inference.checkpoint_path, config.inference, each)
+        for each in (Ranking(popularity_discount=0.1), Ranking(popularity_discount=0.2))
+    ]
+    assert of[0] != of[1]
