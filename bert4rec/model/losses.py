@@ -67,7 +67,7 @@ class _LinearCrossEntropy(torch.autograd.Function):
                 part = F.pad(part, (0, 0, 0, full_size(count, hidden.device.type) - count))
                 logits = product(part, matrix, bias.to(dtype)).float()
                 probability = torch.softmax(logits, dim=1)
-                # Compute log p of the target from that of the likeliest item: the target's p may be too small for a float.
+                # Start from log p of the likeliest item: the target's own p may be too small for a float.
                 gap = logits[:count].gather(1, target) - logits[:count].amax(1, keepdim=True)
                 loss -= (gap + probability[:count].amax(1, keepdim=True).log()).sum()
                 probability[:count].scatter_add_(1, target, probability.new_full(target.shape, -1.0))
