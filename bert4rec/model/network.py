@@ -244,7 +244,7 @@ class BERT4Rec(nn.Module):
         counts = self.get_buffer("item_counts")
         if not counts.any():
             raise InputError(
-                "inference.popularity_discount needs to know how often each item was interacted with, and this "
+                "inference.popularity_discount needs the number of interactions of each item, and this "
                 "model is of an earlier version, which did not keep that; train it again under another run.name"
             )
         return self.output_bias - popularity_discount * counts.float().log1p()
