@@ -50,7 +50,7 @@ def run_job(description: str, work: Callable[[Config], object]) -> None:
     except InputError as error:
         sys.exit(_fail(str(error), 2))
     except KeyboardInterrupt:
-        sys.exit(_fail("interrupted; the same command goes on from here", 130))
+        sys.exit(_fail("interrupted; run the same command to continue", 130))
     except _expected_errors() as error:
         cause = root_cause(error)
         if isinstance(cause, InputError):

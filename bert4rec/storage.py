@@ -38,7 +38,7 @@ def inside(path: str, name: str) -> str:
         If `name` leads out of `path`.
     """
     if "\\" in name or "\0" in name or any(part in ("", ".", "..") for part in name.split("/")):
-        raise InputError(f"{path}: names a file {name!r}, which does not lie in this directory; it was altered")
+        raise InputError(f"{path}: names a file {name!r}, which is not in this directory; the file was altered")
     return join(path, name)
 
 

@@ -209,7 +209,7 @@ class PreparedDataset:
         content = storage.read_sealed(storage.join(path, storage.MANIFEST))
         if (version := content.get("format_version")) == 1:
             raise InputError(
-                f"{path}: prepared by an earlier version (format {version}); `python -m jobs.prepare` makes it anew"
+                f"{path}: prepared by an earlier version (format {version}); `python -m jobs.prepare` makes it again"
             )
         try:
             self.manifest = Manifest.model_validate(content)

@@ -213,7 +213,7 @@ def _provide_from_recbole(out: Path, overwrite: bool, failure: str) -> None:
             wheel = download_recbole(scratch)
         except OSError as error:
             raise InputError(
-                f"ml-100k cannot be had: {failure}; pip download {RECBOLE}, which holds a copy: {error}; "
+                f"ml-100k is not available: {failure}; pip download {RECBOLE}, which holds a copy: {error}; "
                 "put ml-100k.zip at data/ml-100k.zip, or set data.data_dir to a directory of input files"
             ) from None
         with _open(wheel, f"{RECBOLE_DIR}/ml-100k.item") as stream:
@@ -331,7 +331,7 @@ def _items_recbole(archive: Path) -> Iterator[_Item]:
         if year == "unkonwn":  # RecBole's spelling for the one GroupLens title without a year, "unknown"
             title = "unknown"
         elif year and not title.endswith(f"({year})"):
-            title = f"{title} ({year})"  # RecBole moved the last bracket of GroupLens's title, be it a year or a "V"
+            title = f"{title} ({year})"  # RecBole moved the last bracket of GroupLens's title, a year or a "V"
         yield _Item(item, title, genres.split(" "))
 
 

@@ -43,14 +43,14 @@ def read_vectors(path: str) -> tuple[pa.Array, np.ndarray]:
     if not (finite := np.isfinite(numbers)).all():
         position = int(finite.argmin())
         raise InputError(
-            f"{where} {places[position // widths[0]]}: {str(values[position])!r} is no finite float32 number"
+            f"{where} {places[position // widths[0]]}: {str(values[position])!r} is not a finite float32 number"
         )
     if (missing := pc.equal(ids.cast(pa.string()).fill_null(""), "").to_numpy(zero_copy_only=False)).any():
         raise InputError(f"{where} {places[int(missing.argmax())]}: item is missing")
     _, first = np.unique(ids.dictionary_encode().indices.to_numpy(), return_index=True)
     if len(first) < len(ids):
         row = int(np.delete(np.arange(len(ids)), first)[0])
-        raise InputError(f"{where} {places[row]}: item {ids[row]} is there for the second time")
+        raise InputError(f"{where} {places[row]}: item {ids[row]} occurs a second time")
     return ids, numbers.reshape(len(ids), -1)
 
 

@@ -55,7 +55,7 @@ def read_texts(data_dir: str, with_genres: bool) -> pa.Table:
     """
     files = find_metadata(data_dir)
     if "titles" not in files:
-        raise InputError(f"{data_dir}: no titles.tsv; titles can only be embedded where there is one (item, title)")
+        raise InputError(f"{data_dir}: no titles.tsv; expected one with the columns item and title")
     titles = read_metadata(data_dir, files["titles"], "title")
     if not len(titles):
         raise InputError(f"{storage.join(data_dir, files['titles'])}: no titles in it")
@@ -224,7 +224,9 @@ def _read_previous(path: str) -> pa.Table | None:
     except pa.ArrowInvalid:
         table = pa.table({})
     if _MODEL not in (table.schema.metadata or {}):
-        raise InputError(f"{path}: not written by this job; set another embedding.output_path, or embedding.overwrite")
+        raise InputError(
+            f"{path}: not written by this job; set another embedding.output_path, or embedding.overwrite=true"
+        )
     return table
 
 

@@ -114,7 +114,7 @@ def users_of_file(path: str, items: ItemTable) -> NewUsers:
         )
     lengths = np.bincount(known["user"], minlength=len(ids))
     if num_empty := int((lengths == 0).sum()):
-        notes.append(f"users without any item that the model knows, who get no recommendations: {num_empty:,}")
+        notes.append(f"users without any item that the model knows; they get no recommendations: {num_empty:,}")
     kept = np.flatnonzero(lengths)
     sequences = Sequences.of(
         pa.array(ids[kept], users.type),

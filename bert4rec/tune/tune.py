@@ -86,7 +86,9 @@ def tune(config: Config, dataset_path: str) -> TuneResult:
     """
     began = time.monotonic()
     if config.data.use_full_data:
-        raise InputError("data.use_full_data=true leaves nothing to judge trials by; tune.refit=true trains the best")
+        raise InputError(
+            "data.use_full_data=true leaves no validation to compare trials; tune.refit=true trains the best"
+        )
     if config.tune.search == "tpe" and find_spec("optuna") is None:
         raise InputError('tune.search=tpe needs Optuna: pip install -e ".[tune]"')
     dataset = PreparedDataset(dataset_path)
@@ -106,7 +108,7 @@ def tune(config: Config, dataset_path: str) -> TuneResult:
         _complete_history(trial, sweep_path)
     ranking = outputs.ranked(trials, config.monitor)
     if not ranking:
-        raise InputError(f"{sweep_path}: no trial has been validated; the same command goes on from here")
+        raise InputError(f"{sweep_path}: no trial has been validated; run the same command to continue")
     best = ranking[0]
     files = [
         *outputs.write_table(space, trials, sweep_path),
