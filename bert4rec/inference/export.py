@@ -41,7 +41,7 @@ class ScoringFunction(nn.Module):
     topk
         Return only this many best items, instead of the scores of all items.
     ranking
-        The ranking rules. The program ignores exclude_future, because it knows no years, and uses exclude_seen only with
+        The ranking rules. The program ignores exclude_future, because it knows no years. It uses exclude_seen only with
         `topk`.
     """
 
