@@ -103,7 +103,8 @@ class Sequences:
 
     @classmethod
     def of(cls, users: pa.Array, histories: Sequence[np.ndarray], last_years: pa.Array | None = None) -> Self:
-        """Of users [N], their tokens, the latest last, and int16 years of their last interactions, null if unknown."""
+        """Make sequences from users [N], their tokens, latest last, and int16 years of last interactions, null if
+        unknown."""
         years = pa.nulls(len(users), pa.int16()) if last_years is None else last_years
         items = pa.array(histories, pa.list_(pa.int32()))
         return cls.from_table(pa.table({"user": users, "items": items, "last_year": years}))
