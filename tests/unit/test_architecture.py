@@ -9,7 +9,12 @@ from tests.helpers.commands import ROOT
 
 pytestmark = pytest.mark.unit
 
-TABLE = (ROOT / "docs" / "architecture.md").read_text().partition("| in order |")[2].partition("\n\n")[0]
+TABLE = (
+    (ROOT / "docs" / "architecture.md")
+    .read_text()
+    .partition("| file or folder, in import order |")[2]
+    .partition("\n\n")[0]
+)
 ROWS = [re.findall(r"`([\w.]+?)(?:\.py|/)?`", row.split("|")[1]) for row in TABLE.splitlines() if row.startswith("| `")]
 PLACE = {room: place for place, row in enumerate(ROWS) for room in row}
 
