@@ -2,9 +2,8 @@
 
     from bert4rec import evaluate, load, load_config, prepare, recommend, train
 
-`prepare`, `embed`, `train`, `evaluate` and `recommend` are the jobs' five steps; `load` reads a model directory, to
-rank without Ray. Nothing is imported before it is used, so that Ray is imported only by the five.
-"""
+`prepare`, `embed`, `train`, `evaluate` and `recommend` are the five steps of the jobs. `load` reads a model directory,
+to rank without Ray. The package imports a name on first use, so that only the five steps import Ray."""
 
 import importlib
 from typing import TYPE_CHECKING, Any

@@ -1,6 +1,6 @@
-"""The five steps as functions of a config, for notebooks and programs; `bert4rec` itself offers them.
+"""The five steps as functions of a config, for notebooks and programs. The package `bert4rec` exports them.
 
-Each joins the cluster of RAY_ADDRESS, or starts Ray on this machine, unless Ray is there already.
+Each function joins the cluster of RAY_ADDRESS or starts Ray on this machine, unless Ray already runs.
 """
 
 from bert4rec.cluster.resources import begin
@@ -18,9 +18,9 @@ from bert4rec.training.train import train as _train
 
 
 def prepare(config: Config) -> str:
-    """Write the prepared dataset of config.data, unless it is there already; its directory.
+    """Write the prepared dataset of config.data, unless it exists already. Return its directory.
 
-    MovieLens-100K is fetched if config.data.data_dir is the default and not there.
+    If config.data.data_dir is the default and does not exist, this downloads MovieLens-100K.
 
     Raises
     ------
@@ -41,30 +41,32 @@ def embed(config: Config) -> EmbedResult:
     Raises
     ------
     InputError
-        If there are no titles, or the encoder cannot be had.
+        If there are no titles, or the encoder is not available.
     """
     fetch_if_default(config.data.data_dir)
     return embed_titles(config, read_texts(config.data.data_dir, config.embedding.with_genres))
 
 
 def train(config: Config, path: str) -> TrainResult:
-    """Train on the prepared dataset at `path`; goes on with, or returns, what was done before with the same config.
+    """Train on the prepared dataset at `path`, or continue an unfinished run with the same config.
+
+    If that run is finished, return its result.
 
     Raises
     ------
     InputError
-        If there is no such dataset, or it cannot be trained on like that.
+        If there is no such dataset, or it does not suit the config.
     """
     return _train(config, path)
 
 
 def evaluate(config: Config, path: str, checkpoint: str) -> Evaluation:
-    """Metrics of a model directory, and of the baselines, on the held-out items of the prepared dataset at `path`.
+    """Measure a model directory and the baselines on the held-out items of the prepared dataset at `path`.
 
     Raises
     ------
     InputError
-        If the model is one of other data, or was trained on what it would be judged by.
+        If the model belongs to other data, or its training has seen the held-out items.
     """
     return _evaluate(config, path, checkpoint)
 
@@ -77,6 +79,6 @@ def recommend(config: Config, path: str, checkpoint: str, output_path: str | Non
     Raises
     ------
     InputError
-        If the model is one of other data, or the result cannot be written.
+        If the model belongs to other data, or the output directory is not writable.
     """
     return _recommend(config, path, checkpoint, output_path or checkpoint_and_output(config, checkpoint)[1])

@@ -1,4 +1,4 @@
-"""What all jobs share: options, errors as one message, exit codes."""
+"""The command line that all jobs share: options, one-line errors, exit codes."""
 
 import argparse
 import atexit
@@ -13,7 +13,7 @@ import textwrap
 from collections.abc import Callable
 from pathlib import Path
 
-# Sweeps start many worker processes on purpose, which Ray warns of; it reads this when it is imported.
+# Ray warns when many workers start, which sweeps do on purpose. Ray reads this variable when it is imported.
 os.environ.setdefault("RAY_DEDUP_LOGS_SKIP_REGEX", "worker processes have been started")
 
 import pyarrow as pa
@@ -29,13 +29,15 @@ DEFAULT_CONFIG = Path(__file__).parent / "configs" / "ml-100k.yaml"
 
 
 def run_job(description: str, work: Callable[[Config], object]) -> None:
-    """Parse the command line, do the work, and exit: 0 done, 1 failed, 2 the input is unusable.
+    """Parse the command line, do the work, and exit with 0 (done), 1 (failed) or 2 (the input is unusable).
 
-    The work starts or joins Ray itself (`cluster.resources.begin`), once it has found the input usable.
+    `work` itself starts or joins Ray (`cluster.resources.begin`) once it has checked its input.
     """
-    atexit.register(gc.freeze)  # else Python looks at a million objects once more before a job ends, for a second
+    atexit.register(
+        gc.freeze
+    )  # otherwise Python's garbage collector checks a million objects before the exit, which takes a second
     if isinstance(sys.stdout, io.TextIOWrapper):
-        sys.stdout.reconfigure(line_buffering=True)  # a job's log shows a line when it is printed
+        sys.stdout.reconfigure(line_buffering=True)  # so that a job's log shows each line at once
     arguments = _parser(description).parse_intermixed_args()
     try:
         config = _load(arguments.config, arguments.overrides)
@@ -48,7 +50,7 @@ def run_job(description: str, work: Callable[[Config], object]) -> None:
     except InputError as error:
         sys.exit(_fail(str(error), 2))
     except KeyboardInterrupt:
-        sys.exit(_fail("interrupted; the same command goes on from here", 130))
+        sys.exit(_fail("interrupted; run the same command to continue", 130))
     except _expected_errors() as error:
         cause = root_cause(error)
         if isinstance(cause, InputError):
@@ -59,7 +61,7 @@ def run_job(description: str, work: Callable[[Config], object]) -> None:
 
 
 def _expected_errors() -> tuple[type[BaseException], ...]:
-    """Errors that are told in a line; asked for only when there is one, since Ray Train takes a second to import."""
+    """Errors to print as one line. Called only after an error, because Ray Train takes a second to import."""
     from ray.exceptions import RayError
     from ray.train import TrainingFailedError
 
@@ -94,9 +96,9 @@ def _load(path: str | None, overrides: list[str]) -> Config:
 
 
 def _keep_native_messages_off_the_terminal() -> None:
-    """Drop what is written past Python: Ray's core warns of every actor pool of Ray Data. Processes have their logs."""
+    """Discard messages of native code, such as Ray's warnings about actor pools. Ray's log files keep its messages."""
     sys.stderr = os.fdopen(os.dup(2), "w", buffering=1)
-    faulthandler.enable(sys.stderr)  # a crash of native code still shows where it was
+    faulthandler.enable(sys.stderr)  # so that a crash of native code still shows its place
     with open(os.devnull, "w") as nowhere:
         os.dup2(nowhere.fileno(), 2)
 

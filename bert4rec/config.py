@@ -398,7 +398,7 @@ class Config(_Group):
         if self.training.monitor_metric not in (known := [*METRIC_NAMES, "train_loss"]):
             close = difflib.get_close_matches(self.training.monitor_metric, known, n=1)
             raise ValueError(
-                f"training.monitor_metric={self.training.monitor_metric!r} is no metric of ours; "
+                f"training.monitor_metric={self.training.monitor_metric!r} is not a metric; "
                 f"expected one of {', '.join(known)}" + (f" (did you mean {close[0]}?)" if close else "")
             )
         return self

@@ -1,6 +1,6 @@
-"""Every key of the config with its type, default and meaning: for `--help`, and `python -m bert4rec.config_docs`.
+"""Lists every key of the config with its type, default and meaning, for `--help` and for docs/config.md.
 
-The latter writes docs/config.md: `python -m bert4rec.config_docs > docs/config.md`.
+`python -m bert4rec.config_docs > docs/config.md` writes the page.
 """
 
 import types
@@ -17,11 +17,12 @@ from bert4rec.config import Config
 HEADING = """\
 # Config reference
 
-Generated from the pydantic models of `bert4rec/config.py`: `python -m bert4rec.config_docs > docs/config.md`.
+`python -m bert4rec.config_docs > docs/config.md` generates this page from the docstrings of `bert4rec/config.py`.
 
-Every job takes all keys, in a YAML file (`--config FILE`, groups as sections) or as `group.key=value` on the command
-line, which wins. A value is read as YAML: `null` is none, `[a, b]` a list. A key that does not exist, or a value out of
-range, ends the job with one message before any work; the nearest key is named.
+Every job that takes `--config` takes all keys: in a YAML file (`--config FILE`, with groups as sections), or as
+`group.key=value` on the command line, which overrides the file. Jobs read values as YAML: `null` means no value, and
+`[a, b]` is a list. If a key does not exist or a value is out of range, the job ends with one message before any work.
+The message names the nearest key.
 """
 
 _NAMES = {bool: "true | false", str: "text", type(None): "null"}
@@ -35,7 +36,7 @@ class Key(NamedTuple):
     name: str
     type: str
     default: str
-    """As YAML."""
+    """The default value as YAML."""
     meaning: str
 
 
@@ -47,7 +48,7 @@ def all_keys() -> Iterator[Key]:
 
 
 def markdown() -> str:
-    """docs/config.md."""
+    """The text of docs/config.md."""
     lines = [HEADING]
     previous = ""
     for key in all_keys():
@@ -63,7 +64,7 @@ def markdown() -> str:
 
 
 def _type(field: FieldInfo) -> str:
-    """Such as `int ≥ 1`, `recent | weighted`, `float > 0 | null`."""
+    """Describe a type, such as `int ≥ 1`, `recent | weighted` or `float > 0 | null`."""
     bounds = [
         f"{sign} {getattr(limit, name):g}"
         for limit in field.metadata

@@ -1,5 +1,5 @@
-"""The one error that a user's input causes."""
+"""The only exception class for errors in a user's input."""
 
 
 class InputError(Exception):
-    """The user's input cannot be used: one message of what, where, how many, and what is expected."""
+    """The user's input is unusable. The message says what is wrong, where, how often, and what is expected."""

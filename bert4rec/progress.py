@@ -1,4 +1,4 @@
-"""One live line for long work: stage, share done, time left, rate or what the work itself says."""
+"""The progress line of long work: stage, share done, time left, then the rate or a text of the work."""
 
 import os
 import shutil
@@ -17,7 +17,8 @@ _Item = TypeVar("_Item")
 
 
 class Line:
-    """A stage's state, drawn again in place on a terminal; elsewhere a plain line now and then, ever more seldom."""
+    """Progress of one stage. A terminal shows one line, redrawn in place; elsewhere plain lines come ever more
+    rarely."""
 
     def __init__(self, stage: str, total: float, unit: str, seconds_between_lines: float = 10.0) -> None:
         self.stage, self.total, self.unit, self.text = stage, total, unit, ""
@@ -29,12 +30,12 @@ class Line:
         self._is_terminal = sys.stdout.isatty() and os.environ.get("TERM") != "dumb"
 
     def start(self, skipped: float = 0.0) -> None:
-        """What came before was start-up, and `skipped` was done in it: neither says anything of the rate."""
+        """End the start-up. The rate ignores the time until now and the amount `skipped`, done during start-up."""
         self._started = time.monotonic()
         self._skipped += skipped
 
     def advance(self, amount: float) -> None:
-        """`amount` more is done."""
+        """Count `amount` more as done."""
         if self._started is None:
             self.start(amount)
         else:
@@ -42,11 +43,11 @@ class Line:
             self._advanced = time.monotonic()
 
     def skip(self, amount: float) -> None:
-        """`amount` was done in an earlier run."""
+        """Count `amount` as done in an earlier run."""
         self._skipped += amount
 
     def show(self) -> None:
-        """Draw it, or print it if the last line is long enough ago."""
+        """Redraw the line on a terminal. Elsewhere, print it if the last line is long enough ago."""
         now = time.monotonic()
         if self._is_terminal:
             columns = shutil.get_terminal_size().columns - 1  # a line that wraps cannot be drawn over
@@ -57,7 +58,7 @@ class Line:
             print(self, flush=True)
 
     def end(self) -> None:
-        """Clear it: what came of the work is told by a line that stays."""
+        """Clear the line. The caller prints the result of the stage."""
         if self._is_terminal:
             print("\r\x1b[2K", end="", flush=True)
 
@@ -65,7 +66,7 @@ class Line:
         if self._started is None:
             return f"{self.stage}: starting"
         done = self._skipped + self._done
-        # Of the time to the last report: what has been done since is not known yet.
+        # Divide by the time until the last report, since nobody knows what has been done after it.
         rate = self._done / max(self._advanced - self._started, 1e-9)
         parts = [f"{min(done / max(self.total, 1e-9), 1):.0%}"]
         if rate:
@@ -79,7 +80,7 @@ class Line:
 
 
 def track(items: Sequence[_Item], stage: str, unit: str) -> Iterator[_Item]:
-    """The items in turn, with a line that says how far their reader is."""
+    """Yield the items, and show how many the caller has taken."""
     line = Line(stage, len(items), unit)
     line.start()
     try:
@@ -92,7 +93,7 @@ def track(items: Sequence[_Item], stage: str, unit: str) -> Iterator[_Item]:
 
 
 class Reporter:
-    """What a worker holds of a `Progress`; can be sent to any Ray process."""
+    """The worker's end of a `Progress`. It can be sent to any Ray process."""
 
     def __init__(self, queue: Queue) -> None:
         self._queue = queue
@@ -100,25 +101,25 @@ class Reporter:
         self._last = 0.0
 
     def advance(self, amount: float, text: str = "", always: bool = False) -> None:
-        """`amount` more is done; sent at most twice a second, unless `always`."""
+        """Report `amount` more as done. Sends at most two reports per second, unless `always`."""
         self._pending += amount
         if always or time.monotonic() - self._last > 0.5:
             self._queue.put_nowait(("advance", self._pending, text))
             self._pending, self._last = 0.0, time.monotonic()
 
     def record(self, metrics: dict[str, float]) -> None:
-        """Hand metrics to the driver."""
+        """Send metrics to the driver."""
         self._queue.put_nowait(("record", 0.0, metrics))
 
     def skip(self, amount: float) -> None:
-        """`amount` was done before this run began (a resumed run), so it says nothing about the rate."""
+        """Report `amount` as done before this run started, so that the rate ignores it."""
         self._queue.put_nowait(("skip", amount, ""))
 
 
 class Progress:
-    """Prints what the `Reporter`s tell: a line that lives on a terminal, a plain line now and then elsewhere.
+    """Shows the progress that `Reporter`s send, in one `Line`.
 
-    Use as a context manager; it yields the `Reporter`.
+    Use it as a context manager, which returns the `Reporter`.
     """
 
     def __init__(
@@ -129,10 +130,10 @@ class Progress:
         on_record: Callable[[dict[str, float]], None] | None = None,
         seconds_between_lines: float = 10.0,
     ) -> None:
-        """`on_record` is called, in another thread, with what `Reporter.record` is given."""
+        """Start to show progress. A thread calls `on_record` with the metrics of each `Reporter.record`."""
         self._on_record = on_record
         self._line = Line(stage, total, unit, seconds_between_lines)
-        # With the driver, so that the loss of another node never takes it away from the workers that report.
+        # Run the queue on the driver's node, so that workers can still report after another node is lost.
         here = NodeAffinitySchedulingStrategy(ray.get_runtime_context().get_node_id(), soft=False)
         self._queue = Queue(actor_options={"num_cpus": 0, "scheduling_strategy": here})
         self._stop = threading.Event()
@@ -156,10 +157,10 @@ class Progress:
             try:
                 kind, amount, text = self._queue.get(timeout=0.5)
             except Empty:
-                if self._stop.is_set():  # only when all has been read
+                if self._stop.is_set():  # stop only once the queue is empty
                     return
                 continue
-            except Exception:  # Ray goes down before us: there is nothing left to report
+            except Exception:  # Ray has ended first, so no more reports can come
                 return
             if kind == "record":
                 if self._on_record is not None:
@@ -172,7 +173,7 @@ class Progress:
 
 
 def duration(seconds: float) -> str:
-    """Such as 0:07, 12:30 or 3:05:00."""
+    """Format a duration, such as 0:07, 12:30 or 3:05:00."""
     minutes, rest = divmod(round(seconds), 60)
     hours, minutes = divmod(minutes, 60)
     return f"{hours}:{minutes:02d}:{rest:02d}" if hours else f"{minutes}:{rest:02d}"

@@ -1,4 +1,4 @@
-"""A run's directory: the names of its files, how it is begun, and how it is found again."""
+"""A run's directory: the names of its files, how to start it, and how to find it."""
 
 import json
 import os
@@ -12,23 +12,25 @@ from bert4rec.config import Config
 from bert4rec.errors import InputError
 
 RUN = "run.json"
-"""A finished training's result; written last."""
+"""The result of a finished training; written last."""
 RUN_CONFIG = "config.yaml"
-"""The settings, as `--config` takes them."""
+"""All settings, in the format of `--config`."""
 RUN_IDENTITY = "identity.json"
-"""What the directory may be continued with: data and settings."""
+"""The data and settings with which the run may be continued."""
 EVALUATION = "evaluation.json"
 REPORT = "report.html"
 
 
 def checkpoint_name(metrics: dict[str, float], monitor: str) -> str:
-    """Such as bert4rec-05-0.1234: the epoch, from 1, and the monitored metric."""
+    """Name of a model directory, such as bert4rec-05-0.1234: the epoch, from 1, and the monitored metric."""
     return f"bert4rec-{int(metrics['epoch']):02d}-{metrics[monitor]:.4f}"
 
 
 def kept_metrics(run_path: str) -> list[dict[str, float]]:
-    """Metrics of the epochs whose checkpoints a run, finished or not, has kept: the best and the last."""
-    snapshot = storage.join(run_path, "checkpoint_manager_snapshot.json")  # Ray Train's own record, what it resumes by
+    """Metrics of the epochs whose checkpoints a run has kept: the best and the last. The run may be unfinished."""
+    snapshot = storage.join(
+        run_path, "checkpoint_manager_snapshot.json"
+    )  # Ray Train's own record, from which it resumes
     if not storage.exists(snapshot):
         return []
     kept = [{**result["metrics"]} for result in storage.read_json(snapshot)["checkpoint_results"]]
@@ -38,12 +40,12 @@ def kept_metrics(run_path: str) -> list[dict[str, float]]:
 
 
 def begin_directory(path: str, config: Config, identity: dict[str, Any]) -> bool:
-    """Mark the directory of a run or sweep with its settings; whether it is a new one.
+    """Mark the directory of a run or sweep with its settings. Return whether it is new.
 
     Raises
     ------
     InputError
-        If it belongs to one of another identity, or cannot be written.
+        If it belongs to a run or sweep with another identity, or is not writable.
     """
     identity_path = storage.join(path, RUN_IDENTITY)
     wanted = json.loads(json.dumps(identity))
@@ -68,12 +70,12 @@ def begin_directory(path: str, config: Config, identity: dict[str, Any]) -> bool
 
 
 def newest_run(storage_path: str) -> str:
-    """The directory of the run that finished last.
+    """Find the directory of the run that finished last.
 
     Raises
     ------
     InputError
-        If there is none.
+        If no run has finished.
     """
     root = storage.absolute(storage_path)
     filesystem, inner = storage.open_store(root)
@@ -87,12 +89,12 @@ def newest_run(storage_path: str) -> str:
 
 
 def checkpoint_and_output(config: Config, checkpoint: str | None = None) -> tuple[str, str]:
-    """The model directory to score with (`checkpoint` where given), and where recommendations go.
+    """Return the model directory to score with (`checkpoint` if given), and the directory for recommendations.
 
     Raises
     ------
     InputError
-        If the run named, or any, has not been trained to its end.
+        If the named run, or without a name any run, has not finished training.
     """
     checkpoint = checkpoint or config.inference.checkpoint_path
     if checkpoint is None:

@@ -1,7 +1,7 @@
-"""The only door to filesystems: local paths, or any URI that pyarrow knows (s3://, gs://, hdfs://).
+"""All access to filesystems: local paths, and any URI that pyarrow knows (s3://, gs://, hdfs://).
 
-A directory is whole when it holds ``manifest.json``. Writers remove it first and write it last (object stores have no
-atomic rename), readers refuse a directory without it.
+A directory is complete if it holds ``manifest.json``. Writers remove this file first and write it last, because object
+stores have no atomic rename. Readers refuse a directory without it.
 """
 
 import hashlib
@@ -20,35 +20,35 @@ _BLOCK_BYTES = 8 << 20
 
 
 def absolute(path: str) -> str:
-    """`path` such that it means the same in every process: URIs as they are, local paths made absolute."""
+    """Make a local path absolute, so that it means the same in every process. URIs stay as they are."""
     return path if "://" in path else os.path.abspath(os.path.expanduser(path))
 
 
 def join(path: str, *names: str) -> str:
-    """`path` with `names` appended, for local paths and URIs alike."""
+    """Append `names` to `path`, which may be a local path or a URI."""
     return "/".join([path.rstrip("/"), *names])
 
 
 def inside(path: str, name: str) -> str:
-    """`path` with `name` appended, which was read from a file and must not lead out of `path`.
+    """Append `name`, which was read from a file, to `path`.
 
     Raises
     ------
     InputError
-        If it does.
+        If `name` leads out of `path`.
     """
     if "\\" in name or "\0" in name or any(part in ("", ".", "..") for part in name.split("/")):
-        raise InputError(f"{path}: names a file {name!r}, which does not lie in this directory; it was altered")
+        raise InputError(f"{path}: names a file {name!r}, which is not in this directory; the file was altered")
     return join(path, name)
 
 
 def open_store(path: str) -> tuple[pafs.FileSystem, str]:
-    """The filesystem of `path` and the path within it.
+    """Return the filesystem of `path` and the path within it.
 
     Raises
     ------
     InputError
-        If no filesystem is known for the URI's scheme.
+        If pyarrow knows no filesystem for the URI's scheme.
     """
     try:
         filesystem, inner = pafs.FileSystem.from_uri(absolute(path))
@@ -60,20 +60,20 @@ def open_store(path: str) -> tuple[pafs.FileSystem, str]:
 
 
 def exists(path: str) -> bool:
-    """Whether there is a file or a directory at `path`."""
+    """Whether a file or a directory exists at `path`."""
     filesystem, inner = open_store(path)
     return bool(filesystem.get_file_info(inner).type != pafs.FileType.NotFound)
 
 
 def read_bytes(path: str) -> bytes:
-    """The whole of a small file."""
+    """Read a small file."""
     filesystem, inner = open_store(path)
     with filesystem.open_input_stream(inner, compression=None) as stream:
         return bytes(stream.read())
 
 
 def sha256(path: str) -> str:
-    """64 hex digits of a file's content, read in blocks."""
+    """SHA-256 of a file's content, as 64 hex digits. Reads the file in blocks."""
     filesystem, inner = open_store(path)
     digest = hashlib.sha256()
     with filesystem.open_input_stream(inner, compression=None) as stream:
@@ -83,7 +83,7 @@ def sha256(path: str) -> str:
 
 
 def write_bytes(path: str, content: bytes | pa.Buffer) -> None:
-    """Write a small file so that a reader sees all of it or none (renamed into place; object stores: one put)."""
+    """Write a small file so that a reader sees all of it or none: by a rename, or on object stores by one put."""
     filesystem, inner = open_store(path)
     filesystem.create_dir(os.path.dirname(inner), recursive=True)
     target = f"{inner}.tmp" if isinstance(filesystem, pafs.LocalFileSystem) else inner
@@ -94,12 +94,12 @@ def write_bytes(path: str, content: bytes | pa.Buffer) -> None:
 
 
 def read_json(path: str) -> dict[str, Any]:
-    """A JSON object from a file.
+    """Read a JSON object from a file.
 
     Raises
     ------
     InputError
-        If the file is not there or holds no JSON object.
+        If the file does not exist or does not hold a JSON object.
     """
     try:
         content = json.loads(read_bytes(path))
@@ -123,12 +123,12 @@ def write_sealed(path: str, content: dict[str, Any]) -> None:
 
 
 def read_sealed(path: str) -> dict[str, Any]:
-    """What `write_sealed` wrote.
+    """Read what `write_sealed` wrote.
 
     Raises
     ------
     InputError
-        If the file is not there, holds no JSON object, or something else than was written.
+        If the file does not exist, does not hold a JSON object, or its content has changed since it was written.
     """
     content = read_json(path)
     found = content.pop(_CHECKSUM, None)
@@ -140,7 +140,7 @@ def read_sealed(path: str) -> dict[str, Any]:
 
 
 def remove(path: str) -> None:
-    """Remove a file or a directory with all in it; nothing happens where there is none."""
+    """Remove a file, or a directory with its content. If nothing exists at `path`, do nothing."""
     filesystem, inner = open_store(path)
     kind = filesystem.get_file_info(inner).type
     if kind == pafs.FileType.Directory:
@@ -150,7 +150,7 @@ def remove(path: str) -> None:
 
 
 def move(source: str, target: str) -> None:
-    """Move the directory `source` of files: at once where the filesystem can, else file by file."""
+    """Move the directory `source`, which holds only files: at once on a local disk, otherwise file by file."""
     filesystem, inner = open_store(source)
     _, inner_target = open_store(target)
     if isinstance(filesystem, pafs.LocalFileSystem):
@@ -161,27 +161,27 @@ def move(source: str, target: str) -> None:
 
 
 def begin(path: str) -> None:
-    """Make `path` an empty directory without a completion marker, ready to be written.
+    """Make `path` an empty directory without a manifest, ready for a writer.
 
     Raises
     ------
     InputError
-        If it cannot be written.
+        If it is not writable.
     """
     check_writable(path)
-    remove(join(path, MANIFEST))  # first, so that a reader never takes what follows for whole
+    remove(join(path, MANIFEST))  # first, so that no reader takes a half-written directory for complete
     remove(path)
     filesystem, inner = open_store(path)
     filesystem.create_dir(inner, recursive=True)
 
 
 def check_writable(path: str) -> None:
-    """Make the directory `path` and see that a file can be written there.
+    """Make the directory `path` and check that it is writable.
 
     Raises
     ------
     InputError
-        If not.
+        If it is not.
     """
     try:
         filesystem, inner = open_store(path)
@@ -195,16 +195,16 @@ def check_writable(path: str) -> None:
 
 
 def commit(path: str, manifest: dict[str, Any]) -> None:
-    """Mark the directory `path` as whole."""
+    """Mark the directory `path` as complete by writing its manifest."""
     write_sealed(join(path, MANIFEST), manifest)
 
 
 def is_complete(path: str) -> bool:
-    """Whether the directory `path` was committed."""
+    """Whether the directory `path` is complete, that is, has a manifest."""
     return exists(join(path, MANIFEST))
 
 
 def fingerprint(content: Any) -> str:  # noqa: ANN401 - any JSON value
-    """16 hex digits of the SHA-256 of a JSON value, the same for equal values in any key order."""
+    """First 16 hex digits of the SHA-256 of a JSON value. The order of keys makes no difference."""
     canonical = json.dumps(content, sort_keys=True, ensure_ascii=False, separators=(",", ":"))
     return hashlib.sha256(canonical.encode()).hexdigest()[:16]

@@ -1,4 +1,4 @@
-"""All jobs under one name: `bert4rec JOB ...` is `python -m jobs.JOB ...`."""
+"""The console command: `bert4rec JOB ...` runs `python -m jobs.JOB ...`."""
 
 import ast
 import pkgutil
@@ -10,7 +10,7 @@ JOBS = sorted(module.name for module in pkgutil.iter_modules([str(Path(__file__)
 
 
 def main() -> None:
-    """Run the job that the first word names; exits 2 where it names none."""
+    """Run the job that the first argument names. If it names no job, exit with 2."""
     name, *arguments = sys.argv[1:] or [""]
     if name not in JOBS:
         is_wanted = name in ("-h", "--help")
@@ -21,7 +21,7 @@ def main() -> None:
 
 
 def _usage() -> str:
-    """A line for each job; read without importing them, which takes seconds."""
+    """One line per job, parsed from its docstring, because importing the jobs takes seconds."""
     lines = ["usage: bert4rec JOB [--help] [--config FILE] [group.key=value ...]", "", "jobs:"]
     for name in JOBS:
         text = ast.get_docstring(ast.parse(Path(__file__).with_name(f"{name}.py").read_text())) or ""

@@ -1,4 +1,4 @@
-"""Titles and genres -> embeddings by item: `python -m jobs.embed [--config FILE] [group.key=value ...]`."""
+"""Makes an embedding per item from titles and genres: `python -m jobs.embed [--config FILE] [group.key=value ...]`."""
 
 from bert4rec.cli import run_job
 from bert4rec.config import Config
@@ -11,8 +11,8 @@ SHOWN_TEXTS = 5
 
 
 def embed_items(config: Config) -> EmbedResult:
-    """Embed the config's titles and say what came of it."""
-    model = find_model(config.embedding)  # a model that cannot be had is told before anything is fetched or read
+    """Embed the titles of the config's data and print a summary."""
+    model = find_model(config.embedding)  # report a missing model before any download
     fetch_if_default(config.data.data_dir)
     texts = read_texts(config.data.data_dir, config.embedding.with_genres)
     print("texts, such as:\n" + "\n".join(f"    {text}" for text in texts["text"][:SHOWN_TEXTS].to_pylist()))

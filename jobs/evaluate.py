@@ -1,4 +1,4 @@
-"""Model and baselines on the held-out items: `python -m jobs.evaluate [--config FILE] [group.key=value ...]`."""
+"""Ranks held-out items by model and baselines: `python -m jobs.evaluate [--config FILE] [group.key=value ...]`."""
 
 import os
 from dataclasses import asdict
@@ -12,7 +12,7 @@ from bert4rec.runs import EVALUATION, checkpoint_and_output
 
 
 def evaluate_model(config: Config, checkpoint: str | None = None) -> Evaluation:
-    """Print the metrics of `checkpoint` (default: the config's) beside the baselines', and write them beside it."""
+    """Print metrics of `checkpoint` (default: the config's) and of the baselines, and write them beside it."""
     checkpoint = checkpoint or checkpoint_and_output(config)[0]
     result = evaluate(config, config.prepared_path, checkpoint)
     path = storage.join(os.path.dirname(checkpoint.rstrip("/")), EVALUATION)
@@ -44,7 +44,7 @@ def _held_out(result: Evaluation) -> str:
 
 
 def _table_of_groups(groups: dict[str, dict[str, dict[str, float]]]) -> str:
-    """A line for each group that has users: how many, and NDCG@10 of each system."""
+    """One line per group that has users: their number, and the NDCG@10 of each system."""
     systems = list(next(iter(groups.values())))
     filled = [(group, rows) for group, rows in groups.items() if rows[systems[0]]["num_users"]]
     lines = [f"{'':<10}{'users':>13}" + "".join(f"  {system:>11}" for system in systems)]
@@ -55,7 +55,7 @@ def _table_of_groups(groups: dict[str, dict[str, dict[str, float]]]) -> str:
 
 
 def table_of_metrics(rows: dict[str, dict[str, float]]) -> str:
-    """Metrics side by side, a column for each of `rows`."""
+    """A table with one line per metric and one column per system in `rows`."""
     names = list(next(iter(rows.values())))
     first = max(10, *(len(name) for name in names))
     lines = [" " * first + "".join(f"  {system:>11}" for system in rows)]

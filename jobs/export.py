@@ -1,4 +1,4 @@
-"""Trained model -> programs that need none of this: `python -m jobs.export [--config FILE] [group.key=value ...]`."""
+"""Exports a trained model as stand-alone programs: `python -m jobs.export [--config FILE] [group.key=value ...]`."""
 
 import os
 from typing import Literal, assert_never
@@ -23,7 +23,7 @@ from bert4rec.runs import checkpoint_and_output
 
 
 def export_model(config: Config) -> str:
-    """Write the config's model in each of `export.formats`; the directory."""
+    """Write the config's model in each of `export.formats`. Return the directory."""
     if "onnx" in config.export.formats:
         check_onnx()
     checkpoint, _ = checkpoint_and_output(config)

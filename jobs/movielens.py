@@ -1,4 +1,5 @@
-"""Get MovieLens data as input files: `python -m jobs.movielens NAME [--archive PATH] [--out DIR] [--overwrite]`."""
+"""Downloads MovieLens data and converts them to input files: `python -m jobs.movielens NAME [--archive PATH] [--out
+DIR] [--overwrite]`."""
 
 import argparse
 import sys
@@ -8,7 +9,7 @@ from bert4rec.errors import InputError
 
 
 def main() -> int:
-    """Parse, provide, and say what is wrong in one line."""
+    """Parse the arguments and provide the data. Print an error as one line."""
     args = _parser().parse_args()
     try:
         movielens.provide(args.name, args.archive, args.out, args.overwrite)

@@ -1,4 +1,4 @@
-"""Ratings file to trained model to top-k file: `python -m jobs.pipeline [--config FILE] [group.key=value ...]`."""
+"""Runs the jobs from ratings to top-k files: `python -m jobs.pipeline [--config FILE] [group.key=value ...]`."""
 
 import pyarrow.parquet as pq
 
@@ -18,11 +18,11 @@ SHOWN_USERS, SHOWN_ITEMS = 5, 5
 
 
 def run_pipeline(config: Config) -> None:
-    """All steps, then a look at what came out."""
+    """Run all steps, then show recommendations of a few users."""
     if config.model.use_title_emb:
         embed_items(config)
     dataset = PreparedDataset(prepare_dataset(config))
-    # The run's own directory is not known before training; it lies in storage_path.
+    # Training chooses the run's own directory, which will be in storage_path.
     check_request(config.inference, dataset, storage.absolute(config.inference.output_path or config.run.storage_path))
     result = train_model(config)
     if not config.data.use_full_data:
@@ -35,7 +35,7 @@ def run_pipeline(config: Config) -> None:
 
 
 def _show_users(dataset: PreparedDataset, output_path: str) -> None:
-    """The last items and the first recommendations of a few users, by title."""
+    """Print the last items and the first recommendations of a few users, by title."""
     items = dataset.items()
     ids, titles = items.ids.to_pylist(), items.title.to_pylist()
     title_of = {item: title or str(item) for item, title in zip(ids, titles, strict=True)}

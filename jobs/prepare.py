@@ -1,4 +1,5 @@
-"""Ratings and item metadata -> prepared dataset: `python -m jobs.prepare [--config FILE] [group.key=value ...]`."""
+"""Makes the prepared dataset from ratings and metadata: `python -m jobs.prepare [--config FILE] [group.key=value
+...]`."""
 
 from bert4rec import storage
 from bert4rec.cli import run_job
@@ -10,9 +11,11 @@ from bert4rec.data.prepare import prepare
 
 
 def prepare_dataset(config: Config) -> str:
-    """Prepare the config's data, fetching MovieLens-100K where that is meant; the dataset's directory."""
+    """Prepare the config's data, and download MovieLens-100K if it is the default. Return the dataset's directory."""
     fetch_if_default(config.data.data_dir)
-    find_interactions(storage.absolute(config.data.data_dir), config.data.data_file)  # what is missing is told at once
+    find_interactions(
+        storage.absolute(config.data.data_dir), config.data.data_file
+    )  # report a missing file before Ray starts
     begin(config)
     manifest = prepare(config.data, config.prepared_path, report=print)
     for note in manifest.notes:

@@ -1,4 +1,4 @@
-"""Top-k for every user, or for a few: `python -m jobs.recommend [--config FILE] [group.key=value ...]`."""
+"""Recommends items to all users or to a few: `python -m jobs.recommend [--config FILE] [group.key=value ...]`."""
 
 from bert4rec.cli import run_job
 from bert4rec.config import Config
@@ -14,7 +14,7 @@ SHOWN_NEW_USERS, SHOWN_HISTORY = 10, 5
 
 
 def recommend_users(config: Config) -> None:
-    """What the config asks for: all users, or a few, or items similar to some."""
+    """Recommend to all users or to a few users, or list similar items, as the config asks."""
     if not config.inference.is_for_few:
         recommend_all(config)
         return
@@ -41,7 +41,7 @@ def recommend_users(config: Config) -> None:
 
 
 def recommend_all(config: Config, checkpoint: str | None = None) -> str:
-    """Write recommendations from `checkpoint` (default: the config's); the output directory."""
+    """Write recommendations by `checkpoint` (default: the config's). Return the output directory."""
     checkpoint, output_path = checkpoint_and_output(config, checkpoint)
     _say_what_was_written(config, recommend(config, config.prepared_path, checkpoint, output_path))
     return output_path
@@ -68,7 +68,7 @@ def _few_users(config: Config, dataset: PreparedDataset, recommender: Recommende
 
 
 def _show_users(recommender: Recommender, sequences: Sequences, ranked: list[Ranked], count: int) -> None:
-    """The last items and the recommendations of the first `count` users."""
+    """Print the last items and the recommendations of the first `count` users."""
     ids, titles = recommender.items.ids.to_pylist(), recommender.items.title.to_pylist()
     title_of = {item: title or "" for item, title in zip(ids, titles, strict=True)}
     rows: dict[int | str, list[tuple[int | str, float]]] = {}
@@ -93,7 +93,7 @@ def _show_similar(recommender: Recommender, item: int | str, topk: int) -> None:
 
 
 def _show_table(value: str, rows: list[tuple[int | str, str, float]]) -> None:
-    """Rank, item, value and title; the title last, as it may be long."""
+    """Print rank, item, value and title. The title comes last because it may be long."""
     width = max([10, *(len(str(item)) for item, _, _ in rows)])
     print(f"{'rank':>6}{'item':>{width + 2}}{value:>9}  title")
     for rank, (item, title, number) in enumerate(rows, 1):

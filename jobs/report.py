@@ -1,4 +1,5 @@
-"""A run as one HTML page: `python -m jobs.report [RUN] [--prepared DIR] [--recommendations DIR] [--output FILE]`."""
+"""Shows a run on one HTML page: `python -m jobs.report [RUN] [--prepared DIR] [--recommendations DIR] [--output
+FILE]`."""
 
 import argparse
 import os
@@ -21,7 +22,7 @@ from bert4rec.runs import EVALUATION, REPORT, RUN, RUN_CONFIG, RUN_IDENTITY, new
 def report_run(
     run: str, prepared: str | None = None, recommendations: str | None = None, output: str | None = None
 ) -> str:
-    """Write the page of the run directory `run`, by default as report.html in it; the page's path.
+    """Write the page of the run directory `run`, by default as report.html in it. Return the page's path.
 
     Raises
     ------
@@ -51,7 +52,7 @@ def report_run(
 
 
 def _find_dataset(config: Config, run: str, identity: str, prepared: str | None) -> PreparedDataset:
-    """The dataset that the run was trained on, by its fingerprint; a run may have been moved with its neighbours."""
+    """Find the run's dataset by its fingerprint. Also search beside the run, which may have been moved with it."""
     if prepared is not None:
         places = [prepared]
     else:
@@ -69,12 +70,12 @@ def _find_dataset(config: Config, run: str, identity: str, prepared: str | None)
 
 
 def _find_recommendations(path: str, identity: str) -> Recommendations | str:
-    """What is there, or why it cannot be shown."""
+    """Find the recommendations, or say why the page cannot show them."""
     manifest = _read_if_there(storage.join(path, storage.MANIFEST))
     if manifest is None or "identity" not in manifest:
         return "No recommendations yet: python -m jobs.recommend writes them."
     if manifest["identity"].get("dataset") != identity:
-        return "The recommendations are of other data, or of a few users: python -m jobs.recommend makes them."
+        return "The recommendations are for other data or for a few users only; python -m jobs.recommend replaces them."
     settings = manifest["identity"]["settings"]
     if "parquet" not in settings["formats"]:
         return "The recommendations have no Parquet files: inference.formats=[parquet] writes them."
@@ -89,13 +90,15 @@ def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(prog="python -m jobs.report", description="Write a run's report, one HTML page.")
     parser.add_argument("run", nargs="?", help="directory of the run (default: the run in runs/ that finished last)")
     parser.add_argument("--prepared", help="its prepared dataset (default: found by its fingerprint)")
-    parser.add_argument("--recommendations", help="what `jobs.recommend` wrote (default: recommendations in the run)")
+    parser.add_argument(
+        "--recommendations", help="directory that `jobs.recommend` wrote (default: recommendations in the run)"
+    )
     parser.add_argument("--output", help=f"the file to write (default: {REPORT} in the run)")
     return parser
 
 
 def main() -> int:
-    """Parse, report, and say what is wrong in one line."""
+    """Parse the arguments and write the report. Print an error as one line."""
     arguments = _parser().parse_args()
     try:
         report_run(arguments.run or newest_run("runs"), arguments.prepared, arguments.recommendations, arguments.output)

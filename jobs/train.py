@@ -1,4 +1,4 @@
-"""Prepared dataset -> model directory: `python -m jobs.train [--config FILE] [group.key=value ...]`."""
+"""Trains a model on a prepared dataset: `python -m jobs.train [--config FILE] [group.key=value ...]`."""
 
 from bert4rec.cli import run_job
 from bert4rec.config import Config
@@ -7,7 +7,7 @@ from bert4rec.training.train import TrainResult, train
 
 
 def train_model(config: Config) -> TrainResult:
-    """Train on the prepared dataset and say what came of it."""
+    """Train on the prepared dataset and print a summary."""
     result = train(config, config.prepared_path)
     best = result.best_metrics
     print(

@@ -8,7 +8,7 @@ from bert4rec.tune.tune import SHOWN_BEST, TuneResult, table, tune
 
 
 def tune_model(config: Config) -> TuneResult:
-    """Search on the prepared dataset and say what came of it."""
+    """Search on the prepared dataset and print a summary."""
     result = tune(config, config.prepared_path)
     trials, monitor = result.trials, config.monitor
     statuses = [trial.status for trial in trials]

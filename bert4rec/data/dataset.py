@@ -1,15 +1,15 @@
 """The prepared dataset on disk, read side.
 
-sequences/*.parquet: a row a user, sorted by user id over the files in name order.
+sequences/*.parquet: one row per user, sorted by user id, with the files in the order of their names.
     user, items list<int32> in time order, last_year int16 or null
-    before_NAME int32, a column for each of the manifest's cut-offs: how many of the items came before it
-items.parquet: a row an item, in token order.
+    before_NAME int32, one column per cut-off of the manifest: how many of the items came before the cut-off
+items.parquet: one row per item, in token order.
     index int32, item, count int64, year int16 or null, title or null,
-    and of each feature (`features.py`) list<int32>, or int32 or null
+    and one column per feature (`features.py`): list<int32>, or int32 or null
 manifest.json: `Manifest`, written last.
 
-Tokens: 0 is padding, 1..num_items are items, num_items+1 is [MASK]. Features' indices count from 0 into the
-manifest's vocabularies. Ids are int64 or strings, as they came.
+Tokens: 0 is padding, 1..num_items are items, num_items+1 is [MASK]. The indices of a feature point into its vocabulary
+in the manifest, from 0. Ids are int64 or strings, as in the input.
 """
 
 import tempfile
@@ -33,7 +33,7 @@ ITEMS = "items.parquet"
 
 
 class InputFile(BaseModel):
-    """What identifies one file that the dataset was made from, or of it."""
+    """What identifies a file: one that the dataset was made from, or one of the dataset itself."""
 
     model_config = ConfigDict(frozen=True, extra="forbid")
     name: str
@@ -42,75 +42,76 @@ class InputFile(BaseModel):
 
 
 class Manifest(BaseModel):
-    """What the prepared dataset holds and what it was made from."""
+    """Content and origin of a prepared dataset."""
 
     model_config = ConfigDict(frozen=True, extra="forbid")
     format_version: Literal[2] = 2
     identity: dict[str, Any] = {}
-    """`data_identity` of the config that it was made with."""
+    """`data_identity` of the config that made the dataset."""
     num_users: int
     num_items: int
     num_new_items: int = 0
-    """Items without interactions, the last tokens (data.include_new_items)."""
+    """Items without interactions, which have the last tokens (data.include_new_items)."""
     num_core_items: int = 0
-    """Items that are not in the k-core."""
+    """Items that the k-core left out."""
     num_core_users: int = 0
-    """Users that are not."""
+    """Users that the k-core left out."""
     num_core_interactions: int = 0
-    """Interactions that are not."""
+    """Interactions that the k-core left out."""
     num_interactions: int
-    """After the exact duplicates, and what is not in the k-core, were dropped."""
+    """Interactions without exact duplicates and without those that the k-core left out."""
     num_duplicates: int
     cutoffs: dict[str, int] = {}
-    """Unix times; of a temporal split validation and test, and with the prefix recent_ seven days before each; else
-    recent_last, seven days before the last interaction."""
+    """Unix times by name. A temporal split has validation and test, and recent_validation and recent_test seven days
+    before them. Other data with times have recent_last, seven days before the last interaction."""
     has_time: bool
     catalogue: str
     """`metadata.catalogue_fingerprint`."""
     vocabularies: dict[str, list[str]]
     """Values of each metadata feature (`FEATURES`)."""
     notes: list[str]
-    """What was ignored or switched off, a line each, for the user."""
+    """Lines for the user that say what `prepare` ignored or switched off."""
     inputs: list[InputFile]
     files: dict[str, int]
     """Bytes of each data file, to detect a damaged copy."""
     sha256: dict[str, str]
-    """Of each data file, to detect an altered one."""
+    """SHA-256 of each data file, to detect an altered one."""
 
     @property
     def fingerprint(self) -> str:
-        """Of the input files, the catalogue made of them and the split, hence of the whole dataset."""
+        """Fingerprint of the input files, the catalogue and the split, which determine the whole dataset."""
         made_of = [self.format_version, self.catalogue, *(f.model_dump() for f in self.inputs)]
         return storage.fingerprint([*made_of, self.identity, self.cutoffs])
 
 
 @dataclass(frozen=True)
 class Sequences:
-    """Histories of N users: one flat array and offsets, Arrow's own layout."""
+    """Histories of N users: one flat array and offsets, like an Arrow list array."""
 
     users: pa.Array
     """[N] original ids."""
     items: np.ndarray
-    """[T] int32 tokens, each user's in time order."""
+    """[T] int32 tokens; those of each user are in time order."""
     offsets: np.ndarray
     """[N+1] int64; user n's items are items[offsets[n]:offsets[n+1]]."""
     last_year: np.ndarray
-    """[N] int16 year of the last interaction, meaningful where has_last_year."""
+    """[N] int16 year of the last interaction; only valid if has_last_year."""
     has_last_year: np.ndarray
     """[N] bool."""
     before: dict[str, np.ndarray] = field(default_factory=dict)
-    """[N] int32 interactions before each of the manifest's cut-offs."""
+    """By name of a cut-off in the manifest: [N] int32 interactions before it."""
 
     @classmethod
     def of(cls, users: pa.Array, histories: Sequence[np.ndarray], last_years: pa.Array | None = None) -> Self:
-        """Of users [N], their tokens, the latest last, and int16 years of their last interactions, null if unknown."""
+        """Make sequences from users [N], their tokens, latest last, and int16 years of last interactions, null if
+        unknown."""
         years = pa.nulls(len(users), pa.int16()) if last_years is None else last_years
         items = pa.array(histories, pa.list_(pa.int32()))
         return cls.from_table(pa.table({"user": users, "items": items, "last_year": years}))
 
     @classmethod
     def from_table(cls, table: pa.Table) -> Self:
-        """From rows of sequences/*.parquet, without a copy where the table is one chunk."""
+        """Read rows of sequences/*.parquet, without a copy if the table has one chunk."""
         table = table.combine_chunks()
         items = _one_chunk(table["items"])
         year = _one_chunk(table["last_year"])
@@ -133,7 +134,7 @@ class Sequences:
 
     @property
     def lengths(self) -> np.ndarray:
-        """[N] int64, interactions a user."""
+        """[N] int64 interactions of each user."""
         return np.diff(self.offsets)
 
 
@@ -147,7 +148,7 @@ class Ragged(NamedTuple):
 
     @classmethod
     def from_column(cls, column: pa.Array) -> "Ragged":
-        """From a column of lists, or of single indices, of which null means none."""
+        """Read a column of lists, or of single indices, where null means that there is none."""
         if pa.types.is_list(column.type):
             offsets = column.offsets.to_numpy().astype(np.int64)
             return cls(column.values.to_numpy()[offsets[0] : offsets[-1]].astype(np.int64), offsets - offsets[0])
@@ -157,20 +158,20 @@ class Ragged(NamedTuple):
 
 @dataclass(frozen=True)
 class ItemTable:
-    """The catalogue; row i is token i+1."""
+    """The catalogue. Row i describes token i+1."""
 
     ids: pa.Array
     """[num_items] original ids."""
     count: np.ndarray
-    """[num_items] int64 interactions, falling."""
+    """[num_items] int64 interactions, in falling order."""
     year: np.ndarray
-    """[num_items] int16 release year, meaningful where has_year."""
+    """[num_items] int16 year of release; only valid if has_year."""
     has_year: np.ndarray
     """[num_items] bool."""
     title: pa.Array
-    """[num_items] strings, null where unknown."""
+    """[num_items] strings, null if unknown."""
     listed: dict[str, tuple[int, Ragged]]
-    """Of each feature: size of the vocabulary, and each item's indices into it."""
+    """By feature: the size of its vocabulary, and each item's indices into the vocabulary."""
 
 
 class Part(NamedTuple):
@@ -182,21 +183,21 @@ class Part(NamedTuple):
 
 
 class PreparedDataset:
-    """A whole prepared dataset; reads what is asked for.
+    """A complete prepared dataset. It reads only what a method asks for.
 
     Parameters
     ----------
     path
         Its directory.
     verify
-        Read all files once and compare their hashes, which a job's driver does before any work and its workers need
-        not do again.
+        Read all files once and compare their hashes. The driver of a job does this before any work; its workers need
+        not do it again.
 
     Raises
     ------
     InputError
-        Where there is none, it is of another format, or a file is missing, of another size or, with `verify`, of
-        another content than was written.
+        If there is no dataset, it has another format, or a file is missing or has another size. With `verify`, also if
+        the content of a file has changed.
     """
 
     def __init__(self, path: str, verify: bool = False) -> None:
@@ -209,7 +210,7 @@ class PreparedDataset:
         content = storage.read_sealed(storage.join(path, storage.MANIFEST))
         if (version := content.get("format_version")) == 1:
             raise InputError(
-                f"{path}: prepared by an earlier version (format {version}); `python -m jobs.prepare` makes it anew"
+                f"{path}: prepared by an earlier version (format {version}); `python -m jobs.prepare` makes it again"
             )
         try:
             self.manifest = Manifest.model_validate(content)
@@ -221,7 +222,7 @@ class PreparedDataset:
 
     @property
     def num_items(self) -> int:
-        """Items of the catalogue."""
+        """Number of items in the catalogue."""
         return self.manifest.num_items
 
     @property
@@ -230,10 +231,10 @@ class PreparedDataset:
         return [storage.join(self.path, name) for name in sorted(self.manifest.files) if name.startswith("sequences/")]
 
     def sequences(self, memory_mb: int | None = None) -> Sequences:
-        """Every user, sorted by id.
+        """Read every user, sorted by id.
 
-        Where the items take more than `memory_mb` MiB, they lie in a temporary file on the local disk, mapped into
-        memory: the system keeps the pages in use, and whoever reads them sees no difference.
+        If the items take more than `memory_mb` MiB, they go into a temporary file on the local disk, which is mapped
+        into memory. The system then keeps only the pages in use in memory; readers see no difference.
         """
         count = self.manifest.num_interactions
         if memory_mb is None or 4 * count <= memory_mb * 2**20:
@@ -258,7 +259,7 @@ class PreparedDataset:
         )
 
     def parts(self) -> list["Part"]:
-        """The users in consecutive parts, the same for every call: the units of parallel scoring and of its resume."""
+        """Consecutive parts of the users, the same in every call. Parallel scoring runs, and resumes, part by part."""
         size = min(max(-(-self.manifest.num_users // 64), 512), 65_536)
         return [
             Part(number, low, min(low + size, self.manifest.num_users))
@@ -266,7 +267,7 @@ class PreparedDataset:
         ]
 
     def read_part(self, part: "Part") -> Sequences:
-        """The histories of one part."""
+        """Read the histories of one part."""
         tables = []
         for file, group, first, rows in self._row_groups:
             low, high = max(part.low - first, 0), min(part.high - first, rows)
@@ -278,7 +279,7 @@ class PreparedDataset:
 
     @cached_property
     def _row_groups(self) -> list[tuple[str, int, int, int]]:
-        """Of each row group of the sequences: its file, its number there, its first user and how many; read once."""
+        """For each row group of the sequences: its file, its number there, its first user and its number of users."""
         found, first = [], 0
         for file in self.sequence_files:
             filesystem, inner = storage.open_store(file)
@@ -290,7 +291,7 @@ class PreparedDataset:
         return found
 
     def items(self) -> ItemTable:
-        """The catalogue."""
+        """Read the catalogue."""
         sizes = {name: len(values) for name, values in self.manifest.vocabularies.items()}
         return read_items(storage.join(self.path, ITEMS), sizes)
 
@@ -312,7 +313,7 @@ class PreparedDataset:
 
 
 def read_items(path: str, sizes: dict[str, int] | None = None) -> ItemTable:
-    """The catalogue of an items.parquet; without the `sizes` of the vocabularies it has no lists of their values."""
+    """Read the catalogue in an items.parquet. Without the `sizes` of the vocabularies, it has no features."""
     filesystem, inner = storage.open_store(path)
     table = pq.read_table(inner, filesystem=filesystem).combine_chunks()
     year = _one_chunk(table["year"])

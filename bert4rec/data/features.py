@@ -4,14 +4,14 @@ from typing import NamedTuple
 
 
 class Feature(NamedTuple):
-    """Where a feature's values lie."""
+    """Where to find the values of a feature."""
 
     file: str
     """FILE.tsv in the input, with columns `item` and the feature's name."""
     column: str
     """Column of items.parquet: indices into the feature's vocabulary in the manifest."""
     is_list: bool
-    """Whether an item may have several values; of a feature that allows one, an item's first row counts."""
+    """Whether an item may have several values. If not, the first row of an item counts."""
 
 
 FEATURES = {

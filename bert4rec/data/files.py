@@ -1,6 +1,6 @@
-"""The input files: which there are, what identifies them, and how their text begins.
+"""Finds the input files, identifies them, and reads their headers.
 
-What is wrong with a file is an `InputError` that names the file, the line, the column and what is expected.
+If a file is wrong, the `InputError` names the file, the line, the column and what is expected.
 """
 
 import csv
@@ -19,19 +19,19 @@ from bert4rec.data.features import FEATURES
 from bert4rec.errors import InputError
 
 METADATA = {"years": "year", "titles": "title", **{feature.file: name for name, feature in FEATURES.items()}}
-"""Column of each optional file NAME.tsv, beside its column `item`."""
+"""For each optional file NAME.tsv, its second column; the first is `item`."""
 _COMPRESSED = (".gz", ".bz2", ".zst", ".lz4")
 _HEADER_BYTES = 1 << 20
 READ_BYTES = 8 << 20
 
 
 def find_interactions(data_dir: str, data_file: str) -> list[str]:
-    """Names in `data_dir` of the files that `data_file`, a name or a glob pattern, stands for, sorted.
+    """Sorted names of the files in `data_dir` that `data_file`, a name or a glob pattern, matches.
 
     Raises
     ------
     InputError
-        If there is none.
+        If no file matches.
     """
     subdirectory, pattern = posixpath.split(data_file)
     present = _list(storage.join(data_dir, subdirectory) if subdirectory else data_dir)
@@ -43,7 +43,7 @@ def find_interactions(data_dir: str, data_file: str) -> list[str]:
 
 
 def find_metadata(data_dir: str) -> dict[str, str]:
-    """File names of the metadata that `data_dir` has, plain or compressed, by key of METADATA."""
+    """Names of the metadata files in `data_dir`, plain or compressed, by key of METADATA."""
     present = _list(data_dir)
     found = {}
     for key in METADATA:
@@ -67,13 +67,13 @@ def hash_file(data_dir: str, name: str) -> InputFile:
 
 
 def is_compressed(name: str) -> bool:
-    """Whether the file's name tells of a compression, which is then undone by whoever opens it."""
+    """Whether the file's name has the ending of a compressed file, which readers then decompress."""
     return name.endswith(_COMPRESSED)
 
 
 @contextmanager
 def readable(path: str) -> Iterator[None]:
-    """Turn an error of reading `path` into an InputError."""
+    """Turn an error from reading `path` into an InputError."""
     try:
         yield
     except OSError as error:  # also what pyarrow raises for damaged compression and Parquet
@@ -81,7 +81,7 @@ def readable(path: str) -> Iterator[None]:
 
 
 def read_header(path: str, delimiter: str, wanted: tuple[str, str]) -> tuple[tuple[str, ...], int, bool]:
-    """Column names, the header's length in bytes, and whether anything follows it.
+    """Return the column names, the header's length in bytes, and whether any data follow it.
 
     Raises
     ------
@@ -107,7 +107,7 @@ def read_header(path: str, delimiter: str, wanted: tuple[str, str]) -> tuple[tup
 
 
 def require_columns(path: str, columns: tuple[str, ...], wanted: tuple[str, str]) -> None:
-    """Raise the InputError of a `wanted` column that is not there exactly once."""
+    """Raise an InputError if `columns` does not have each `wanted` column exactly once."""
     for name in wanted:
         if columns.count(name) != 1:
             found = "no" if name not in columns else "more than one"
@@ -123,7 +123,7 @@ def _list(directory: str) -> list[str]:
 
 
 def unquote(fields: pa.Array) -> pa.Array:
-    """Undo a CSV writer's quoting: fields in quotes in which each further quote is doubled."""
+    """Remove the quotes of a CSV writer, and undouble the quotes within a quoted field."""
     inner = pc.utf8_slice_codeunits(fields, 1, -1)
     quoted = pc.match_substring_regex(fields, '^"(?:[^"]|"")*"$')
     return pc.if_else(quoted, pc.replace_substring(inner, '""', '"'), fields)

@@ -1,4 +1,4 @@
-"""Ids of users and items: int64 or strings, compared as they are spelled."""
+"""Ids of users and items: int64 or strings, compared by their spelling."""
 
 import numpy as np
 import pyarrow as pa
@@ -6,18 +6,18 @@ import pyarrow.compute as pc
 
 
 def find_ids(spelled: pa.Array, ids: pa.Array) -> np.ndarray:
-    """[S] int64 places of ids, as strings, among `ids`; -1 where there is none."""
+    """[S] int64 place of each id in `ids`, or -1. The ids to find are strings."""
     index: np.ndarray = pc.index_in(spelled, ids.cast(pa.string())).fill_null(-1).to_numpy().astype(np.int64)
     return index
 
 
 def some_of(ids: pa.Array | np.ndarray) -> str:
-    """A few ids, to show how they are spelled."""
+    """A few ids, for messages that show their spelling."""
     return ", ".join(repr(value) for value in ids[:3].tolist())
 
 
 def are_ints(ids: pa.Array) -> bool:
-    """Whether each id comes back the same from int64, as 7 does, and 007, +7 and 2**63 do not."""
+    """Whether each id is the usual spelling of an int64: 7 is, but 007, +7 and 2**63 are not."""
     try:
         return bool(pc.all(pc.equal(ids.cast(pa.int64()).cast(pa.string()), ids)).as_py() is not False)
     except pa.ArrowInvalid:
@@ -25,10 +25,10 @@ def are_ints(ids: pa.Array) -> bool:
 
 
 def as_ids(spelled: pa.Array) -> pa.Array:
-    """int64 where every id is the usual spelling of one, as 7 is and 007 is not; else the strings themselves."""
+    """Convert to int64 if `are_ints`; otherwise keep the strings."""
     return spelled.cast(pa.int64()) if are_ints(spelled) else spelled
 
 
 def ascending(values: pa.Array) -> pa.Array:
-    """Integers by number, strings by their bytes."""
+    """Sort the values: integers by number, strings by their bytes."""
     return values.take(pc.sort_indices(values))

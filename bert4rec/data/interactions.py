@@ -1,6 +1,6 @@
-"""Interactions files (CSV, compressed CSV, Parquet): cut into chunks, each read and checked on its own.
+"""Reads interactions files (CSV, compressed CSV, Parquet) in chunks, and checks each chunk on its own.
 
-So one large file keeps all cores busy, and what is wrong with its rows is found before anything is made of them.
+One large file therefore keeps all cores busy, and `prepare` finds bad rows before it writes anything.
 """
 
 import codecs
@@ -26,37 +26,37 @@ from bert4rec.data.ids import are_ints
 from bert4rec.errors import InputError
 
 SAMPLE_EVERY = 4096
-"""Rows for each user id that is sampled to balance the shuffle."""
+"""One user id in this many rows is sampled, to balance the shuffle."""
 _QUOTE = ord('"')
 _MAY_STAND_BESIDE = np.isin(np.arange(256), list(b'",\r\n'))  # [256] bool, by byte
 _TEXT = pa.dictionary(pa.int32(), pa.string())
-_LARGEST_TIME = 1e11  # in seconds the year 5138, in milliseconds 1973: tells one from the other
+_LARGEST_TIME = 1e11  # the year 5138 in seconds, but 1973 in milliseconds, so it tells the two units apart
 
 
 @dataclass(frozen=True)
 class Chunk:
-    """A part of an interactions file that is read on its own."""
+    """A part of an interactions file that a task reads on its own."""
 
     path: str
     kind: Literal["csv", "stream", "parquet"]
-    """Plain CSV, compressed CSV (read from its start, hence one chunk) or Parquet."""
+    """csv: plain CSV. stream: compressed CSV, a single chunk because it can only be read from its start. parquet."""
     columns: tuple[str, ...]
     """All columns of the file."""
     start: int
-    """First byte, or row group."""
+    """First byte (Parquet: first row group)."""
     stop: int
-    """Byte, or row group, behind the last."""
+    """Byte (Parquet: row group) after the last one."""
     line: int
-    """Line (Parquet: row) number of what is at `start`, counted from 1."""
+    """Number of the line (Parquet: row) at `start`, counted from 1."""
     block_bytes: int
-    """Decompressed bytes that are parsed at once."""
+    """Decompressed bytes to parse at once."""
     strings: tuple[str, ...] = ()
-    """Columns that the file itself declares as strings (Parquet), which stay so whatever they hold."""
+    """Columns that a Parquet file declares as strings. They stay strings even if they hold only numbers."""
 
 
 @dataclass(frozen=True)
 class ChunkSummary:
-    """What a chunk holds, and what is wrong with it."""
+    """Content and errors of a chunk."""
 
     num_rows: int
     int_users: bool
@@ -65,15 +65,15 @@ class ChunkSummary:
     items: pa.Array
     """Distinct item ids, as strings."""
     user_sample: pa.Array
-    """User id of each SAMPLE_EVERYth row, as strings."""
+    """User id in every SAMPLE_EVERYth row, as strings."""
     bad: Counter[str] = field(default_factory=Counter)
-    """Rows with an unusable value, by column."""
+    """Number of rows with an unusable value, by column."""
     error: str | None = None
-    """Why the chunk cannot be parsed."""
+    """Why the chunk cannot be parsed, if it cannot."""
 
 
 def scan_interactions(data_dir: str, name: str, chunk_bytes: int) -> tuple[InputFile, list[Chunk]]:
-    """The identity of an interactions file, and its chunks of about `chunk_bytes`.
+    """Return the identity of an interactions file, and its chunks of about `chunk_bytes`.
 
     Raises
     ------
@@ -101,18 +101,17 @@ def scan_interactions(data_dir: str, name: str, chunk_bytes: int) -> tuple[Input
 
 
 def read_chunk(chunk: Chunk, int_users: bool = False, int_items: bool = False) -> Iterator[pa.Table]:
-    """The columns user, item and, where the file has it, time, in pieces of about `block_bytes`, in file order.
+    """Yield the columns user, item and, if the file has it, time, in pieces of about `block_bytes`, in file order.
 
-    Ids are int64 where asked for, else dictionary-encoded strings, "" where missing; times are float64, NaN where
-    missing.
-    """
+    Ids are int64 if `int_users` (`int_items`), otherwise dictionary-encoded strings, with "" for a missing id. Times
+    are float64, with NaN for a missing time."""
     types = {"user": pa.int64() if int_users else _TEXT, "item": pa.int64() if int_items else _TEXT}
     if "time" in chunk.columns:
         types["time"] = pa.float64()
     if chunk.kind == "parquet":
         yield _read_parquet(chunk, types)
         return
-    # Only the wanted columns keep their names: any other may repeat.
+    # Only the wanted columns keep their names, because the names of other columns may repeat.
     names = [name if name in types else f"column {i}" for i, name in enumerate(chunk.columns)]
     with _open_bytes(chunk) as stream:
         reader = pacsv.open_csv(
@@ -137,12 +136,12 @@ def year_of(seconds: np.ndarray) -> np.ndarray:
 
 
 def check_chunk(chunk: Chunk) -> ChunkSummary:
-    """Parse and check a chunk, and sum it up.
+    """Parse and check a chunk, and summarise it.
 
     Raises
     ------
     InputError
-        If its bytes cannot be read; what is wrong in its rows is returned.
+        If its bytes cannot be read. Errors in its rows do not raise; the summary holds them.
     """
     num_rows, int_users, int_items, error = 0, "user" not in chunk.strings, "item" not in chunk.strings, None
     items, sample, bad = [pa.array([], pa.string())], [pa.array([], pa.string())], Counter[str]()
@@ -165,9 +164,9 @@ def check_chunk(chunk: Chunk) -> ChunkSummary:
 
 
 def explain(chunk: Chunk, summary: ChunkSummary, bad: Counter[str]) -> InputError:
-    """What is wrong with the first unusable row of a chunk; `bad` counts such rows in all chunks.
+    """Make the error for the first unusable row of a chunk. `bad` counts such rows in all chunks.
 
-    Reads row by row in Python, which only a broken file costs.
+    This reads row by row in Python, which is slow but happens only for a broken file.
     """
     for where, problem, column in _problems(chunk):
         count = f" ({bad[column]:,} rows with an unusable {column} in all)" if bad[column] > 1 else ""
@@ -178,7 +177,7 @@ def explain(chunk: Chunk, summary: ChunkSummary, bad: Counter[str]) -> InputErro
 def _csv_chunks(
     path: str, name: str, columns: tuple[str, ...], header_bytes: int, chunk_bytes: int
 ) -> tuple[InputFile, list[Chunk]]:
-    """Hash the file and cut it at line ends outside quotes, that is, behind an even number of quotes (RFC 4180)."""
+    """Hash the file and cut it at line ends outside quotes, that is, after an even number of quotes (RFC 4180)."""
     filesystem, inner = storage.open_store(path)
     digest, chunks = hashlib.sha256(), []
     position, line = 0, 1  # of the block's start
@@ -202,14 +201,16 @@ def _csv_chunks(
 
 
 def _csv_chunk(path: str, columns: tuple[str, ...], start: int, stop: int, line: int) -> Chunk:
-    return Chunk(path, "csv", columns, start, stop, line, block_bytes=stop - start)  # however long a line is
+    return Chunk(
+        path, "csv", columns, start, stop, line, block_bytes=stop - start
+    )  # so that a line fits, however long it is
 
 
 class _Quotes:
-    """Follows the quotes behind a CSV's header, which RFC 4180 allows around a whole field alone, doubled within it.
+    """Checks the quotes after a CSV's header. RFC 4180 allows them only around a whole field, and doubled within it.
 
-    Of anything else readers make what they like: of a quote that is not closed, a field with all rows that follow.
-    """
+    CSV readers disagree about any other quote. An unclosed one, for example, swallows all following rows into one
+    field."""
 
     def __init__(self, path: str) -> None:
         self.path = path
@@ -218,12 +219,12 @@ class _Quotes:
         self._before = b"\n"  # the byte before the next block
 
     def feed(self, block: bytes) -> None:
-        """The file's next bytes.
+        """Take the file's next bytes.
 
         Raises
         ------
         InputError
-            If a quote stands where none may.
+            If a quote is in a place where RFC 4180 allows none.
         """
         if b'"' in block or self._before == b'"':
             self._check(block)
@@ -231,10 +232,10 @@ class _Quotes:
         self._before = block[-1:] or self._before
 
     def _check(self, block: bytes) -> None:
-        """An opening quote follows, and a closing one precedes, a comma, a line's end or (doubled) another quote."""
+        """Check that a comma, a line end or another quote (doubling) stands outside each opening and closing quote."""
         text = np.frombuffer(self._before + block, np.uint8)
         quotes = np.flatnonzero(text == _QUOTE)
-        if self._before == b'"':  # the block before has seen to it, but not to what follows it
+        if self._before == b'"':  # the last call has checked this quote, but not the byte after it
             closed_before, quotes = quotes[: not self.inside], quotes[1:]
         else:
             closed_before = quotes[:0]
@@ -255,7 +256,7 @@ class _Quotes:
         self.inside = bool((len(quotes) + self.inside) % 2)
 
     def end(self) -> None:
-        """No more bytes.
+        """Take the end of the file.
 
         Raises
         ------
@@ -278,7 +279,7 @@ def _last_line_end(block: bytes, inside_quotes: bool) -> int:
 
 
 def _parquet_chunks(path: str, chunk_bytes: int) -> list[Chunk]:
-    """Runs of row groups of about `chunk_bytes` each."""
+    """Make chunks of consecutive row groups, of about `chunk_bytes` each."""
     filesystem, inner = storage.open_store(path)
     try:
         with filesystem.open_input_file(inner) as file:
@@ -341,7 +342,7 @@ def _read_parquet(chunk: Chunk, types: dict[str, pa.DataType]) -> pa.Table:
 
 @contextmanager
 def _open_bytes(chunk: Chunk) -> Iterator[pa.NativeFile]:
-    """The chunk's CSV, decompressed."""
+    """Open the chunk's CSV, decompressed."""
     filesystem, inner = storage.open_store(chunk.path)
     if chunk.kind == "stream":
         with filesystem.open_input_stream(inner, compression="detect") as stream:
@@ -349,7 +350,7 @@ def _open_bytes(chunk: Chunk) -> Iterator[pa.NativeFile]:
     else:
         with filesystem.open_input_file(inner) as file:
             content = file.read_at(chunk.stop - chunk.start, chunk.start)
-        # Arrow drops a byte order mark at the start of whatever it reads; here it would be part of an id.
+        # Arrow drops a byte order mark at the start of its input, but within a file the mark is part of an id.
         yield pa.BufferReader(b"\n" + content if content.startswith(codecs.BOM_UTF8) else content)
 
 
@@ -362,7 +363,7 @@ def _bad_rows(table: pa.Table) -> dict[str, np.ndarray]:
 
 
 def _problems(chunk: Chunk) -> Iterator[tuple[str, str, str]]:
-    """Where, what and in which column, of each unusable row."""
+    """Yield the place, the problem and the column of each unusable row."""
     if chunk.kind == "parquet":
         row = chunk.line
         for table in read_chunk(chunk):
@@ -396,7 +397,7 @@ def _csv_problems(chunk: Chunk, text: TextIO) -> Iterator[tuple[str, str, str]]:
 
 
 def _seconds(value: str) -> float:
-    """As the reader takes it, NaN for what it does not."""
+    """Parse a time as the reader does; NaN if the reader refuses it."""
     try:
         return float(pa.scalar(value.strip(" \t")).cast(pa.float64()).as_py())
     except pa.ArrowInvalid:

@@ -1,4 +1,4 @@
-"""Metadata files (TSV) and what becomes of them: the rows of items.parquet and the vocabularies."""
+"""Reads metadata files (TSV) and makes the rows of items.parquet and the vocabularies from them."""
 
 import numpy as np
 import pyarrow as pa
@@ -13,14 +13,15 @@ from bert4rec.errors import InputError
 
 
 def read_metadata(data_dir: str, name: str, column: str) -> pa.Table:
-    """Columns `item` and `column` of a metadata file, as strings (years: int16), rows without a value left out.
+    """Read the columns `item` and `column` of a metadata file as strings (years: int16), without empty values.
 
-    Fields are not quoted, titles may hold quotes; yet a field that a CSV writer quoted as a whole is unquoted.
+    The format does not quote fields, and titles may hold quotes. But if a CSV writer quoted a whole field, this removes
+    the quotes.
 
     Raises
     ------
     InputError
-        If it cannot be read, lacks a column, or a line has another number of fields, no item, or a year out of range.
+        If the file cannot be read or lacks a column, or a line has a wrong number of fields, no item, or a bad year.
     """
     path = storage.join(data_dir, name)
     with readable(path):
@@ -55,7 +56,7 @@ def read_metadata(data_dir: str, name: str, column: str) -> pa.Table:
 def item_table(
     ids: pa.Array, counts: np.ndarray, metadata: dict[str, pa.Table]
 ) -> tuple[pa.Table, dict[str, list[str]], list[str]]:
-    """items.parquet, the vocabulary of each feature, and notes of what was ignored; `ids` in token order."""
+    """Make items.parquet, the vocabulary of each feature, and notes on ignored rows. `ids` are in token order."""
     columns = {"index": pa.array(np.arange(1, len(ids) + 1), pa.int32()), "item": ids, "count": pa.array(counts)}
     vocabularies: dict[str, list[str]] = {}
     notes: list[str] = []
@@ -85,7 +86,7 @@ def item_table(
 def _known_rows(
     ids: pa.Array, file: str, name: str, metadata: dict[str, pa.Table], notes: list[str]
 ) -> tuple[np.ndarray, pa.Array]:
-    """[S] place in `ids` and [S] value of each row of a metadata file whose item is among them."""
+    """[S] place in `ids` and [S] value, for each row of a metadata file whose item is in `ids`."""
     if file not in metadata:
         notes.append(f"no {file}.tsv: items have no {file}")
         return np.zeros(0, np.int64), pa.array([], pa.int16() if name == "year" else pa.string())
@@ -100,10 +101,10 @@ _ALWAYS = {"item", "year", "title", "genres", "director", "writers"}
 
 
 def catalogue_fingerprint(items: pa.Table, vocabularies: dict[str, list[str]]) -> str:
-    """Fingerprint of the item ids in token order and of all metadata: a model scores data of its own catalogue alone.
+    """Fingerprint of the item ids in token order and of all metadata. A model only scores data with its own catalogue.
 
-    A column without any value counts nothing, so that a new feature disowns no model that was trained before it; those
-    in `_ALWAYS` have counted from the first version on.
+    The fingerprint ignores a column without any value, so that models trained before a new feature stay usable. Columns
+    in `_ALWAYS` count even if empty, because the first version counted them.
     """
     columns = [name for name in items.column_names if name in _ALWAYS or not _is_empty(items[name])]
     counted = items.select([name for name in columns if name not in ("index", "count")])
@@ -121,7 +122,7 @@ def _is_empty(column: pa.ChunkedArray) -> bool:
 
 
 def new_items(ids: pa.Array, metadata: dict[str, pa.Table]) -> pa.Array:
-    """Ascending ids that have metadata but are not among `ids`, as far as they are of the same type."""
+    """Ascending ids that have metadata but are not in `ids`. Ids of another type than `ids` are left out."""
     named = pa.concat_arrays([pa.array([], pa.string()), *(t["item"].combine_chunks() for t in metadata.values())])
     unknown = named.unique()
     unknown = unknown.filter(pc.is_null(pc.index_in(unknown, ids.cast(pa.string()))))
@@ -131,7 +132,7 @@ def new_items(ids: pa.Array, metadata: dict[str, pa.Table]) -> pa.Array:
 
 
 def _lists(row: np.ndarray, value: np.ndarray, num_rows: int) -> pa.Array:
-    """[num_rows] lists of each row's values, in order and without repetitions."""
+    """[num_rows] lists: the values of each row, in order and without repetitions."""
     _, first = np.unique(np.stack([row, value]), axis=1, return_index=True)
     first.sort()
     row, value = row[first], value[first]
@@ -153,7 +154,7 @@ def _parse_years(path: str, content: bytes, years: pa.Array) -> pa.Array:
 
 
 def _line_of(content: bytes, row: int) -> int:
-    """Line number, from 1, of a data row of a metadata file, counted from 0; blank lines are no rows."""
+    """Line number, from 1, of data row `row`, from 0, of a metadata file. Blank lines are not rows."""
     filled = [number for number, line in enumerate(content.split(b"\n"), 1) if line.strip(b"\r")]
     return filled[row + 1]
 

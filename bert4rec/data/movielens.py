@@ -1,6 +1,6 @@
-"""MovieLens archives of GroupLens as our input files, and where to get them.
+"""Downloads MovieLens archives and converts them to our input files, `FILES`.
 
-Every rating is an interaction, in the archive's row order. Files of the result: `FILES`.
+Every rating becomes an interaction, in the archive's row order.
 """
 
 import csv
@@ -30,7 +30,7 @@ from bert4rec.errors import InputError
 FILES = ("train_ratings.csv", "titles.tsv", "genres.tsv", "years.tsv")
 URL = "https://files.grouplens.org/datasets/movielens/{}.zip"
 LICENCE = "MovieLens is for research use, no redistribution; cite Harper & Konstan 2015, doi.org/10.1145/2827872"
-MD5 = {  # as published beside the archives
+MD5 = {  # as GroupLens publishes them beside the archives
     "ml-100k": "0e33842e24a9c977be4e0107933c0723",
     "ml-1m": "c4d9eecfca2ab87c1945afe126590906",
     "ml-20m": "cd245b17a1ae2cc31bb14903e1204af3",
@@ -61,20 +61,20 @@ class _Layout:
     ratings: str
     delimiter: str
     columns: tuple[str, str, str]
-    """User, item and time, by the names in `names` or, where that is empty, in the file's header."""
+    """User, item and time: their names in `names` or, if that is empty, in the file's header."""
     names: tuple[str, ...]
     items: Callable[[Path], Iterator[_Item]]
 
 
 def provide(name: str, archive: str | None = None, out_dir: str | None = None, overwrite: bool = False) -> None:
-    """Have data set `name` in `out_dir` (data/NAME), from `archive`, else data/NAME.zip, else GroupLens.
+    """Put data set `name` into `out_dir` (default: data/NAME), from `archive`, data/NAME.zip or GroupLens.
 
-    Where GroupLens cannot be reached, ml-100k comes from RecBole's wheel. What is already there whole is left alone.
+    If GroupLens cannot be reached, ml-100k comes from RecBole's wheel. A complete data set in `out_dir` stays as it is.
 
     Raises
     ------
     InputError
-        If no source can be had, or one is not what it should be.
+        If no source is available, or a source has a wrong hash or format.
     """
     out, kept = Path(out_dir or f"data/{name}"), Path(f"data/{name}.zip")
     if not overwrite and all((out / file).is_file() for file in FILES):
@@ -97,20 +97,20 @@ def provide(name: str, archive: str | None = None, out_dir: str | None = None, o
 
 
 def fetch_if_default(data_dir: str) -> None:
-    """`ensure_ml_100k` where `data_dir` is the default of data.data_dir; others are the user's own."""
+    """Call `ensure_ml_100k` if `data_dir` is the default of data.data_dir. Other directories belong to the user."""
     if data_dir == DataConfig.model_fields["data_dir"].default:
         ensure_ml_100k(data_dir)
 
 
 def ensure_ml_100k(out_dir: str = "data/ml-100k") -> None:
-    """`provide` ml-100k unless `out_dir` has a ratings file, be it the user's own.
+    """Call `provide` for ml-100k unless `out_dir` has a ratings file, which may be the user's own.
 
-    A conversion is renamed into place whole, so a ratings file that is there is never half of one.
+    A finished conversion is moved into place as a whole, so an existing ratings file is always complete.
 
     Raises
     ------
     InputError
-        As `provide`; where no source can be had it says what was tried, why that failed and what to do.
+        As `provide`. If no source is available, the message says which were tried, why they failed and what to do.
     """
     if not Path(out_dir, FILES[0]).is_file():
         provide("ml-100k", out_dir=out_dir)
@@ -128,12 +128,12 @@ def convert(
     overwrite
         Replace an earlier conversion (never a directory that holds anything else).
     ratings_sha256
-        What the written train_ratings.csv must hash to.
+        Expected hash of the written train_ratings.csv.
 
     Raises
     ------
     InputError
-        If the archive is damaged or of another format, `out_dir` is in the way, or the hash is another.
+        If the archive is damaged or has another format, `out_dir` holds other files, or the hash differs.
     """
     source, target = Path(archive), Path(out_dir)
     _check_target(target, overwrite)
@@ -142,7 +142,7 @@ def convert(
     try:
         target.parent.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryDirectory(prefix=f".{target.name}-", dir=target.parent) as scratch:
-            new = Path(scratch, "new")  # a directory of its own: mkdtemp's is closed to other users
+            new = Path(scratch, "new")  # not the directory of mkdtemp, which other users cannot read
             new.mkdir()
             _write_items(LAYOUTS[layout].items(source), new)
             count = _write_ratings(source, LAYOUTS[layout], new / FILES[0])
@@ -160,12 +160,12 @@ def convert(
 
 
 def download(name: str, path: Path) -> None:
-    """GroupLens's archive of `name` at `path`, its MD5 checked.
+    """Download GroupLens's archive of `name` to `path`, and check its MD5.
 
     Raises
     ------
     OSError, http.client.HTTPException
-        If it cannot be reached or breaks off.
+        If GroupLens cannot be reached or the download breaks off.
     InputError
         If the MD5 is not the published one.
     """
@@ -190,12 +190,12 @@ def download(name: str, path: Path) -> None:
 
 
 def download_recbole(directory: str) -> Path:
-    """The wheel of `RECBOLE`, which holds ml-100k, from the package index.
+    """Download the wheel of `RECBOLE`, which holds ml-100k, from the package index.
 
     Raises
     ------
     OSError
-        If pip is not there or finds none.
+        If pip is not installed or does not find the wheel.
     """
     command = [sys.executable, "-m", "pip", "download", "--no-deps", "--quiet", "--dest", directory, RECBOLE]
     try:
@@ -213,7 +213,7 @@ def _provide_from_recbole(out: Path, overwrite: bool, failure: str) -> None:
             wheel = download_recbole(scratch)
         except OSError as error:
             raise InputError(
-                f"ml-100k cannot be had: {failure}; pip download {RECBOLE}, which holds a copy: {error}; "
+                f"ml-100k is not available: {failure}; pip download {RECBOLE}, which holds a copy: {error}; "
                 "put ml-100k.zip at data/ml-100k.zip, or set data.data_dir to a directory of input files"
             ) from None
         with _open(wheel, f"{RECBOLE_DIR}/ml-100k.item") as stream:
@@ -240,7 +240,7 @@ def _check_hash(what: str, algorithm: str, stream: IO[bytes], expected: str) -> 
 
 
 def _open(archive: Path, file: str) -> IO[bytes]:
-    """`file` at the top of the archive or in a directory of it (archives are packed with and without one)."""
+    """Open `file` at the top of the archive or in a directory at its top, since archives have either form."""
     root = archive if archive.is_dir() else zipfile.Path(archive)
     for folder in (root, *(path for path in root.iterdir() if path.is_dir())):
         if (folder / file).is_file():
@@ -328,10 +328,10 @@ def _items_csv(archive: Path) -> Iterator[_Item]:
 def _items_recbole(archive: Path) -> Iterator[_Item]:
     columns = ("item_id:token", "movie_title:token_seq", "release_year:token", "class:token_seq")
     for item, title, year, genres in _rows(archive, f"{RECBOLE_DIR}/ml-100k.item", "\t", "utf-8", columns, True):
-        if year == "unkonwn":  # how RecBole spells GroupLens's one title without a year, "unknown"
+        if year == "unkonwn":  # RecBole's spelling for the one GroupLens title without a year, "unknown"
             title = "unknown"
         elif year and not title.endswith(f"({year})"):
-            title = f"{title} ({year})"  # RecBole moved the last bracket of GroupLens's title, be it a year or a "V"
+            title = f"{title} ({year})"  # RecBole moved the last bracket of GroupLens's title, a year or a "V"
         yield _Item(item, title, genres.split(" "))
 
 

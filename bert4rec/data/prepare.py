@@ -1,12 +1,13 @@
 """Ratings and item metadata -> the prepared dataset of `dataset.py`; the only builder of vocabularies.
 
-The way of a rating: its file is cut into chunks (`interactions.py`), which are checked first, all of them. Then each
-chunk is read again and split by ranges of user ids; what the chunks hold of one range meets in one task, which sorts it
-by user and time. Once all items are counted, each range is written as a file of sequences in final tokens. The files
-are thus in order of users, and their content depends neither on the chunks nor on the cluster. Only the driver's
-summaries (item counts, sampled users) and references to the ranges are in one process.
+The steps: `interactions.py` cuts the files into chunks, and tasks check all of them. Tasks then read each chunk again
+and split it by ranges of user ids. For each range, one task joins the rows of all chunks and sorts them by user and
+time. Once all items are counted, a task writes each range as a file of sequences in final tokens. The files are
+therefore in the order of users, and their content depends neither on the chunks nor on the cluster. The driver holds
+only summaries (item counts, sampled users) and references to the ranges.
 
-Plain Ray tasks, since Ray Data's own shuffle takes 2.5 times as long on 20M ratings and 8 times on 1M.
+The module uses plain Ray tasks, because Ray Data's own shuffle takes 2.5 times as long on 20M ratings and 8 times as
+long on 1M.
 """
 
 import hashlib
@@ -34,56 +35,58 @@ from bert4rec.errors import InputError
 from bert4rec.progress import track
 
 CHUNK_BYTES = 32 << 20
-"""Smallest chunk of a file; chunks, and ranges of users, grow with the square root of very large inputs."""
+"""Smallest chunk of a file. For very large inputs, chunks and ranges of users grow with the square root of the size."""
 RANGE_ROWS = 1_000_000
 """Smallest number of ratings in a range of users."""
 RECENT_SECONDS = 7 * 24 * 3600
-"""What counts as recent: the popularity of these days is a baseline of evaluation."""
-_SEARCHED_TIMES = 257  # at once, each of which is a pass over the data: a year is found in four
-_SHARD_ROWS = 8192  # a chunk's share of a range: smaller objects would lie in the driver's memory
+"""How long an interaction counts as recent, for the evaluation baseline popularity-7-days."""
+_SEARCHED_TIMES = 257  # candidate times per pass over the data; four passes locate one second within a year
+_SHARD_ROWS = 8192  # rows that a chunk has of a range; Ray would keep smaller objects in the driver's memory
 _ROW_BYTES = 24
-_ROW_GROUP_USERS = 4096  # scoring reads parts of about that size
+_ROW_GROUP_USERS = 4096  # scoring reads parts of about this size
 
 
 @dataclass(frozen=True)
 class _Summary:
-    """All chunks' summaries."""
+    """The summaries of all chunks, added up."""
 
     num_rows: int
     item_ids: pa.Array
-    """Distinct items, ascending: int64 by number, strings by their bytes. A provisional code is the rank in it."""
+    """Distinct items, ascending: int64 by number, strings by their bytes. An item's provisional code is its place
+    here."""
     int_users: bool
     boundaries: pa.Array
-    """First user id of each range but the first."""
+    """First user id of each range except the first range."""
 
 
 @dataclass(frozen=True)
 class _Ranges:
-    """Sequences in provisional codes."""
+    """Sequences of provisional codes."""
 
     tables: list[ray.ObjectRef]
-    """One each range of users: user, items and, where there are, times (float64), sorted by user, then time."""
+    """One table per range of users: user, items and, if the data have them, times (float64), sorted by user and
+    time."""
     counts: np.ndarray
     """[V] int64 interactions of each code."""
     num_users: int
 
 
 def prepare(data: DataConfig, path: str, report: Callable[[str], None] = lambda line: None) -> Manifest:
-    """Write the prepared dataset of `data` to `path`, unless a whole one of the same input files is there.
+    """Write the prepared dataset of `data` to `path`, unless a complete one of the same input files is there.
 
     Parameters
     ----------
     data
         Names the input files.
     path
-        Directory of the dataset; what is there is replaced, once the input has been found usable.
+        Directory of the dataset. Its content is replaced once the input has proved usable.
     report
         Called with a line at each stage.
 
     Raises
     ------
     InputError
-        If an input file is missing or cannot be used, or `path` cannot be written.
+        If an input file is missing or unusable, or `path` is not writable.
     """
     data_dir = storage.absolute(data.data_dir)
     names = files.find_interactions(data_dir, data.data_file)
@@ -141,7 +144,7 @@ def prepare(data: DataConfig, path: str, report: Callable[[str], None] = lambda 
     report(f"writing {core.num_users:,} users")
     storage.begin(path)
     ranges = [(path, number, table, token_of_code, cutoffs) for number, table in enumerate(core.tables)]
-    written = [*_collect(_write_range, ranges, "writing"), _write_parquet(path, "items.parquet", items)]
+    written = [*_results_of(_write_range, ranges, "writing"), _write_parquet(path, "items.parquet", items)]
     manifest = Manifest(
         num_users=core.num_users,
         num_items=len(items),
@@ -163,8 +166,8 @@ def prepare(data: DataConfig, path: str, report: Callable[[str], None] = lambda 
     return manifest
 
 
-def _collect(function: Callable[..., Any], arguments: Iterable[tuple[Any, ...]], stage: str) -> Iterator[Any]:
-    """Results of Ray tasks, in order; an InputError of a task comes out as itself."""
+def _results_of(function: Callable[..., Any], arguments: Iterable[tuple[Any, ...]], stage: str) -> Iterator[Any]:
+    """Yield the results of Ray tasks in order. Raise an InputError of a task as itself, not as a RayTaskError."""
     task = ray.remote(function)
     for reference in track([task.remote(*each) for each in arguments], stage, "tasks"):
         try:
@@ -175,15 +178,17 @@ def _collect(function: Callable[..., Any], arguments: Iterable[tuple[Any, ...]],
             raise
 
 
-def _share(total: float, smallest: int, shard: int) -> int:
-    """Size of each chunk (range) such that its share of a range (chunk) is no smaller than `shard`."""
+def _chunk_size_for(total: float, smallest: int, shard: int) -> int:
+    """Size of each chunk (or range) such that a chunk has at least `shard` of each range."""
     return max(smallest, int((total * shard) ** 0.5))
 
 
 def _scan(data_dir: str, names: list[str]) -> list[tuple[InputFile, list[Chunk]]]:
     sizes = [files.size_of(data_dir, name) for name in names]
-    chunk_bytes = _share(sum(sizes), CHUNK_BYTES, _SHARD_ROWS * _ROW_BYTES)
-    return list(_collect(interactions.scan_interactions, [(data_dir, name, chunk_bytes) for name in names], "scanning"))
+    chunk_bytes = _chunk_size_for(sum(sizes), CHUNK_BYTES, _SHARD_ROWS * _ROW_BYTES)
+    return list(
+        _results_of(interactions.scan_interactions, [(data_dir, name, chunk_bytes) for name in names], "scanning")
+    )
 
 
 def _up_to_date(path: str, identities: list[InputFile], data: DataConfig) -> Manifest | None:
@@ -208,12 +213,12 @@ def _check(path: str, chunks: list[Chunk]) -> _Summary:
     Raises
     ------
     InputError
-        That of the first unusable row.
+        If a row is unusable: the error of the first such row.
     """
     num_rows, int_users, int_items, bad = 0, True, True, Counter[str]()
     items, users = pa.array([], pa.string()), []
     first: tuple[Chunk, ChunkSummary] | None = None
-    checked = _collect(interactions.check_chunk, [(chunk,) for chunk in chunks], "checking")
+    checked = _results_of(interactions.check_chunk, [(chunk,) for chunk in chunks], "checking")
     for chunk, summary in zip(chunks, checked, strict=True):
         if first is None and (summary.error or summary.bad):
             first = chunk, summary
@@ -223,7 +228,7 @@ def _check(path: str, chunks: list[Chunk]) -> _Summary:
         items = pa.concat_arrays([items, summary.items]).unique()
         users.append(summary.user_sample)
     if first is not None:
-        raise next(_collect(interactions.explain, [(*first, bad)], "explaining"))
+        raise next(_results_of(interactions.explain, [(*first, bad)], "explaining"))
     if not num_rows:
         raise InputError(f"{path}: no data rows; expected interactions below the header")
     item_ids = items.cast(pa.int64()) if int_items else items
@@ -232,43 +237,43 @@ def _check(path: str, chunks: list[Chunk]) -> _Summary:
 
 
 def _boundaries(sample: pa.Array, num_rows: int) -> pa.Array:
-    """Users that cut the ratings into ranges of about equal numbers; the least user begins no range but the first."""
-    num_ranges = -(-num_rows // _share(num_rows, RANGE_ROWS, _SHARD_ROWS))
+    """Users that divide the ratings into ranges of about equal size. The smallest user starts only the first range."""
+    num_ranges = -(-num_rows // _chunk_size_for(num_rows, RANGE_ROWS, _SHARD_ROWS))
     cuts = sample.take(pa.array(np.arange(1, num_ranges) * len(sample) // num_ranges)).unique()
     return cuts.filter(pc.greater(cuts, sample[0]))
 
 
 def _shuffle(chunks: list[Chunk], summary: _Summary) -> _Ranges:
-    """Sequences of each range of users."""
+    """Shuffle the rows of all chunks into sequences by ranges of users."""
     known = ray.put(summary)
     split = ray.remote(_split).options(num_returns="streaming")
     merge = ray.remote(_merge).options(num_returns=2)
     num_ranges = len(summary.boundaries) + 1
     shards: list[list[ray.ObjectRef]] = [[] for _ in range(num_ranges)]
     for stream in track([split.remote(chunk, known) for chunk in chunks], "splitting", "chunks"):
-        for number, shard in enumerate(stream):  # in file order, which is kept for equal times
+        for number, shard in enumerate(stream):  # in file order, which interactions at equal times keep
             shards[number % num_ranges].append(shard)
     ranges, totals = [], []
     for of_range in shards:
         table, total = merge.remote(len(summary.item_ids), *of_range)
         ranges.append(table)
         totals.append(total)
-    del shards, of_range  # each is freed once merged
-    return _total(ranges, totals)
+    del shards, of_range  # so that Ray frees each shard once it is merged
+    return _add_up(ranges, totals)
 
 
-def _total(tables: list[ray.ObjectRef], totals: list[ray.ObjectRef]) -> _Ranges:
+def _add_up(tables: list[ray.ObjectRef], totals: list[ray.ObjectRef]) -> _Ranges:
     counts, num_users = zip(*map(ray.get, track(totals, "sorting", "ranges")), strict=True)
     return _Ranges(tables, np.sum(counts, axis=0), sum(num_users))
 
 
 def _k_core(ranges: _Ranges, k: int) -> _Ranges:
-    """Without items, then users, of fewer than `k` interactions, until none is left to leave out."""
+    """Remove items, then users, with fewer than `k` interactions, and repeat until nothing changes."""
     core = ray.remote(_leave_out).options(num_returns=2)
     while k:
         common = ray.put(ranges.counts >= k)
         pairs = [core.remote(table, common, k) for table in ranges.tables]
-        smaller = _total([table for table, _ in pairs], [total for _, total in pairs])
+        smaller = _add_up([table for table, _ in pairs], [total for _, total in pairs])
         if np.array_equal(smaller.counts, ranges.counts):
             break
         ranges = smaller
@@ -276,7 +281,7 @@ def _k_core(ranges: _Ranges, k: int) -> _Ranges:
 
 
 def _leave_out(sequences: pa.Table, common: np.ndarray, k: int) -> tuple[pa.Table, tuple[np.ndarray, int]]:
-    """A range of users with only the `common` [V] codes, and only users with `k` of them; counts as of `_merge`."""
+    """Keep only the `common` [V] codes of a range, and only users with `k` of them. Return counts like `_merge`."""
     codes = sequences["items"].combine_chunks()
     offsets, code = codes.offsets.to_numpy(), codes.values.to_numpy()
     kept = common[code]
@@ -293,7 +298,8 @@ def _leave_out(sequences: pa.Table, common: np.ndarray, k: int) -> tuple[pa.Tabl
 def _cutoffs(ranges: _Ranges, data: DataConfig, source: str) -> dict[str, int]:
     """The manifest's cut-offs, in whole seconds.
 
-    The validation cut-off is to what lies before the test cut-off what that is to all: as large a share lies before it.
+    The validation cut-off divides the interactions before the test cut-off in the same proportion as the test cut-off
+    divides all of them.
 
     Raises
     ------
@@ -301,7 +307,7 @@ def _cutoffs(ranges: _Ranges, data: DataConfig, source: str) -> dict[str, int]:
         If a temporal split leaves one of its three parts empty.
     """
     num_interactions = int(ranges.counts.sum())
-    spans = list(_collect(_span, [(table,) for table in ranges.tables], "reading times"))
+    spans = list(_results_of(_time_span, [(table,) for table in ranges.tables], "reading times"))
     first, last = min(low for low, _ in spans), max(high for _, high in spans)
     if data.split == "leave-one-out":
         return {"recent_last": math.floor(last) - RECENT_SECONDS}
@@ -335,7 +341,7 @@ def _time_of(ranges: _Ranges, rank: int, first: float, last: float) -> int:
 def _count_before(ranges: _Ranges, times: np.ndarray) -> np.ndarray:
     """[C] interactions before each of the ascending `times` [C]."""
     tasks = [(table, times) for table in ranges.tables]
-    total: np.ndarray = np.sum(list(_collect(_count_range_before, tasks, "counting times")), axis=0)
+    total: np.ndarray = np.sum(list(_results_of(_count_range_before, tasks, "counting times")), axis=0)
     return total
 
 
@@ -345,14 +351,14 @@ def _count_range_before(sequences: pa.Table, times: np.ndarray) -> np.ndarray:
     return np.cumsum(not_above)[:-1]
 
 
-def _span(sequences: pa.Table) -> tuple[float, float]:
-    """First and last time of a range of users; infinities where all of them were left out."""
+def _time_span(sequences: pa.Table) -> tuple[float, float]:
+    """First and last time of a range of users; infinities if the k-core has none of its users."""
     times = sequences["times"].combine_chunks().values.to_numpy()
     return float(times.min(initial=np.inf)), float(times.max(initial=-np.inf))
 
 
 def _split(chunk: Chunk, summary: _Summary) -> Iterator[pa.Table]:
-    """For each piece of a chunk, the rows of each range in turn: user, code and, where there is one, time."""
+    """Yield, for each piece of a chunk, the rows of each range in turn: user, code and, if the data have it, time."""
     num_ranges = len(summary.boundaries) + 1
     for table in interactions.read_chunk(chunk, summary.int_users, pa.types.is_integer(summary.item_ids.type)):
         users, items = (_encode(table[name]) for name in ("user", "item"))
@@ -367,7 +373,7 @@ def _split(chunk: Chunk, summary: _Summary) -> Iterator[pa.Table]:
 
 
 def _range_of(users: pa.Array, boundaries: pa.Array) -> np.ndarray:
-    """[N] range of each user: how many boundaries are not above it."""
+    """[N] range of each user: the number of boundaries that are not above the user."""
     order = pc.sort_indices(pa.concat_arrays([boundaries, users])).to_numpy()  # stable: boundaries before equal users
     is_boundary = order < len(boundaries)
     result = np.empty(len(users), np.min_scalar_type(len(boundaries)))  # 16 bits sort faster
@@ -376,7 +382,7 @@ def _range_of(users: pa.Array, boundaries: pa.Array) -> np.ndarray:
 
 
 def _merge(num_items: int, *shards: pa.Table) -> tuple[pa.Table, tuple[np.ndarray, int]]:
-    """Sequences of one range of users; interactions of each code, and number of users."""
+    """Return the sequences of one range of users, the interactions of each code, and the number of users."""
     table = pa.concat_tables(shards)
     users = _encode(table["user"])
     ascending = pc.sort_indices(users.dictionary).to_numpy()
@@ -401,12 +407,12 @@ def _merge(num_items: int, *shards: pa.Table) -> tuple[pa.Table, tuple[np.ndarra
 
 
 def _lists(lengths: np.ndarray, values: np.ndarray) -> pa.ListArray:
-    """[N] lists of the given lengths, one behind the other."""
+    """[N] lists: consecutive pieces of `values` with the given lengths."""
     return pa.ListArray.from_arrays(pa.array(np.append(0, np.cumsum(lengths)), pa.int32()), pa.array(values))
 
 
 def _is_duplicate(user: np.ndarray, time: np.ndarray, code: np.ndarray) -> np.ndarray:
-    """[N] bool, whether the same item came before at the same time; rows are sorted by user and time."""
+    """[N] bool: whether an earlier row has the same user, time and item. Rows are sorted by user and time."""
     duplicate = np.zeros(len(user), bool)
     same_moment = (user[1:] == user[:-1]) & (time[1:] == time[:-1])
     tied = np.flatnonzero(np.append(False, same_moment) | np.append(same_moment, False))  # few rows, as a rule
@@ -420,7 +426,7 @@ def _is_duplicate(user: np.ndarray, time: np.ndarray, code: np.ndarray) -> np.nd
 def _write_range(
     path: str, number: int, sequences: pa.Table, token_of_code: np.ndarray, cutoffs: dict[str, int]
 ) -> InputFile:
-    """Write a range in final tokens."""
+    """Write a range of users as a file of sequences in final tokens."""
     codes = sequences["items"].combine_chunks()
     offsets = codes.offsets.to_numpy()
     columns = {
@@ -438,7 +444,7 @@ def _write_range(
 
 
 def _write_parquet(path: str, name: str, table: pa.Table) -> InputFile:
-    """Write a file of the dataset; its size and hash are those of the content, whatever the disk makes of it."""
+    """Write a file of the dataset. Size and hash describe the content in memory, so a later check finds a bad disk."""
     sink = pa.BufferOutputStream()
     pq.write_table(table, sink, row_group_size=_ROW_GROUP_USERS)
     content = sink.getvalue()

@@ -1,7 +1,8 @@
-"""Vectors by item in a file, read and write side.
+"""Reads and writes files of item vectors.
 
-Parquet: columns `item` (int64 or string) and `embedding` (list<float32>), any others beside them.
-TSV, the established format: header `item<TAB>title`, and a line an item: id, tab, numbers separated by blanks.
+Parquet: columns `item` (int64 or string) and `embedding` (list<float32>); other columns are allowed.
+TSV, a format that other programs use: a header `item<TAB>title`, then a line per item: its id, a tab, and its numbers
+separated by blanks.
 """
 
 import numpy as np
@@ -18,13 +19,13 @@ _NUMBER = r"^[-+]?(\d+\.?\d*|\.\d+)([eE][-+]?\d+)?$"
 
 
 def read_vectors(path: str) -> tuple[pa.Array, np.ndarray]:
-    """Ids [n] (int64 or strings) and float32 vectors [n, width] of a Parquet file, or of anything else as TSV.
+    """Read ids [n] (int64 or strings) and float32 vectors [n, width] from a Parquet file, or from TSV otherwise.
 
     Raises
     ------
     InputError
-        If there is nothing to read, or an id is missing or doubled, a vector has another width than the first, or a
-        value is no finite number: with the line (Parquet: the row, from 1).
+        If the file has no vectors, an id is missing or occurs twice, a vector has another width than the first, or a
+        value is not a finite number. The message names the line (Parquet: the row, from 1).
     """
     with readable(path):
         is_parquet = path.endswith((".parquet", ".pq"))
@@ -42,14 +43,14 @@ def read_vectors(path: str) -> tuple[pa.Array, np.ndarray]:
     if not (finite := np.isfinite(numbers)).all():
         position = int(finite.argmin())
         raise InputError(
-            f"{where} {places[position // widths[0]]}: {str(values[position])!r} is no finite float32 number"
+            f"{where} {places[position // widths[0]]}: {str(values[position])!r} is not a finite float32 number"
         )
     if (missing := pc.equal(ids.cast(pa.string()).fill_null(""), "").to_numpy(zero_copy_only=False)).any():
         raise InputError(f"{where} {places[int(missing.argmax())]}: item is missing")
     _, first = np.unique(ids.dictionary_encode().indices.to_numpy(), return_index=True)
     if len(first) < len(ids):
         row = int(np.delete(np.arange(len(ids)), first)[0])
-        raise InputError(f"{where} {places[row]}: item {ids[row]} is there for the second time")
+        raise InputError(f"{where} {places[row]}: item {ids[row]} occurs a second time")
     return ids, numbers.reshape(len(ids), -1)
 
 
@@ -61,7 +62,7 @@ def write_table(path: str, table: pa.Table) -> None:
 
 
 def write_tsv(path: str, ids: pa.Array, embeddings: pa.ListArray) -> None:
-    """Write the established format, all or nothing; the shortest decimals that give the same float32 again."""
+    """Write TSV, all or nothing, with the shortest decimals that give the same float32 again."""
     spelled = ids.cast(pa.string())
     quoted = pc.binary_join_element_wise('"', pc.replace_substring(spelled, '"', '""'), '"', "")
     numbers = pa.ListArray.from_arrays(embeddings.offsets, embeddings.values.cast(pa.string()))
@@ -72,13 +73,13 @@ def write_tsv(path: str, ids: pa.Array, embeddings: pa.ListArray) -> None:
 
 
 def to_lists(vectors: np.ndarray) -> pa.ListArray:
-    """Vectors [n, width] as a column `embedding`."""
+    """Turn vectors [n, width] into a column `embedding`."""
     offsets = np.arange(len(vectors) + 1, dtype=np.int32) * vectors.shape[1]
     return pa.ListArray.from_arrays(pa.array(offsets, pa.int32()), pa.array(vectors.astype(np.float32).ravel()))
 
 
 def _to_numbers(values: pa.Array) -> np.ndarray:
-    """float32, NaN for what is no number."""
+    """Convert to float32, with NaN for a value that is not a number."""
     try:
         numbers = values.cast(pa.float32(), safe=False)
     except pa.ArrowInvalid:
@@ -134,7 +135,7 @@ def _read_tsv(path: str) -> tuple[pa.Array, pa.Array, np.ndarray]:
             f"{path}, line {places[ragged[0]]}: {count} fields, expected {len(columns)}, separated by tabs"
         )
     spelled, texts = (unquote(pc.list_element(fields, columns.index(name))) for name in ("item", "title"))
-    # What is empty has no number, where splitting it would give one empty string.
+    # An empty text has no numbers, but splitting it would give one empty string.
     texts = pc.ascii_trim_whitespace(texts)
     texts = pc.if_else(pc.equal(texts, ""), None, texts)
     return as_ids(spelled), pc.ascii_split_whitespace(texts), places

@@ -1,4 +1,4 @@
-"""Parts of users' histories as ranges of one flat array, and which part each split holds out.
+"""Windows: parts of users' histories as ranges of one flat array. Defines what each split sees and holds out.
 
 Shapes: N users, T interactions in all, V items.
 """
@@ -28,7 +28,7 @@ class Windows:
 
     @classmethod
     def from_sequences(cls, sequences: Sequences, device: torch.device | str = "cpu") -> Self:
-        """Whole histories."""
+        """Windows that cover whole histories."""
         offsets = torch.from_numpy(sequences.offsets)
         own = sequences.items if sequences.items.flags.writeable else sequences.items.copy()  # Arrow's is read-only
         items = torch.from_numpy(own)
@@ -43,18 +43,18 @@ class Windows:
         return self.end - self.start
 
     def users(self, index: Tensor) -> "Windows":
-        """Those users only."""
+        """Keep only the users in `index`."""
         return Windows(self.items, self.start[index], self.end[index])
 
     def to(self, device: torch.device) -> "Windows":
-        """The same on `device`, without items that no window covers if it has to be copied."""
+        """Move to `device`. If this needs a copy, leave out items that no window covers."""
         if self.items.device == device:
             return self
         ends = torch.cumsum(self.lengths, 0)
         return Windows(self.flat()[1].to(device), (ends - self.lengths).to(device), ends.to(device))
 
     def flat(self) -> tuple[Tensor, Tensor]:
-        """[S] int64 row and [S] int32 item of all interactions of all windows, in order."""
+        """[S] int64 row and [S] int32 item of each interaction of all windows, in order."""
         lengths = self.lengths
         row = torch.repeat_interleave(torch.arange(len(self), device=lengths.device), lengths)
         shift = self.start - (torch.cumsum(lengths, 0) - lengths)
@@ -66,12 +66,15 @@ class Windows:
 
 
 Before = Mapping[str, np.ndarray]
-"""[N] each user's interactions before each cut-off of the prepared dataset (`Sequences.before`)."""
+"""By name of a cut-off of the prepared dataset: [N] interactions of each user before it (`Sequences.before`)."""
 
 
 def training_windows(windows: Windows, data: DataConfig, before: Before | None = None) -> Windows:
-    """What training may see, of users with data.min_interactions or more: what is not held out, or, in a temporal
-    split, what lies before the validation cut-off (where those interactions must be as many)."""
+    """The interactions that training may see, of users with at least data.min_interactions.
+
+    Leave-one-out: all but the held-out items. Temporal split: all before the validation cut-off, of users who have at
+    least data.min_interactions before it.
+    """
     if data.split == "leave-one-out" or data.use_full_data:
         kept = windows.users(torch.nonzero(windows.lengths >= data.min_interactions).flatten())
         return kept if data.use_full_data else kept.without_last(data.holdout)
@@ -82,8 +85,8 @@ def training_windows(windows: Windows, data: DataConfig, before: Before | None =
 def held_out_users(windows: Windows, data: DataConfig, split: str, before: Before | None = None) -> Tensor:
     """[N] indices of the users who have a target in `split`, "validation" or "test".
 
-    Those with data.min_interactions or more; in a temporal split, with as many before its cut-off, and another one
-    after it, which for "validation" must lie before the test cut-off.
+    Leave-one-out: users with at least data.min_interactions. Temporal split: users with at least that many before the
+    cut-off of `split` and another interaction after it, which for "validation" must be before the test cut-off.
     """
     if data.split == "leave-one-out":
         return torch.nonzero(windows.lengths >= data.min_interactions).flatten()
@@ -98,10 +101,10 @@ def held_out(windows: Windows, data: DataConfig, split: str, before: Before | No
     Returns
     -------
     histories : Windows
-        What stands before the target; for "test" the validation item is part of it.
+        The items before the target. For "test" they include the validation item.
     targets : Tensor
-        [N] int64 tokens: the last item, or for "validation" with holdout 2 the last but one; in a temporal split the
-        first one after the cut-off.
+        [N] int64 tokens. Leave-one-out: the last item, or for "validation" with holdout 2 the last item but one.
+        Temporal split: the first item after the cut-off.
     """
     users = held_out_users(windows, data, split, before)
     if data.split == "temporal":
@@ -118,8 +121,8 @@ def windows_before(windows: Windows, cutoff: str, before: Before | None) -> Wind
 
 
 def item_counts(windows: Windows, num_items: int) -> Tensor:
-    """[V] int64 how often each item stands in the windows."""
+    """[V] int64 how often each item occurs in the windows."""
     counts = torch.zeros(num_items + 1, dtype=torch.int64)
-    for users in torch.split(torch.arange(len(windows)), 65_536):  # the whole may not fit the memory
+    for users in torch.split(torch.arange(len(windows)), 65_536):  # all windows at once may not fit into memory
         counts += torch.bincount(windows.users(users).flat()[1], minlength=num_items + 1)
     return counts[1:]

@@ -1,7 +1,8 @@
-"""Titles and genres to vectors by item: encoders on Ray Data actors, or TF-IDF with SVD in one process.
+"""Makes a vector per item from its title and genres: by encoders on Ray Data actors, or by TF-IDF and SVD.
 
-Each distinct text is embedded once. The Parquet file keeps the texts, and in its metadata the model's identity, so that
-a later run embeds only what is new. Actors write their parts beside the file, so that a killed job keeps them.
+The job embeds each distinct text once. The Parquet file stores the texts and, in its metadata, the identity of the
+model, so that a later run embeds only new texts. Actors write their parts beside the file, so that a killed job keeps
+finished parts.
 """
 
 import os
@@ -29,12 +30,12 @@ from bert4rec.errors import InputError
 from bert4rec.progress import Progress, Reporter
 
 _MODEL = b"bert4rec.model.network"
-_ACTOR_BYTES = 2**30  # of an encoder's actor beside its weights: Python, torch and the states of a batch
+_ACTOR_BYTES = 2**30  # memory of an encoder's actor without its weights: Python, torch and the states of a batch
 
 
 @dataclass(frozen=True)
 class EmbedResult:
-    """What was written."""
+    """What `embed_titles` wrote."""
 
     path: str
     num_items: int
@@ -45,7 +46,7 @@ class EmbedResult:
 
 
 def read_texts(data_dir: str, with_genres: bool) -> pa.Table:
-    """Columns `item`, `text` and `genres` (null where it has none) of each item that has a title, in file order.
+    """Read the columns `item`, `text` and `genres` (null if it has none) of each item with a title, in file order.
 
     Raises
     ------
@@ -54,11 +55,11 @@ def read_texts(data_dir: str, with_genres: bool) -> pa.Table:
     """
     files = find_metadata(data_dir)
     if "titles" not in files:
-        raise InputError(f"{data_dir}: no titles.tsv; titles can only be embedded where there is one (item, title)")
+        raise InputError(f"{data_dir}: no titles.tsv; expected one with the columns item and title")
     titles = read_metadata(data_dir, files["titles"], "title")
     if not len(titles):
         raise InputError(f"{storage.join(data_dir, files['titles'])}: no titles in it")
-    _, first = np.unique(_codes(titles["item"]), return_index=True)  # of several titles the first counts, as in prepare
+    _, first = np.unique(_codes(titles["item"]), return_index=True)  # the first title of an item counts, as in prepare
     items, title = (titles[name].take(pa.array(first)).combine_chunks() for name in ("item", "title"))
     genres = pa.nulls(len(items), pa.string())
     if "genres" in files:
@@ -68,7 +69,7 @@ def read_texts(data_dir: str, with_genres: bool) -> pa.Table:
 
 
 def _join_genres(items: pa.Array, rows: pa.Table) -> pa.Array:
-    """Each item's genres in file order, each once, with commas between; null where it has none."""
+    """Each item's distinct genres in file order, separated by commas; null if it has none."""
     row = pc.index_in(rows["item"], items)
     rows, row = rows.filter(row.is_valid()).combine_chunks(), row.drop_null().to_numpy()
     _, once = np.unique(np.stack([row, _codes(rows["genre"])]), axis=1, return_index=True)
@@ -90,14 +91,14 @@ def _codes(values: pa.ChunkedArray) -> np.ndarray:
 def embed_titles(config: Config, texts: pa.Table) -> EmbedResult:
     """Write the vectors of `texts` (of `read_texts`) to `config.embeddings_path`, embedding only what is new.
 
-    Columns `item`, `embedding` and `text`. Vectors have length 1 (tfidf-svd: or 0), except those of bert-mean, whose
-    lengths are the model's own. The same input gives the same file whatever the number of actors.
+    The file has the columns `item`, `embedding` and `text`. Vectors have length 1, or 0 with tfidf-svd for a text that
+    shares no word; vectors of bert-mean keep their lengths. The number of actors does not change the file.
 
     Raises
     ------
     InputError
-        If the model cannot be had, the texts share no words (tfidf-svd), there is no GPU where one is asked for, or the
-        file is not ours or cannot be written.
+        If the model is not available, the texts share no words (tfidf-svd), embedding.device=gpu but there is no GPU,
+        or the file is not writable or was not written by this job.
     """
     began = time.monotonic()
     embedding, path = config.embedding, config.embeddings_path
@@ -134,7 +135,7 @@ def embed_titles(config: Config, texts: pa.Table) -> EmbedResult:
 
 
 class Embedder:
-    """Embeds and writes the texts of a part."""
+    """Actor that embeds the texts of a part and writes their vectors."""
 
     def __init__(
         self,
@@ -150,12 +151,12 @@ class Embedder:
         self.encode: Encode | None = None
 
     def __call__(self, part: Part) -> dict[str, list[str]]:
-        """Write a part's vectors; what comes back is the reason why the model cannot be loaded, or nothing."""
+        """Write the vectors of a part. Return why the model cannot be loaded, or an empty string."""
         if self.encode is None:
             try:
-                torch.set_num_threads(1)  # the one core of the actor, also where OMP_NUM_THREADS says otherwise
+                torch.set_num_threads(1)  # the actor has one core, whatever OMP_NUM_THREADS says
                 self.encode = load_encoder(self.embedding, self.folder, "cuda" if self.use_gpu else "cpu")
-            except Exception as error:  # whatever a foreign model's files may cause
+            except Exception as error:  # the files of a foreign model may cause any error
                 return {"error": [f"{type(error).__name__}: {error}"]}
         vectors = []
         for low in range(part.low, part.high, self.embedding.batch_size):
@@ -168,7 +169,8 @@ class Embedder:
 
 
 def in_parts(texts: pa.Array, batch_size: int) -> tuple[pa.Array, list[Part]]:
-    """The texts by length, so that batches hold little padding, the longest first; and parts of whole batches."""
+    """Sort the texts by length, longest first, so that batches have little padding. Divide them into parts of
+    batches."""
     lengths = pa.table({"length": pc.utf8_length(texts), "text": texts})
     texts = texts.take(pc.sort_indices(lengths, sort_keys=[("length", "descending"), ("text", "ascending")]))
     size = batch_size * max(4, -(-len(texts) // (256 * batch_size)))
@@ -177,7 +179,7 @@ def in_parts(texts: pa.Array, batch_size: int) -> tuple[pa.Array, list[Part]]:
 
 
 def _encode_all(embedding: EmbeddingConfig, folder: str, identity: bytes, new: pa.Array, work: str) -> pa.Table:
-    """Texts and vectors of `new`; parts that an earlier run left in `work` are not embedded again."""
+    """Return texts and vectors of `new`. Parts that an earlier run left in `work` are not embedded again."""
     use_gpu, num_workers = _resources(embedding, folder)
     new, parts = in_parts(new, embedding.batch_size)
     marker = storage.join(work, "identity.json")
@@ -201,18 +203,18 @@ def _encode_all(embedding: EmbeddingConfig, folder: str, identity: bytes, new: p
 
 
 def _resources(embedding: EmbeddingConfig, folder: str) -> tuple[bool, int]:
-    """Whether actors get a GPU each, and how many there are: one a GPU, or one a core as far as memory goes."""
+    """Whether each actor gets a GPU, and the number of actors: one per GPU, or one per core if memory allows."""
     total = ray.cluster_resources()
     if embedding.device == "gpu" and not total.get("GPU"):
         raise InputError("embedding.device=gpu, but the cluster has no GPU; set embedding.device=auto or cpu")
     if embedding.device != "cpu" and total.get("GPU"):
         return True, int(total["GPU"])
-    actor_bytes = 2 * weight_bytes(folder) + _ACTOR_BYTES  # of 16 bit, weights grow to twice their size
+    actor_bytes = 2 * weight_bytes(folder) + _ACTOR_BYTES  # twice, because 16-bit weights become 32-bit
     return False, max(1, min(int(total.get("CPU", 1)), int(total["memory"] // actor_bytes)))
 
 
 def _read_previous(path: str) -> pa.Table | None:
-    """The file of an earlier run, None where there is none."""
+    """Read the file of an earlier run; None if there is none."""
     if not storage.exists(path):
         return None
     filesystem, inner = storage.open_store(path)
@@ -222,7 +224,9 @@ def _read_previous(path: str) -> pa.Table | None:
     except pa.ArrowInvalid:
         table = pa.table({})
     if _MODEL not in (table.schema.metadata or {}):
-        raise InputError(f"{path}: not written by this job; set another embedding.output_path, or embedding.overwrite")
+        raise InputError(
+            f"{path}: not written by this job; set another embedding.output_path, or embedding.overwrite=true"
+        )
     return table
 
 

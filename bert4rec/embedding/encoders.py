@@ -1,6 +1,6 @@
-"""Where vectors of texts come from: encoders in a folder or on the hub, and TF-IDF with SVD.
+"""Turns texts into vectors: by encoders from a folder or the hub, or by TF-IDF and SVD.
 
-Their packages are an optional extra and take seconds to import, so each is imported where it is used.
+The packages for this are an optional extra and take seconds to import, so each function imports what it needs.
 """
 
 import hashlib
@@ -19,7 +19,7 @@ from bert4rec.config import EmbeddingConfig
 from bert4rec.errors import InputError
 
 BERT_MEAN_TOKENS = 128
-"""Longest text of bert-mean, in tokens."""
+"""Tokens of a text that bert-mean reads."""
 _WEIGHTS = (".safetensors", ".bin")
 _TOKENIZERS = ("tokenizer.json", "vocab.txt", "vocab.json", ".model")
 _HUB_SECONDS = 5
@@ -28,12 +28,12 @@ Encode = Callable[[list[str]], np.ndarray]
 
 
 def find_model(embedding: EmbeddingConfig) -> str | None:
-    """Folder of the encoder on this machine, from the hub where it is a name; None where the method needs none.
+    """Return the folder of the encoder on this machine, or None if the method needs none. Downloads it if necessary.
 
     Raises
     ------
     InputError
-        If a package is not installed, or the model cannot be had.
+        If a package is not installed, or the model is not available.
     """
     package = {"sentence-transformers": "sentence_transformers", "bert-mean": "transformers", "tfidf-svd": "sklearn"}
     if importlib.util.find_spec(package[embedding.method]) is None:
@@ -51,19 +51,19 @@ def find_model(embedding: EmbeddingConfig) -> str | None:
         except Exception as error:  # the errors of the hub's client share no other class
             reason = str(error).strip().splitlines()[0]
             raise InputError(
-                f"embedding.model_name={embedding.model_name}: no such folder, and not to be had from the hub "
+                f"embedding.model_name={embedding.model_name}: no such folder, and the hub does not provide it "
                 f"({reason}); {choices}"
             ) from None
     files = _model_files(folder)
     needed = {"config.json": ["config.json"], "weights": _WEIGHTS, "a tokenizer": _TOKENIZERS}
-    for name, endings in needed.items():  # without a tokenizer's files, transformers makes one that knows no word
+    for name, endings in needed.items():  # without tokenizer files, transformers makes a tokenizer that knows no words
         if not any(file.name.endswith(tuple(endings)) for file in files):
             raise InputError(f"{folder}: no whole model in it, {name} is missing ({', '.join(endings)}); {choices}")
     return folder
 
 
 def identify(embedding: EmbeddingConfig, folder: str | None, texts: list[str]) -> bytes:
-    """What, beside its own text, a vector depends on; as JSON."""
+    """JSON of everything that a vector depends on besides its own text."""
     identity: dict[str, Any] = {"method": embedding.method}
     if folder is None:
         identity |= {"width": embedding.width, "texts": storage.fingerprint(texts)}
@@ -83,10 +83,10 @@ def weight_bytes(folder: str) -> int:
 
 
 def load_encoder(embedding: EmbeddingConfig, folder: str, device: Literal["cpu", "cuda"]) -> Encode:
-    """The encoder in `folder` (found anew on a machine that has no such folder): texts to float32 vectors [n, width].
+    """Load the encoder in `folder`. It turns n texts into float32 vectors [n, width].
 
-    Of sentence-transformers the vectors have length 1. Of bert-mean they are the mean over the tokens that are not
-    padding, [CLS] and [SEP] among them, and keep their lengths.
+    If this machine has no such folder, the model is looked up again. The vectors of sentence-transformers have length
+    1. Those of bert-mean are the mean over all tokens except padding, [CLS] and [SEP] included, and keep their lengths.
     """
     if not os.path.isdir(folder):
         folder = find_model(embedding) or folder
@@ -102,12 +102,12 @@ def load_encoder(embedding: EmbeddingConfig, folder: str, device: Literal["cpu",
 
 
 def fit_tfidf_svd(texts: list[str], width: int) -> np.ndarray:
-    """Vectors [n, at most width] of length 1, or 0 for a text without a word that another text has.
+    """Vectors [n, at most width] of length 1, or of length 0 for a text that shares no word with another.
 
     Raises
     ------
     InputError
-        If no word is in two texts.
+        If no two texts share a word.
     """
     from sklearn.decomposition import TruncatedSVD
     from sklearn.feature_extraction.text import TfidfVectorizer
@@ -121,7 +121,7 @@ def fit_tfidf_svd(texts: list[str], width: int) -> np.ndarray:
             f"embedding.method=tfidf-svd: no word is in two of the {len(texts)} texts ({error}); "
             "use an encoder (embedding.method=sentence-transformers or bert-mean)"
         ) from None
-    if weights.shape[1] == 1:  # a single word; the SVD wants two
+    if weights.shape[1] == 1:  # a single word; the SVD needs two
         return np.asarray(normalize(weights.toarray()))
     # fit, then transform: fit_transform may give equal texts vectors that differ in the last bits.
     svd = TruncatedSVD(min(width, *weights.shape), random_state=0).fit(weights)
@@ -160,11 +160,11 @@ def _load_bert_mean(folder: str, device: str) -> Encode:
 
 
 def _get_from_hub(name: str) -> str:
-    """Folder of the model in the hub's cache, as it is there where the hub does not answer."""
+    """Folder of the model in the hub's cache. If the hub does not answer, use what the cache has."""
     from huggingface_hub import HfApi, snapshot_download
 
     try:
-        # The one call of the client that takes a timeout; the others wait for ever, or try for minutes.
+        # Only this call of the client takes a timeout; other calls wait for ever or retry for minutes.
         revision = HfApi().model_info(name, timeout=_HUB_SECONDS).sha
     except Exception:
         try:
@@ -177,6 +177,6 @@ def _get_from_hub(name: str) -> str:
 
 
 def _model_files(folder: str) -> list[Path]:
-    """Files that define the model, in order of names."""
+    """Files that define the model, sorted by name."""
     suffixes = {".json", ".txt", ".model", *_WEIGHTS}
     return sorted(file for file in Path(folder).rglob("*") if file.suffix in suffixes and file.is_file())

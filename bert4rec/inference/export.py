@@ -1,4 +1,4 @@
-"""The scoring function as a program that needs none of this package: `torch.export` and ONNX.
+"""Exports the scoring function with `torch.export` or as ONNX, as a program that does not need this package.
 
 Shapes: B users, L tokens, D hidden_units, H heads, V items, K top-k.
 """
@@ -28,20 +28,21 @@ TORCH = "model.pt2"
 ONNX = "model.onnx"
 CATALOGUE = "items.csv"
 ONNX_PACKAGES = ("onnx", "onnxscript", "onnxruntime")
-_LARGEST_ONNX = 2**31 - 2**20  # a file's limit, by its format; larger weights go into a file beside it
+_LARGEST_ONNX = 2**31 - 2**20  # size limit of an ONNX file; larger weights go into a second file
 
 
 class ScoringFunction(nn.Module):
-    """Histories -> scores of the next item; plain operations, weights taken from a `BERT4Rec` by name.
+    """Scores the next item of each history, by plain operations on the weights of a `BERT4Rec`.
 
-    An item's vector, fused with its metadata, is computed once and then looked up.
+    The vectors of items, fused with their metadata, are computed once; the function then looks them up.
 
     Parameters
     ----------
     topk
-        Give the best items only, instead of the scores of all.
+        Return only this many best items, instead of the scores of all items.
     ranking
-        The rules, but for exclude_future, since a program knows no years; exclude_seen is of `topk` alone.
+        The ranking rules. The program ignores exclude_future, because it knows no years. It uses exclude_seen only with
+        `topk`.
     """
 
     def __init__(self, model: BERT4Rec, topk: int | None = None, ranking: Ranking = NO_RULES) -> None:
@@ -60,7 +61,7 @@ class ScoringFunction(nn.Module):
             self.register_buffer("weights", weights.clone())  # [V, D]
         self.position_embedding = model.position_embedding
         self.is_rotary = model.is_rotary
-        if self.is_rotary:  # [max_len, D/H], cosines and sines, as ONNX has no complex numbers
+        if self.is_rotary:  # [max_len, D/H] cosines and sines, because ONNX has no complex numbers
             turns = model.get_buffer("turns")
             self.register_buffer("turns", torch.cat([turns.real, turns.imag], dim=1))
         self.embedding_norm = model.embedding_norm
@@ -68,12 +69,12 @@ class ScoringFunction(nn.Module):
         self.output_transform = model.output_transform
 
     def forward(self, history: Tensor) -> Tensor | tuple[Tensor, Tensor]:
-        """Scores of all items, or the best.
+        """Return the scores of all items, or the best items.
 
         Parameters
         ----------
         history : Tensor
-            [B, L] int64 tokens, the latest last, padded with 0 on the left; the last max_len-1 are read.
+            [B, L] int64 tokens, the latest last, padded with 0 on the left. Only the last max_len-1 count.
 
         Returns
         -------
@@ -83,7 +84,7 @@ class ScoringFunction(nn.Module):
         """
         tokens = torch.cat([history, torch.full_like(history[:, :1], self.mask_token)], dim=1)
         from_end = torch.arange(tokens.shape[1], device=tokens.device).flip(0)
-        # What is too old is masked, not cut off: so any length is one and the same program.
+        # Mask items that are too old instead of cutting them off, so that one program serves any length.
         keep = ((tokens != PADDING) & (from_end < self.max_len))[:, None, None, :]  # (B, 1, 1, L+1)
         position = from_end.clamp(max=self.max_len - 1)
         x = F.embedding(tokens, self.get_buffer("vectors")) + self.position_embedding(position)  # (B, L+1, D)
@@ -108,7 +109,7 @@ class ScoringFunction(nn.Module):
         return best.values, best.indices + 1
 
     def _block(self, block: nn.Module, x: Tensor, query: Tensor, keep: Tensor, turns: Tensor | None) -> Tensor:
-        """Post-norm transformer block for the positions `query` of `x`."""
+        """Post-norm transformer block: hidden states of the positions in `query`, which attend to `x`."""
         layer = dict(block.named_children())
         key, value = layer["key_value"](x).chunk(2, dim=-1)
         q, k, v = self._heads(layer["query"](query)), self._heads(key), self._heads(value)
@@ -125,13 +126,13 @@ class ScoringFunction(nn.Module):
 
 
 def _turned(x: Tensor, turns: Tensor) -> Tensor:
-    """`model.turned` in real numbers: [B, H, L, D/H] by cosines and sines [L, D/H]."""
+    """`network.turned` in real numbers: rotate [B, H, L, D/H] by cosines and sines [L, D/H]."""
     (a, b), (cos, sin) = (x[..., ::2], x[..., 1::2]), turns.chunk(2, dim=-1)
     return torch.stack([a * cos - b * sin, a * sin + b * cos], dim=-1).flatten(-2)
 
 
 def export_program(function: ScoringFunction) -> torch.export.ExportedProgram:
-    """The function for any number of users and any length of history."""
+    """Export the function for any number of users and any length of history."""
     example = torch.ones(2, 3, dtype=torch.int64, device=function.get_buffer("bias").device)
     return torch.export.export(function.eval(), (example,), dynamic_shapes=_any_shape())
 
@@ -141,7 +142,7 @@ def _any_shape() -> dict[str, dict[int, torch.export.Dim]]:
 
 
 def write_torch(program: torch.export.ExportedProgram, directory: str) -> str:
-    """Write `model.pt2`, for `torch.export.load`; its path."""
+    """Write `model.pt2`, for `torch.export.load`, and return its path."""
     content = io.BytesIO()
     torch.export.save(program, content)
     path = storage.join(directory, TORCH)
@@ -150,7 +151,7 @@ def write_torch(program: torch.export.ExportedProgram, directory: str) -> str:
 
 
 def write_onnx(program: torch.export.ExportedProgram, directory: str) -> str:
-    """Write `model.onnx` (and `model.onnx.data`, where the weights take more than 2 GB); its path.
+    """Write `model.onnx`, and `model.onnx.data` if the weights take more than 2 GB. Return the path of the first.
 
     Raises
     ------
@@ -178,7 +179,7 @@ def write_onnx(program: torch.export.ExportedProgram, directory: str) -> str:
 
 
 def write_catalogue(items: ItemTable, directory: str) -> str:
-    """Write `items.csv`: token, item, title and year of each item, in token order; its path."""
+    """Write `items.csv` with token, item, title and year of each item, in token order. Return its path."""
     text = io.StringIO()
     rows = csv.writer(text, lineterminator="\n")
     rows.writerow(["token", "item", "title", "year"])
@@ -190,7 +191,7 @@ def write_catalogue(items: ItemTable, directory: str) -> str:
 
 
 def check_onnx() -> None:
-    """Find out before any work whether ONNX can be written.
+    """Check before any work that the packages for ONNX are installed.
 
     Raises
     ------
@@ -207,7 +208,7 @@ def check_onnx() -> None:
 
 @contextlib.contextmanager
 def _quiet() -> Iterator[None]:
-    """torch's exporter reports on itself, its dependencies and its own deprecations."""
+    """Suppress the messages and warnings that torch's exporter prints about itself."""
     with warnings.catch_warnings(), contextlib.redirect_stdout(io.StringIO()):
         warnings.simplefilter("ignore")
         previous = logging.root.manager.disable

@@ -1,4 +1,4 @@
-"""Histories of a few users: chosen from a prepared dataset, or of new users, from a file. Without Ray."""
+"""Reads histories of a few users from a prepared dataset, or of new users from a file. Does not use Ray."""
 
 from collections import Counter
 from collections.abc import Sequence
@@ -21,21 +21,21 @@ _CHUNK_BYTES = 32 << 20
 
 
 class NewUsers(NamedTuple):
-    """The usable histories of a file."""
+    """Histories read from a file."""
 
     sequences: Sequences
     """Sorted by user id."""
     notes: list[str]
-    """What was left out, a line each, for the user."""
+    """Lines for the user that say what was left out."""
 
 
 def choose_users(sequences: Sequences, users: Sequence[int | str], source: str) -> Sequences:
-    """Those users, in the order asked for.
+    """Keep only `users`, in their order.
 
     Raises
     ------
     InputError
-        If one is not among them; `source` says where they were looked for.
+        If `sequences` lack one of them. The message names `source`, where the sequences come from.
     """
     place = find_ids(pa.array([str(user) for user in users], pa.string()), sequences.users)
     if (place < 0).any():
@@ -44,7 +44,7 @@ def choose_users(sequences: Sequences, users: Sequence[int | str], source: str) 
             f"inference.users: not in {source}: {', '.join(unknown[:5])}{' …' if len(unknown) > 5 else ''}; "
             "histories of new users go into a file for inference.users_file"
         )
-    place = place[np.sort(np.unique(place, return_index=True)[1])]  # each once
+    place = place[np.sort(np.unique(place, return_index=True)[1])]  # without repetitions
     return Sequences.of(
         sequences.users.take(pa.array(place)),
         [sequences.items[sequences.offsets[user] : sequences.offsets[user + 1]] for user in place],
@@ -53,12 +53,12 @@ def choose_users(sequences: Sequences, users: Sequence[int | str], source: str) 
 
 
 def users_of_dataset(dataset: PreparedDataset, users: Sequence[int | str]) -> Sequences:
-    """The histories of a few users, read without the others.
+    """Read the histories of a few users, and of no others.
 
     Raises
     ------
     InputError
-        If one is not in the data.
+        If a user is not in the data.
     """
     tables = []
     for file in dataset.sequence_files:
@@ -74,14 +74,14 @@ def users_of_dataset(dataset: PreparedDataset, users: Sequence[int | str]) -> Se
 
 
 def users_of_file(path: str, items: ItemTable) -> NewUsers:
-    """Histories `user,item[,time]` of a CSV or Parquet file, made into sequences as `prepare` makes them.
+    """Read histories `user,item[,time]` from a CSV or Parquet file and make sequences from them as `prepare` does.
 
-    Interactions with items that the catalogue does not have are left out, and users who then have none.
+    Leaves out interactions with items that are not in the catalogue, and users who then have no interactions.
 
     Raises
     ------
     InputError
-        If the file cannot be used, or nothing of it is left.
+        If the file is unusable, or no interaction is left.
     """
     path = storage.absolute(path)
     table = _read(path)
@@ -114,7 +114,7 @@ def users_of_file(path: str, items: ItemTable) -> NewUsers:
         )
     lengths = np.bincount(known["user"], minlength=len(ids))
     if num_empty := int((lengths == 0).sum()):
-        notes.append(f"users without any item that the model knows, who get no recommendations: {num_empty:,}")
+        notes.append(f"users without any item that the model knows; they get no recommendations: {num_empty:,}")
     kept = np.flatnonzero(lengths)
     sequences = Sequences.of(
         pa.array(ids[kept], users.type),
@@ -125,12 +125,12 @@ def users_of_file(path: str, items: ItemTable) -> NewUsers:
 
 
 def _read(path: str) -> pa.Table:
-    """user (int64 or string), item (string) and, where it has one, time, in file order.
+    """Read user (int64 or string), item (string) and, if the file has it, time, in file order.
 
     Raises
     ------
     InputError
-        That of the first unusable row.
+        If a row is unusable: the error of the first such row.
     """
     directory, _, name = path.rpartition("/")
     find_interactions(directory, name)  # says what is there instead
@@ -151,7 +151,7 @@ def _read(path: str) -> pa.Table:
 
 
 def _spelled_as(kind: pa.DataType, users: Sequence[int | str]) -> pa.Array:
-    """The users that can be ids of that type, in it."""
+    """Convert to type `kind` the users that can be ids of that type, and leave out the others."""
     if pa.types.is_string(kind):
         return pa.array([str(user) for user in users], kind)
     numbers = [int(user) for user in users if str(user).lstrip("-").isdecimal()]

@@ -1,4 +1,4 @@
-"""From flat histories to batches: hold out, truncate, mask, pack by length. Tensor operations only, on any device.
+"""Makes batches from flat histories: truncates, masks, and packs rows by length. Uses only tensor operations.
 
 Shapes: B users, L positions, M queried positions a user, T interactions in all, S positions of a packed batch.
 Sequences are padded on the left, so that the last column is always the latest position.
@@ -20,39 +20,41 @@ from bert4rec.data.windows import Windows
 from bert4rec.model.layers import full_size
 
 MAX_PADDING = 0.04
-"""Largest share of padding in a group of rows..."""
+"""Largest share of padding in a group of rows, besides GROUP_TOKENS."""
 GROUP_TOKENS = {"cpu": 32, "cuda": 2048}
-"""...besides this many positions: what one more group costs in time, about; a GPU waits for each to be launched."""
+"""Positions of padding that take about as long as one more group. A GPU waits for the launch of each group."""
 STEPS_AHEAD = 2
-"""Steps that are made while a GPU works on another one."""
+"""Steps that a thread prepares while a GPU works on another one."""
 
 
 class Group(NamedTuple):
-    """Rows of like length in a packed batch."""
+    """Rows of similar length in a packed batch."""
 
     rows: int
     """B."""
     length: int
-    """L, of the longest row."""
+    """L, the length of the longest row."""
     queries: int
-    """M, of the row with most of them."""
+    """M, the largest number of queried positions in a row."""
     is_padded: bool
     """Whether a row is shorter than L."""
 
 
 class Batch(NamedTuple):
-    """What the model reads: groups of rows laid end to end, each padded to its own length alone (see `pack`)."""
+    """The model's input: groups of rows laid end to end, each group padded only to its own length (see `pack`)."""
 
     tokens: Tensor
-    """[S] int64; each group's [B, L], flat, and at the end some padding of no group (`functions.full_size`)."""
+    """[S] int64: each group's [B, L], flat, and at the end some padding outside all groups (`layers.full_size`)."""
     position: Tensor
     """[S] int64 distance from the end of the row."""
     query: Tensor
-    """[Q] int64 places in `tokens` whose hidden states are wanted; each group's [B, M], flat, and some more."""
+    """[Q] int64 places in `tokens` whose hidden states the model computes: each group's [B, M], flat, and some
+    padding."""
     labels: Tensor
-    """[Q] int64 true token at `query`, 0 where it only fills the row."""
+    """[Q] int64 true token at each `query`; 0 for a query that only fills its row."""
     wanted: Tensor
-    """[N] int64 places in `query` that have a label: known here, so that nobody has to wait for a GPU to count them."""
+    """[N] int64 places in `query` that have a label. They are computed here so that nothing waits for a GPU to count
+    them."""
     groups: list[Group]
 
     def rectangles(self) -> list[Tensor]:
@@ -73,7 +75,7 @@ class Step(NamedTuple):
 
 
 def last_items(windows: Windows, max_len: int) -> Tensor:
-    """[B, L] int64 tokens of each user's last `max_len` items, L the longest of them."""
+    """[B, L] int64 tokens of each user's last `max_len` items; L is the longest row."""
     length = windows.lengths.clamp(max=max_len)
     width = max(int(length.max()), 1)
     column = torch.arange(width, device=length.device)
@@ -83,10 +85,10 @@ def last_items(windows: Windows, max_len: int) -> Tensor:
 
 
 def weighted_items(windows: Windows, max_len: int, generator: torch.Generator) -> Tensor:
-    """[B, L] int64 tokens; of a history longer than `max_len`, that many items drawn without replacement.
+    """[B, L] int64 tokens. From a history longer than `max_len`, draw that many items without replacement.
 
-    The n-th of a user's items is drawn with weight n (Efraimidis & Spirakis 2006: the smallest Exp(1) / weight win);
-    the order of time is kept.
+    The n-th item of a user has weight n. The items with the smallest Exp(1) / weight win (Efraimidis & Spirakis 2006)
+    and keep their order in time.
     """
     tokens = last_items(windows, max_len)
     is_long = windows.lengths > max_len
@@ -104,7 +106,8 @@ def weighted_items(windows: Windows, max_len: int, generator: torch.Generator) -
 
 
 def window_items(windows: Windows, max_len: int, generator: torch.Generator) -> Tensor:
-    """[B, L] int64 tokens; of a history longer than `max_len`, that many that follow one another, drawn evenly."""
+    """[B, L] int64 tokens. From a history longer than `max_len`, take consecutive items from a uniformly drawn
+    place."""
     spare = (windows.lengths - max_len).clamp(min=0)
     left_out = (torch.rand(len(windows), generator=generator, dtype=torch.float64) * (spare + 1)).long()
     return last_items(Windows(windows.items, windows.start, windows.end - left_out), max_len)
@@ -113,24 +116,25 @@ def window_items(windows: Windows, max_len: int, generator: torch.Generator) -> 
 def mask_items(
     tokens: Tensor, model: ModelConfig, num_items: int, generator: torch.Generator, num_new_items: int = 0
 ) -> tuple[Tensor, Tensor]:
-    """The masked-item task (Section 3.6; replacement as in BERT).
+    """Mask items for the masked-item task (Section 3.6, with replacements as in BERT).
 
-    Each item becomes a target with `random_mask_prob`: 80% are replaced by [MASK], 10% by a random item, 10% stay.
-    Then, with `last_item_mask_ratio`, the last item of the sequence is made a target and replaced by [MASK].
+    Each item becomes a target with probability `random_mask_prob`. Of the targets, 80% become [MASK], 10% a random
+    item, and 10% stay. Then, with probability `last_item_mask_ratio`, the last item of a sequence also becomes a
+    target, replaced by [MASK].
 
     Parameters
     ----------
     tokens : Tensor
-        [B, L] int64, padded on the left, at least one item a row.
+        [B, L] int64, padded on the left, with at least one item per row.
     num_new_items : int
-        Items, the last ones, that no random replacement may bring in, as they are not trained.
+        Number of untrained items, which have the last tokens. Random replacements never use them.
 
     Returns
     -------
     masked : Tensor
         [B, L] the model's input.
     labels : Tensor
-        [B, L] the true token at targets, 0 elsewhere.
+        [B, L] the true token at targets, 0 at other places.
     """
     mask_token = num_items + 1
     target = (torch.rand(tokens.shape, generator=generator) < model.random_mask_prob) & (tokens != PADDING)
@@ -145,13 +149,14 @@ def mask_items(
 
 
 def append_mask(windows: Windows, max_len: int, num_items: int) -> Tensor:
-    """[B, L] the last max_len-1 items and [MASK] behind them: what the model reads to predict the next item."""
+    """[B, L] the last max_len-1 items, then [MASK]: the model's input to predict the next item."""
     items = last_items(windows, max_len - 1)
     return torch.cat([items, items.new_full((len(items), 1), num_items + 1)], dim=1)
 
 
 def by_length(lengths: Tensor, max_tokens: int) -> Iterator[Tensor]:
-    """Indices of rows, longest first, in parts of about as many tokens each, `max_tokens` (and a row more) at most."""
+    """Yield indices of rows, longest first, in parts of about equal numbers of tokens: `max_tokens` and a row at
+    most."""
     order = torch.argsort(lengths, descending=True, stable=True)
     until = torch.cumsum(lengths[order].clamp(min=1), 0)
     total = int(until[-1]) if len(until) else 0
@@ -160,17 +165,17 @@ def by_length(lengths: Tensor, max_tokens: int) -> Iterator[Tensor]:
 
 
 def pack(tokens: Tensor, labels: Tensor | None, device: torch.device) -> Batch:
-    """Lay rows end to end in groups of like length, so that work is done almost only where there is a token.
+    """Lay rows end to end in groups of similar length, so that layers do almost no work for padding.
 
-    Attention wants rectangles, all other layers do not care: a row is padded to the longest of its group alone, and a
-    group ends where its padding would cost more than another group does.
+    Only attention needs rectangles. A row is therefore padded only to the longest row of its group, and a group ends
+    where its padding would take more time than another group.
 
     Parameters
     ----------
     tokens : Tensor
-        [B, L] int64, padded on the left, longest row first, at least one token a row.
+        [B, L] int64, padded on the left, longest row first, with at least one token per row.
     labels : Tensor or None
-        [B, L] true token at targets, 0 elsewhere; None asks for the last position of each row.
+        [B, L] true token at targets, 0 at other places. With None, the last position of each row is queried.
     """
     lengths = (tokens != PADDING).sum(1).tolist()
     assert lengths == sorted(lengths, reverse=True)
@@ -196,13 +201,15 @@ def pack(tokens: Tensor, labels: Tensor | None, device: torch.device) -> Batch:
     flat = [F.pad(part, (0, full_size(len(part), device.type) - len(part))) for part in flat]
     tensors = [*flat, wanted]
     if device.type == "cuda" and tokens.device.type == "cpu":
-        tensors = [part.pin_memory() for part in tensors]  # else each copy waits for all that the GPU has to do
+        tensors = [
+            part.pin_memory() for part in tensors
+        ]  # otherwise each copy waits until the GPU has done all its work
     tensors = [part.to(device, non_blocking=True) for part in tensors]
     return Batch(tensors[0], tensors[1], tensors[2], tensors[3], tensors[4], groups)
 
 
 def _group_ends(lengths: np.ndarray, group_tokens: int) -> Iterator[int]:
-    """Where groups of rows, longest first, end."""
+    """Yield the end of each group of rows; the longest rows come first."""
     begin = 0
     while begin < len(lengths):
         area = lengths[begin] * np.arange(1, len(lengths) - begin + 1)
@@ -223,16 +230,16 @@ def iter_steps(
     device: torch.device,
     num_new_items: int = 0,
 ) -> Iterator[Step]:
-    """This worker's part of every step of an epoch.
+    """Yield this worker's part of every step of an epoch.
 
-    Every worker draws the same users and masks for the whole step and takes its share of the rows, so the targets, and
-    with dropout 0 the gradients, are the same for any number of workers. A step's users are a fair draw; they are
-    sorted by length only within the step.
+    Every worker draws the same users and masks for the whole step, then takes its share of the rows. The targets are
+    therefore the same for any number of workers, and with dropout 0 so are the gradients. The users of a step are a
+    uniform draw; only within the step are they sorted by length.
 
     Parameters
     ----------
     max_tokens : int
-        Tokens in one forward pass.
+        Most tokens in one forward pass.
     """
     generator = torch.Generator().manual_seed(data.seed * 1_000_003 + epoch)
     shuffled = torch.randperm(len(windows), generator=generator)
@@ -253,14 +260,14 @@ def iter_steps(
         batches = [
             pack(masked[rows[part]], labels[rows[part]], device) for part in by_length(lengths[rows], max_tokens)
         ]
-        if not batches:  # fewer users than workers: DDP still needs a pass, one without targets
+        if not batches:  # fewer users than workers: DDP still needs a forward pass, so make one without targets
             length = int(lengths[0])
             batches = [pack(masked[:1, -length:], torch.zeros_like(labels[:1, -length:]), device)]
         yield Step(batches, int((labels != PADDING).sum()), int(lengths.sum()))
 
 
 def steps_ahead(steps: Iterator[Step], start: Callable[[], object] = lambda: None) -> Iterator[Step]:
-    """The same steps, the next `STEPS_AHEAD` of them made in a thread that calls `start` first."""
+    """Yield the same steps. A thread, which first calls `start`, prepares the next `STEPS_AHEAD` of them."""
     with ThreadPoolExecutor(1, initializer=start) as thread:
         coming = deque(thread.submit(next, steps, None) for _ in range(STEPS_AHEAD))
         while (step := coming.popleft().result()) is not None:

@@ -1,9 +1,8 @@
-"""What stands for an item at the network's input: its id embedding, fused with its metadata.
+"""An item's input vector: its id embedding, fused with its metadata.
 
-Metadata are looked up by the input token: padding, [MASK] and items without metadata have none, so that a masked
-position cannot see its own item's. Shapes: U tokens, V items, D hidden_units, F features (the item itself first), W
-width of title embeddings.
-"""
+The model looks up metadata by the input token. The token [MASK] has none, so a masked position cannot see the metadata
+of its own item; padding has none either. Shapes: U tokens, V items, D hidden_units, F features (the item itself first),
+W width of title embeddings."""
 
 from typing import NamedTuple, assert_never, cast
 
@@ -19,16 +18,16 @@ from bert4rec.model.layers import Dropout
 
 
 class Metadata(NamedTuple):
-    """Tables by token, for items 1..V; the values of each feature that the model uses."""
+    """Metadata of items 1..V, for the features that the model uses."""
 
     listed: dict[str, tuple[int, Ragged]]
-    """Feature -> size of its vocabulary, and the values of each item."""
+    """By feature: the size of its vocabulary, and the values of each item."""
     titles: np.ndarray | None
-    """[V, W] float32, rows of zeros where an item has no title embedding."""
+    """[V, W] float32; a row is zero if the item has no title embedding."""
 
     @classmethod
     def none(cls) -> "Metadata":
-        """No feature but the item itself."""
+        """No metadata: the item id is the only feature."""
         return cls({}, None)
 
     @classmethod
@@ -39,17 +38,16 @@ class Metadata(NamedTuple):
 
     @property
     def shape(self) -> dict[str, list[int]]:
-        """What `ItemVectors` must know to be built before its tables are loaded."""
+        """The sizes that `ItemVectors` needs if its tables are loaded later."""
         sizes = {feature: [size, len(ragged.values)] for feature, (size, ragged) in self.listed.items()}
         return sizes | ({} if self.titles is None else {"title": [self.titles.shape[1]]})
 
 
 class ItemVectors(nn.Module):
-    """Tokens -> input vectors.
+    """Turns tokens into input vectors.
 
-    Fusions (`model.metadata_fusion`): concat, a linear layer over all features; add, their sum; gate, their sum
-    weighted by softmax(linear(all features)) over the features that the item has.
-    """
+    `model.metadata_fusion` chooses the fusion. concat: a linear layer over all features. add: their sum. gate: their
+    sum weighted by softmax(linear(all features)) over the features that the item has."""
 
     def __init__(self, config: ModelConfig, num_items: int, shape: dict[str, list[int]]) -> None:
         super().__init__()
@@ -73,14 +71,14 @@ class ItemVectors(nn.Module):
         if shape and self.fusion == "gate":
             self.gate = nn.Linear(len(self.features) * width, len(self.features))
 
-    def let_item_lead(self) -> None:
-        """Begin with most of the gate on the item: equal gates left 2 of 3 trainings at the level of popularity."""
+    def favour_item_in_gate(self) -> None:
+        """Give the item most of the initial gate. With equal gates, 2 of 3 trainings never ranked above popularity."""
         if self.features != ["item"] and self.fusion == "gate":
             with torch.no_grad():
                 self.gate.bias[0] = 2
 
     def set_tables(self, metadata: Metadata) -> None:
-        """Fill the tables; the first and the last token, padding and [MASK], have no values."""
+        """Fill the tables. The first and the last token, padding and [MASK], get no values."""
         for feature, (_, ragged) in metadata.listed.items():
             offsets = np.concatenate([[0], ragged.offsets, ragged.offsets[-1:]])
             self.get_buffer(f"{feature}_values").copy_(torch.from_numpy(ragged.values))
@@ -90,11 +88,11 @@ class ItemVectors(nn.Module):
 
     @torch.no_grad()
     def have_metadata(self, tokens: Tensor) -> Tensor:
-        """[U] -> [U] bool."""
+        """[U] -> [U] bool: whether each item has any metadata."""
         return self._features(tokens)[1][:, 1:].any(1)
 
     def forward(self, tokens: Tensor) -> Tensor:
-        """Any shape of tokens -> [..., D]. Metadata are fused once for each distinct token."""
+        """Tokens of any shape [...] -> [..., D]. Metadata are fused once per distinct token."""
         if self.features == ["item"]:
             vectors: Tensor = self.embedding(tokens)
             return vectors
@@ -102,7 +100,8 @@ class ItemVectors(nn.Module):
         return F.embedding(place, self._fuse(distinct))
 
     def gates(self, tokens: Tensor) -> Tensor:
-        """[U] -> [U, F]: the weight of each feature, summing to 1; a feature that the item lacks has 0."""
+        """[U] -> [U, F]: the weight of each feature. The weights sum to 1; a feature that the item lacks has weight
+        0."""
         return self._gates(*self._features(tokens))
 
     def _fuse(self, tokens: Tensor) -> Tensor:
@@ -124,7 +123,7 @@ class ItemVectors(nn.Module):
         return logits.masked_fill(~present, -torch.inf).softmax(1)
 
     def _features(self, tokens: Tensor) -> tuple[Tensor, Tensor]:
-        """[U] -> [U, F, D] vectors, zero where an item has none, and [U, F] bool where it has one."""
+        """[U] -> [U, F, D] vectors, zero if an item lacks the feature, and [U, F] bool: whether it has the feature."""
         vectors = [self.embedding(tokens)]
         present = [torch.ones_like(tokens, dtype=torch.bool)]
         for feature, embedding in cast(dict[str, nn.Embedding], self.listed).items():

@@ -1,4 +1,4 @@
-"""Linear layers, dropout and cross-entropy with the arithmetic of torch's own, in a form that costs less here.
+"""Linear layers and dropout that compute the same as torch's own, but faster.
 
 Shapes: N targets, D hidden_units, V items, K negatives; S rows, I inputs, O outputs of a linear layer.
 """
@@ -11,21 +11,23 @@ from torch import Tensor, nn
 
 
 def _uses_onednn() -> bool:
-    """Whether float32 products go to oneDNN: MKL, which torch takes, has no AVX-512 for processors of other makers."""
+    """Whether to use oneDNN for float32 products. Torch's default, MKL, uses AVX-512 on Intel processors only."""
     cpu = torch.cpu.get_capabilities()
     lacks_avx512 = bool(cpu.get("avx512_f")) and "Intel" not in cpu.get("cpu_name", "Intel")
     return lacks_avx512 and torch.backends.mkldnn.is_available()  # type: ignore[no-untyped-call, no-any-return]
 
 
 USES_ONEDNN = _uses_onednn()
-if USES_ONEDNN:  # read when the first kernel is built; with its 1024, half of a training's are built again and again
+if (
+    USES_ONEDNN
+):  # oneDNN reads this with its first kernel. With the default of 1024, it rebuilds half of a training's kernels
     os.environ.setdefault("ONEDNN_PRIMITIVE_CACHE_CAPACITY", "2048")
 
 
 def full_size(rows: int, device: str = "cpu") -> int:
-    """Rows to take for `rows`: up to 6% more, 16 sizes an octave.
+    """Round `rows` up, by at most 6%, to one of 16 sizes per octave, so that sizes recur.
 
-    With oneDNN, which has a kernel for each; on a GPU, where a product of a size that was had before begins sooner.
+    oneDNN builds a kernel for each size, and a GPU starts a product sooner if its size occurred before.
     """
     step = 1 << max(rows.bit_length() - 5, 0) if USES_ONEDNN or device != "cpu" else 1
     return -(-rows // step) * step
@@ -37,18 +39,18 @@ def product(a: Tensor, b: Tensor, bias: Tensor | None = None, out: Tensor | None
     Parameters
     ----------
     out : Tensor
-        [M, N], contiguous, that nobody needs any more: the result may take its place.
+        [M, N], contiguous, whose content may be overwritten with the result.
     """
     if USES_ONEDNN and a.device.type == "cpu" and a.dtype == torch.float32 and a.numel():
-        # The operator of torch.compile; there is no public way to a float32 product of oneDNN. It takes nothing empty.
+        # torch.compile uses this operator; torch has no public function for it. It does not accept empty tensors.
         result: Tensor = torch.ops.mkldnn._linear_pointwise(a, b, bias, "none", [], "")
         return result
     result = torch.mm(a, b.t(), out=out)
-    return result if bias is None else result.add_(bias)  # linear() adds no faster
+    return result if bias is None else result.add_(bias)  # linear() would not add faster
 
 
 class Linear(nn.Linear):
-    """As nn.Linear."""
+    """Computes the same as nn.Linear."""
 
     def forward(self, x: Tensor) -> Tensor:
         """[S, I] -> [S, O]."""
@@ -73,12 +75,12 @@ class _OneDnnLinear(torch.autograd.Function):
 
 def product_over_rows(a: Tensor, b: Tensor) -> Tensor:
     """[S, M], [S, N] -> [M, N] = a.T @ b."""
-    # The wide one last is up to twice as fast.
+    # With the wide matrix last, the product is up to twice as fast.
     return product(a.t(), b.t()) if a.shape[1] <= b.shape[1] else product(b.t(), a.t()).t()
 
 
 def add_product_over_rows(total: Tensor | None, a: Tensor, b: Tensor) -> Tensor:
-    """`total`, [M, N] float32 or None for nothing yet, with a.T @ b added to it."""
+    """Add a.T @ b to `total`, [M, N] float32, or start a total if it is None."""
     if total is None:
         return product_over_rows(a, b).float()
     if (USES_ONEDNN and a.device.type == "cpu") or a.dtype != total.dtype:
@@ -89,9 +91,10 @@ def add_product_over_rows(total: Tensor | None, a: Tensor, b: Tensor) -> Tensor:
 
 
 class Dropout(nn.Module):
-    """As nn.Dropout; on a CPU it draws 16 random bits an element (so p is a multiple of 2^-16), a fourth of torch's.
+    """Dropout like nn.Dropout. On a CPU, it draws 16 random bits per element, a quarter of torch's.
 
-    There the generator runs on one core, and takes a large part of a training step.
+    The random generator of a CPU runs on one core and takes a large part of a training step. With 16 bits, p is rounded
+    to a multiple of 2^-16.
     """
 
     def __init__(self, p: float) -> None:
@@ -99,7 +102,7 @@ class Dropout(nn.Module):
         self.p = p
 
     def forward(self, x: Tensor) -> Tensor:
-        """Any shape."""
+        """Apply dropout to a tensor of any shape."""
         if not self.training or self.p == 0:
             return x
         if x.device.type != "cpu":

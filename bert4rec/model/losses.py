@@ -15,13 +15,13 @@ from bert4rec.config import TrainingConfig
 from bert4rec.model.layers import add_product_over_rows, full_size, product
 
 Loss = Callable[[Tensor, Tensor, Tensor, Tensor], Tensor]
-"""loss(hidden [N, D], weights [V, D], bias [V], labels [N] from 0) -> sum over the targets."""
+"""loss(hidden [N, D], weights [V, D], bias [V], labels [N] from 0) -> sum of the losses of all targets."""
 
 
-_CPU_LOGIT_BYTES = 4 * 2**20  # what caches hold...
+_CPU_LOGIT_BYTES = 4 * 2**20  # fits into the caches...
 
 
-_FEWEST_ROWS, _MOST_CPU_LOGIT_BYTES = 128, 256 * 2**20  # ...but all weights are read for each few rows
+_FEWEST_ROWS, _MOST_CPU_LOGIT_BYTES = 128, 256 * 2**20  # ...but each pass over a few rows reads all weights
 
 
 _GPU_LOGIT_BYTES = 512 * 2**20
@@ -30,7 +30,7 @@ _GPU_LOGIT_BYTES = 512 * 2**20
 def linear_cross_entropy(hidden: Tensor, weights: Tensor, bias: Tensor, labels: Tensor) -> Tensor:
     """Sum over targets of the cross-entropy of softmax(hidden @ weights.T + bias), without [N, V] in memory.
 
-    Logits and their gradients are made for a few rows at a time, in the forward pass, as in Liger-Kernel.
+    The forward pass computes logits and their gradients for a few rows at a time, as Liger-Kernel does.
 
     Parameters
     ----------
@@ -67,7 +67,7 @@ class _LinearCrossEntropy(torch.autograd.Function):
                 part = F.pad(part, (0, 0, 0, full_size(count, hidden.device.type) - count))
                 logits = product(part, matrix, bias.to(dtype)).float()
                 probability = torch.softmax(logits, dim=1)
-                # log p of the target by way of the likeliest item: its own p may be too small for a float.
+                # Start from log p of the likeliest item: the target's own p may be too small for a float.
                 gap = logits[:count].gather(1, target) - logits[:count].amax(1, keepdim=True)
                 loss -= (gap + probability[:count].amax(1, keepdim=True).log()).sum()
                 probability[:count].scatter_add_(1, target, probability.new_full(target.shape, -1.0))
@@ -88,7 +88,7 @@ class _LinearCrossEntropy(torch.autograd.Function):
 
 
 def make_loss(training: TrainingConfig, counts: Tensor | None = None) -> Loss:
-    """The configured loss.
+    """Return the configured loss.
 
     Parameters
     ----------
@@ -130,17 +130,17 @@ def make_loss(training: TrainingConfig, counts: Tensor | None = None) -> Loss:
 def sampled_softmax(
     hidden: Tensor, weights: Tensor, bias: Tensor, labels: Tensor, negatives: Tensor, log_q: Tensor
 ) -> Tensor:
-    """Sum over targets of the cross-entropy against sampled items, which with more of them comes to the full one's.
+    """Sum over targets of the cross-entropy against sampled items. It approaches the full loss as K grows.
 
-    The sum over all other items in the softmax's denominator is estimated by negatives weighted with 1 / (K q)
-    (Bengio and Senecal 2008); a negative that is the target itself counts nothing.
+    Negatives, weighted with 1 / (K q), estimate the sum over all other items in the denominator of the softmax (Bengio
+    and Senecal 2008). A negative that equals the target does not count.
 
     Parameters
     ----------
     negatives : Tensor
-        [K] int64 items, drawn with replacement, the same for all targets.
+        [K] int64 items, drawn with replacement and shared by all targets.
     log_q : Tensor
-        [K] log of the probability of each in one draw.
+        [K] log probability of each negative in one draw.
     """
     target, others = _sampled_logits(hidden, weights, bias, labels, negatives)
     others = others - (log_q + math.log(len(negatives)))
@@ -154,12 +154,12 @@ def gbce(
     """Sum over targets of the generalised binary cross-entropy (gBCE, Petrov and Macdonald 2023, arXiv 2308.07192).
 
     (-beta log sigmoid(s+) - sum over negatives of log(1 - sigmoid(s-))) / (K + 1), with beta = a (t (1 - 1/a) + 1/a)
-    for the share a = K / (V - 1) of the items that are drawn. A negative that is the target itself counts nothing.
+    for the share a = K / (V - 1) of sampled items. A negative that equals the target does not count.
 
     Parameters
     ----------
     negatives : Tensor
-        [K] int64 items, drawn evenly, the same for all targets.
+        [K] int64 items, drawn uniformly and shared by all targets.
     calibration : float
         t.
     """
@@ -173,7 +173,7 @@ def gbce(
 def _sampled_logits(
     hidden: Tensor, weights: Tensor, bias: Tensor, labels: Tensor, negatives: Tensor
 ) -> tuple[Tensor, Tensor]:
-    """[N] of the targets and [N, K] of the negatives, float32."""
+    """Float32 logits: [N] of the targets and [N, K] of the negatives."""
     target = (hidden * weights.index_select(0, labels)).sum(1) + bias.index_select(0, labels)
     others = F.linear(hidden, weights.index_select(0, negatives), bias.index_select(0, negatives))
     return target.float(), others.float()

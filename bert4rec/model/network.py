@@ -1,7 +1,7 @@
 """BERT4Rec (Sun et al. 2019, arXiv 1904.06690, Section 3): the whole network, and its directory on disk.
 
 Shapes: S positions of a packed batch (see `batches.pack`), made of groups of B users with L positions and M queried
-ones each; N wanted positions in all, D hidden_units, H heads, V items.
+positions each; N wanted positions in all, D hidden_units, H heads, V items.
 """
 
 import hashlib
@@ -53,19 +53,19 @@ class Block(nn.Module):
         query: Tensor | None = None,
         wanted: Tensor | None = None,
     ) -> Tensor:
-        """Hidden states of all positions, or of some only.
+        """Compute hidden states of all positions, or only of the positions in `query`.
 
         Parameters
         ----------
         x : Tensor
             [S, D].
         keep : list
-            For each group [B, 1, 1, L] bool, false at padding, or None where there is none.
+            For each group [B, 1, 1, L] bool, false at padding, or None if the group has no padding.
         turns : Tensor
-            [S, 1, D/2H] complex, what queries and keys are turned by with rotary positions.
+            [S, 1, D/2H] complex factors that rotate queries and keys, with rotary positions.
         query, wanted : Tensor
-            [Q] positions to attend from, and [N] which of those are really wanted: all work after the keys and values
-            is then done for those alone.
+            [Q] positions to attend from, and [N] places in `query` that have a label. The block then does all work
+            after the keys and values only for these.
 
         Returns
         -------
@@ -105,7 +105,7 @@ class Block(nn.Module):
 
 @contextmanager
 def without_cudnn_attention() -> Iterator[None]:
-    """Meanwhile attention takes no kernel of cuDNN: each new shape, as most steps have, costs a tenth of a second."""
+    """Switch off cuDNN's attention inside this block. It takes a tenth of a second for each new shape."""
     is_on = torch.backends.cuda.cudnn_sdp_enabled()  # type: ignore[no-untyped-call]
     torch.backends.cuda.enable_cudnn_sdp(False)
     try:
@@ -121,7 +121,7 @@ def rotary_turns(max_len: int, size: int) -> Tensor:
 
 
 def turned(x: Tensor, turns: Tensor) -> Tensor:
-    """[S, D], each head's neighbouring columns taken for complex numbers and multiplied by `turns` [S, 1, D/2H]."""
+    """[S, D]: pairs of neighbouring columns of each head, as complex numbers, multiplied by `turns` [S, 1, D/2H]."""
     pairs = torch.view_as_complex(x.float().view(len(x), -1, turns.shape[-1], 2))
     return torch.view_as_real(pairs * turns).flatten(1).to(x.dtype)
 
@@ -129,7 +129,7 @@ def turned(x: Tensor, turns: Tensor) -> Tensor:
 class BERT4Rec(nn.Module):
     """The bidirectional transformer over item sequences.
 
-    Positions count from the end of the sequence (0 is the last), so that padding on the left changes nothing.
+    Positions count from the end of the sequence (0 is the last item), so padding on the left changes nothing.
     """
 
     def __init__(
@@ -140,28 +140,28 @@ class BERT4Rec(nn.Module):
         metadata: Metadata | dict[str, list[int]] | None = None,
         num_new_items: int = 0,
     ) -> None:
-        """The network for a catalogue.
+        """Make the network for a catalogue.
 
         Parameters
         ----------
         metadata : Metadata or dict
-            The tables, or their shape alone where they are loaded afterwards.
+            The tables, or only their shape if they are loaded later.
         num_new_items : int
-            Items, the last of the catalogue, without interactions: their id embedding is zero and stays so.
+            Number of items without interactions, the last of the catalogue. Their id embedding is zero and stays zero.
         """
         super().__init__()
         self.config = config
         self.num_items = num_items
         self.num_new_items = num_new_items
         self.catalogue = catalogue
-        self.loss: Loss = linear_cross_entropy  # another one is set by who trains
-        self.held_out = 0  # last items of each user that training did not see; set by who trains
-        self.trained_before: int | None = None  # Unix time of a temporal split, from which on it saw none
+        self.loss: Loss = linear_cross_entropy  # training sets another one
+        self.held_out = 0  # last items of each user that training did not see; training sets it
+        self.trained_before: int | None = None  # temporal split: Unix time from which on training saw nothing
         self.metadata_shape = metadata.shape if isinstance(metadata, Metadata) else metadata or {}
         width = config.hidden_units
         self.items = ItemVectors(config, num_items, self.metadata_shape)
         self.register_buffer("unrankable", torch.zeros(num_items, dtype=torch.bool))
-        self.register_buffer("item_counts", torch.zeros(num_items, dtype=torch.int64))  # set by who trains
+        self.register_buffer("item_counts", torch.zeros(num_items, dtype=torch.int64))  # training fills it
         if isinstance(metadata, Metadata):
             self.items.set_tables(metadata)
             new = torch.arange(1, num_items + 1) > num_items - num_new_items
@@ -175,19 +175,19 @@ class BERT4Rec(nn.Module):
         self.embedding_norm = nn.LayerNorm(width)
         self.blocks = nn.ModuleList(Block(config) for _ in range(config.num_layers))
         self.output_transform = Linear(width, width)
-        self._fused: Tensor | None = None  # kept between calls while the weights do not change
+        self._fused: Tensor | None = None  # the fused item vectors, kept while the weights do not change
         self.output_bias = nn.Parameter(torch.zeros(num_items))
         if not config.share_embeddings:
             self.output_embedding = nn.Parameter(torch.empty(num_items, width))
         self.apply(_initialise)
-        self.items.let_item_lead()
+        self.items.favour_item_in_gate()
         if not config.share_embeddings:
             nn.init.normal_(self.output_embedding, std=0.02)
         with torch.no_grad():
             self.items.embedding.weight[num_items + 1 - num_new_items : num_items + 1] = 0
 
     def encode(self, batch: Batch) -> Tensor:
-        """[N, D] final hidden states at the queries that have a label, in their order."""
+        """[N, D] final hidden states at the queries that have a label, in the order of the queries."""
         x = self.items(batch.tokens) + self.position_embedding(batch.position)  # (S, D)
         x = self.embedding_norm(self.dropout(x))
         turns = self.get_buffer("turns")[batch.position][:, None] if self.is_rotary else None
@@ -204,11 +204,12 @@ class BERT4Rec(nn.Module):
         return hidden[:count]
 
     def project(self, hidden: Tensor) -> Tensor:
-        """[N, D] -> [N, D]: the dense layer with GELU of equation 7; its product with `output_weights` gives logits."""
+        """[N, D] -> [N, D]: the dense layer with GELU in equation 7. Its product with `output_weights` gives the
+        logits."""
         return F.gelu(self.output_transform(hidden))
 
     def train(self, mode: bool = True) -> Self:
-        """As in torch; the output vectors are computed anew afterwards."""
+        """Set the mode as torch does, and forget the fused item vectors, which may change."""
         self._fused = None
         return super().train(mode)
 
@@ -217,51 +218,51 @@ class BERT4Rec(nn.Module):
         return super()._apply(fn, recurse)  # type: ignore[no-untyped-call, no-any-return]
 
     def output_weights(self, popularity_discount: float = 0) -> tuple[Tensor, Tensor]:
-        """Weights [V, D] and `discounted_bias` [V]; special tokens have none and are never predicted."""
+        """Weights [V, D] and `discounted_bias` [V]. Special tokens have none, so the model never predicts them."""
         bias = self.discounted_bias(popularity_discount)
         if self.config.output_features == "fused":
             fused = self._fused
             if fused is None:
                 fused = self.items(torch.arange(1, self.num_items + 1, device=bias.device))
                 self._fused = fused if torch.is_inference_mode_enabled() else None
-            # A new item without any metadata has nothing to be scored by.
+            # A new item without metadata has an untrained vector, so nothing can score it.
             return fused, bias.masked_fill(self.get_buffer("unrankable"), -torch.inf)
         return self.items.embedding.weight[1:-1] if self.config.share_embeddings else self.output_embedding, bias
 
     def discounted_bias(self, popularity_discount: float) -> Tensor:
-        """[V] the output bias less `popularity_discount` times log(1 + n) of each item's n training interactions.
+        """[V] the output bias minus `popularity_discount` t times log(1 + n), for an item's n training interactions.
 
-        Of log p(item | history) that leaves log p(item | history) - t log p(item) (Menon et al. 2021, equation 8).
+        This turns log p(item | history) into log p(item | history) - t log p(item) (Menon et al. 2021, equation 8).
 
         Raises
         ------
         InputError
-            If there is a discount, and the model was trained by a version that did not count the interactions.
+            If the discount is not zero and the model comes from a version that did not store the interactions.
         """
         if not popularity_discount:
             return self.output_bias
         counts = self.get_buffer("item_counts")
         if not counts.any():
             raise InputError(
-                "inference.popularity_discount needs to know how often each item was interacted with, and this "
+                "inference.popularity_discount needs the number of interactions of each item, and this "
                 "model is of an earlier version, which did not keep that; train it again under another run.name"
             )
         return self.output_bias - popularity_discount * counts.float().log1p()
 
     def check_is_held_out(self, split: str, data: DataConfig, cutoffs: dict[str, int], source: str) -> None:
-        """See that training has not seen the targets of `split`, "validation" or "test".
+        """Check that training has not seen the targets of `split`, "validation" or "test".
 
         Parameters
         ----------
         cutoffs : dict
-            Of the prepared dataset, for a temporal split.
+            Cut-offs of the prepared dataset, used for a temporal split.
         source : str
-            What the message calls the model by.
+            Name of the model in the message.
 
         Raises
         ------
         InputError
-            If it has.
+            If training may have seen them.
         """
         if data.split == "temporal":
             cutoff = cutoffs[split]
@@ -281,15 +282,16 @@ class BERT4Rec(nn.Module):
     def forward(self, batch: Batch) -> Tensor:
         """Sum of the loss over all targets."""
         weights, bias = self.output_weights()
-        known = self.num_items - self.num_new_items  # an item that is never a target would only learn to be avoided
+        known = self.num_items - self.num_new_items  # training would only push down an item that is never a target
         states = self.project(self.encode(batch))  # (N, D)
         labels = batch.labels.index_select(0, batch.wanted)
-        if self.num_new_items:  # a slice costs a copy of the gradient
+        if self.num_new_items:  # only then, since a slice costs a copy of the gradient
             weights, bias = weights[:known], bias[:known]
         return self.loss(states, weights, bias, labels - 1)
 
     def save_pretrained(self, directory: str) -> None:
-        """Write a model directory: weights and architecture, nothing that needs Ray or pickle to be read."""
+        """Write weights and architecture into a model directory, in formats that readers need neither Ray nor pickle
+        for."""
         os.makedirs(directory, exist_ok=True)
         state = {name: tensor.detach().cpu().contiguous() for name, tensor in self.state_dict().items()}
         weights = safetensors.torch.save(state)
@@ -309,7 +311,7 @@ class BERT4Rec(nn.Module):
 
     @classmethod
     def from_pretrained(cls, directory: str) -> Self:
-        """Read a model directory, in evaluation mode.
+        """Read a model directory and return the model in evaluation mode.
 
         Raises
         ------
@@ -334,7 +336,7 @@ class BERT4Rec(nn.Module):
             model.held_out = content["held_out"]
             model.trained_before = content.get("trained_before")
             state = safetensors.torch.load(weights)
-            state.setdefault("item_counts", model.get_buffer("item_counts"))  # earlier versions did not keep them
+            state.setdefault("item_counts", model.get_buffer("item_counts"))  # earlier versions did not store them
             model.load_state_dict(state)
         except FileNotFoundError:
             raise InputError(f"{directory}: {WEIGHTS} is missing; this is no whole model directory") from None
@@ -344,7 +346,7 @@ class BERT4Rec(nn.Module):
 
 
 def _initialise(module: nn.Module) -> None:
-    """Weights normal(0, 0.02) (Section 3.6 uses the truncated normal of the same width), biases zero."""
+    """Draw weights from normal(0, 0.02), and set biases to zero. Section 3.6 truncates the same normal distribution."""
     if isinstance(module, nn.Linear | nn.Embedding):
         nn.init.normal_(module.weight, std=0.02)
     if isinstance(module, nn.Linear):

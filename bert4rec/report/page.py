@@ -1,7 +1,7 @@
-"""One self-contained HTML page of a run: the data, the training, the metrics, what is recommended, and sample users.
+"""Renders one self-contained HTML page of a run: data, training, metrics, recommendations and sample users.
 
-What the page lacks for want of input (no titles, no times, no recommendations) it says. Titles and ids are untrusted
-text: the template escapes all, and charts are given escaped text, since plotly reads some HTML.
+If an input is missing (titles, times, recommendations), the page says what it cannot show. Titles and ids are untrusted
+text: the template escapes all text, and charts get escaped text, because plotly interprets some HTML.
 Shapes: N users, V items.
 """
 
@@ -28,10 +28,10 @@ from bert4rec.runs import REPORT
 
 SHOWN_USERS = 24
 SHOWN_HISTORY = 100
-"""Last items of a sample user's history."""
+"""How many last items of a sample user's history the page shows."""
 _TOP_ITEMS, _TOP_GENRES = 15, 18
 _CURVE_POINTS = 300
-_COLOURS = ("#3b82d9", "#e0812b", "#22a179", "#9a72e0", "#dd5470", "#8a8f98")  # legible on white and on black
+_COLOURS = ("#3b82d9", "#e0812b", "#22a179", "#9a72e0", "#dd5470", "#8a8f98")  # readable on white and on black
 _LOGARITHMIC = {"type": "log", "dtick": 1, "tickformat": ","}
 _LEGEND = {"orientation": "h", "x": 0, "y": 1.02, "yanchor": "bottom"}
 _CATEGORIES = {"type": "category"}
@@ -43,11 +43,11 @@ Metrics = dict[str, float]
 
 @dataclass(frozen=True)
 class Recommendations:
-    """What `jobs.recommend` wrote: directory of Parquet parts, a file each of `PreparedDataset.parts`."""
+    """Results of `jobs.recommend`: a directory with one Parquet file per part of `PreparedDataset.parts`."""
 
     parts_path: str
     settings: dict[str, Any]
-    """The inference settings that they were made with."""
+    """The inference settings behind the recommendations."""
     num_short_users: int
 
 
@@ -58,9 +58,9 @@ class Section:
     title: str
     text: str = ""
     missing: list[str] = field(default_factory=list)
-    """What cannot be shown, and why."""
+    """Sentences that say what the page cannot show, and why."""
     tiles: list[tuple[str, str]] = field(default_factory=list)
-    """Number and what it counts."""
+    """A number, and what it counts."""
     charts: list[dict[str, Any]] = field(default_factory=list)
     tables: list[dict[str, Any]] = field(default_factory=list)
 
@@ -73,18 +73,18 @@ def render(
     evaluation: dict[str, Any] | None,
     recommendations: Recommendations | str,
 ) -> str:
-    """The page.
+    """Render the page.
 
     Parameters
     ----------
     name : str
-        Of the run.
+        Name of the run.
     run : dict or None
         `history` (metrics of each validated epoch) and `best_metrics`; None while training is not finished.
     evaluation : dict or None
-        What `jobs.evaluate` wrote: metrics by protocol and system, in groups of users, and beyond accuracy.
+        Results of `jobs.evaluate`: metrics by protocol and system, in groups of users, and beyond accuracy.
     recommendations : Recommendations or str
-        A string says why there are none.
+        The recommendations, or a string that says why there are none.
     """
     items = dataset.items()
     users = _read_users(dataset, items)
@@ -121,13 +121,13 @@ class _Users:
     seen: np.ndarray
     """[N] distinct items."""
     future: np.ndarray
-    """[N] items, not seen, that were released in a later year than the last interaction."""
+    """[N] unseen items released in a later year than the user's last interaction."""
     last_year: np.ndarray
-    """[N] int, 0 where unknown."""
+    """[N] int year of the last interaction, 0 if unknown."""
 
 
 def _read_users(dataset: PreparedDataset, items: ItemTable) -> _Users:
-    """What is known of every user, read part by part."""
+    """Read the statistics of every user, part by part."""
     release = np.where(items.has_year, items.year.astype(np.int32), np.iinfo(np.int32).min)
     ascending = np.sort(release)
     columns: list[tuple[np.ndarray, ...]] = []
@@ -145,7 +145,7 @@ def _read_users(dataset: PreparedDataset, items: ItemTable) -> _Users:
 
 
 def _count_recommended(dataset: PreparedDataset, items: ItemTable, given: Recommendations) -> np.ndarray:
-    """[V] users that each item was recommended to."""
+    """[V] number of users to whom each item is recommended."""
     counts = np.zeros(len(items.ids), np.int64)
     for part in dataset.parts():
         token = pc.index_in(_read_part(given, part.number)["item"], items.ids)
@@ -235,13 +235,13 @@ def _data_section(config: Config, dataset: PreparedDataset, items: ItemTable, us
 def _training_section(config: Config, run: dict[str, Any] | None) -> Section:
     section = Section("Training")
     if run is None:
-        section.missing.append("Training has not finished: the same command goes on with it.")
+        section.missing.append("Training has not finished. Run the same command to continue it.")
         return section
     history, best = run["history"], run["best_metrics"]
     epochs = [metrics["epoch"] for metrics in history]
 
     def curves(names: Iterable[str], visible: Iterable[str] = ()) -> list[go.Scatter]:
-        # A curve of one epoch is a point.
+        # Markers, because a curve of one epoch is a single point.
         return [
             _line(
                 epochs,
@@ -312,7 +312,7 @@ def _metrics_section(evaluation: dict[str, Any] | None) -> Section:
 
 
 def _systems(title: str, caption: str, groups: dict[str, dict[str, Metrics]], metric: str) -> dict[str, Any]:
-    """Bars of one metric: a group for each key of `groups`, in it a bar for each system."""
+    """Bar chart of one metric, with a group of bars per key of `groups` and a bar per system."""
     systems = list(dict.fromkeys(system for group in groups.values() for system in group))
     bars = [
         go.Bar(
@@ -395,7 +395,7 @@ def _recommended_section(
 
 
 def _discount(made_with: dict[str, Any]) -> str:
-    discount = made_with.get("popularity_discount")  # results of earlier versions have none
+    discount = made_with.get("popularity_discount")  # results of earlier versions lack the key
     return f" The model's scores are with inference.popularity_discount={discount:g}." if discount else ""
 
 
@@ -427,7 +427,7 @@ def _filter_section(items: ItemTable, users: _Users, settings: dict[str, Any]) -
 def _browser(
     dataset: PreparedDataset, items: ItemTable, users: _Users, given: Recommendations | None
 ) -> dict[str, Any]:
-    """Sample users, from the shortest to the longest history: the items they and their top-k need, by index."""
+    """Sample users from the shortest to the longest history, and by index the items of their histories and top-k."""
     by_length = np.argsort(users.length, kind="stable")
     places = np.linspace(0, len(by_length) - 1, min(SHOWN_USERS, len(by_length))).round().astype(np.int64)
     sample = np.sort(by_length[places])
@@ -482,19 +482,19 @@ def _plain(value: Any) -> str:  # noqa: ANN401 - a YAML value
 
 
 def _titles(items: ItemTable) -> list[str]:
-    """[V] title, or the id where there is none."""
+    """[V] title of each item, or its id if it has no title."""
     pairs = zip(items.ids.to_pylist(), items.title.to_pylist(), strict=True)
     return [title or str(item) for item, title in pairs]
 
 
 def _labels(items: ItemTable, chosen: np.ndarray) -> list[str]:
-    """Titles for a chart: escaped, since plotly reads some HTML."""
+    """Titles for a chart, escaped because plotly interprets some HTML."""
     ids, titles = (column.take(pa.array(chosen)).to_pylist() for column in (items.ids, items.title))
     return [html.escape((title or str(item))[:80]) for item, title in zip(ids, titles, strict=True)]
 
 
 def _typical(values: np.ndarray, weights: np.ndarray) -> int:
-    """Weighted median: half of all weight is on values up to it."""
+    """Weighted median: half of the total weight is on values up to it."""
     order = np.argsort(values, kind="stable")
     cumulated = np.cumsum(weights[order])
     return int(values[order[np.searchsorted(cumulated, cumulated[-1] / 2)]])
@@ -521,7 +521,7 @@ def _line(x: Any, y: Any, name: str, number: int, **more: Any) -> go.Scatter:  #
 
 
 def _histogram(title: str, caption: str, values: np.ndarray, counted: str) -> dict[str, Any]:
-    """Bars over ranges that grow with the values, each labelled with its whole numbers."""
+    """Bar chart over ranges that grow with the values. The label of a range names its first and last whole number."""
     top = next(edge for edge in _BINS if edge > values.max())
     edges = np.array([0, *(edge for edge in _BINS if edge <= top)])
     counts, _ = np.histogram(values, edges)
@@ -538,7 +538,7 @@ def _histogram(title: str, caption: str, values: np.ndarray, counted: str) -> di
 
 
 def _years(title: str, items: ItemTable, weights: dict[str, np.ndarray]) -> dict[str, Any]:
-    """Shares of each weight [V] by year of release."""
+    """Chart of the share of each weight [V] by year of release."""
     first, last = int(items.year[items.has_year].min()), int(items.year[items.has_year].max())
     traces = []
     for number, (label, weight) in enumerate(weights.items()):
@@ -594,7 +594,7 @@ def _chart(
     y: dict[str, Any] | None = None,
     **layout: Any,  # noqa: ANN401 - plotly's own
 ) -> dict[str, Any]:
-    """A figure with its heading; the page's style sheet gives text and grid their colours."""
+    """A figure with its heading. The style sheet of the page sets the colours of text and grid."""
     figure = go.Figure(
         traces,
         {

@@ -1,4 +1,4 @@
-"""What a sweep leaves behind: its trials as CSV and Parquet, plots, TensorBoard's HPARAMS, the best config."""
+"""Writes the results of a sweep: trials as CSV and Parquet, plots, TensorBoard's HPARAMS, and the best config."""
 
 import io
 import warnings
@@ -20,13 +20,14 @@ HPARAMS = "hparams"
 
 
 def ranked(trials: list[Trial], monitor: str) -> list[Trial]:
-    """The trials that have been validated and can be trained to the end, the best first, of equals the earlier."""
+    """Sort the trials that have been validated and have not failed, best first; of equal trials the earlier one
+    first."""
     validated = [trial for trial in trials if trial.history and trial.status != "failed"]
     return sorted(validated, key=lambda trial: -score(trial.best(monitor)[monitor], monitor))
 
 
 def write_best_config(config: Config, best: Trial, sweep_path: str) -> str:
-    """What `--config` of any job takes: the sweep's config with the best trial's values. The file's path."""
+    """Write the sweep's config with the best trial's values, for `--config` of any job. Return the file's path."""
     content = with_values(config, best.values).model_dump(mode="json", exclude={"tune": True, "run": {"name"}})
     path = storage.join(sweep_path, BEST_CONFIG)
     storage.write_bytes(path, yaml.safe_dump(content, sort_keys=False).encode())
@@ -34,7 +35,7 @@ def write_best_config(config: Config, best: Trial, sweep_path: str) -> str:
 
 
 def write_table(space: Space, trials: list[Trial], sweep_path: str) -> list[str]:
-    """A row a trial: its values, its best epoch's metrics, and what became of it. The files' paths."""
+    """Write one row per trial: its values, the metrics of its best epoch, its status. Return the files' paths."""
     monitor = space.config.monitor
     best = [trial.best(monitor) if trial.history else {} for trial in trials]
     metrics = sorted({name for found in best for name in found} - {"epoch", "seconds", monitor})
@@ -60,8 +61,10 @@ def write_table(space: Space, trials: list[Trial], sweep_path: str) -> list[str]
 
 
 def write_plots(space: Space, trials: list[Trial], sweep_path: str) -> str | None:
-    """History, importance of the keys, and parallel coordinates on one page that needs no network; None where Optuna
-    or Plotly is not installed, or fewer than two trials got anywhere."""
+    """Plot history, importance of the keys and parallel coordinates on one page that needs no network.
+
+    Return its path, or None if Optuna or Plotly is not installed or fewer than two trials have metrics.
+    """
     try:
         import plotly  # noqa: F401
         from optuna import visualization
@@ -73,7 +76,7 @@ def write_plots(space: Space, trials: list[Trial], sweep_path: str) -> str | Non
     if len(study.trials) < 2 or not drawn:
         print("note: no plots: they need two trials of different values")
         return None
-    with warnings.catch_warnings():  # Optuna warns of what few trials say about a key's importance
+    with warnings.catch_warnings():  # Optuna warns that few trials say little about the importance of a key
         warnings.simplefilter("ignore")
         figures = [
             visualization.plot_optimization_history(study, target_name=space.config.monitor),
@@ -90,8 +93,10 @@ def write_plots(space: Space, trials: list[Trial], sweep_path: str) -> str | Non
 
 
 def write_hparams(space: Space, trials: list[Trial], sweep_path: str) -> str:
-    """The drawn values and the best epoch's metrics of each trial, with its curves, for `tensorboard --logdir` the
-    returned directory."""
+    """Write the values, the best epoch's metrics and the curves of each trial for TensorBoard.
+
+    Return the directory for `tensorboard --logdir`.
+    """
     root, monitor = storage.join(sweep_path, HPARAMS), space.config.monitor
     storage.remove(root)
     for trial in trials:

@@ -1,4 +1,4 @@
-"""What a sweep tries: the search space by config key, what is known of each trial, and the next trial's values."""
+"""The search space of a sweep, the record of each trial, and the choice of the next trial's values."""
 
 import difflib
 from dataclasses import dataclass, field
@@ -35,11 +35,11 @@ THE_SAME_FOR_ALL = {
     *(f"training.{name}" for name in ("cpus_per_worker", "max_failures")),
 }
 MOST_DRAWS = 1000
-"""Draws for one trial, of which the first that is valid and new is taken."""
+"""Most draws for one trial. The first draw that is valid and new becomes the trial."""
 
 
 class Draws(Protocol):
-    """Where values come from: an `optuna.Trial`, or `_RandomDraws`."""
+    """Source of drawn values: an `optuna.Trial`, or `_RandomDraws`."""
 
     def suggest_categorical(self, name: str, choices: Any) -> Any: ...  # noqa: ANN401, D102
 
@@ -50,18 +50,18 @@ class Draws(Protocol):
 
 @dataclass(frozen=True)
 class Domain:
-    """The values of one key."""
+    """The values that a sweep may give to one key."""
 
     key: str
     kind: str
-    """One of `KINDS`; a fixed value is a choice of one."""
+    """One of `KINDS`. A fixed value is a choice with one value."""
     values: tuple[Any, ...]
     """The choices, or the lowest and the highest value."""
     when: dict[str, list[Any]] = field(default_factory=dict)
-    """Values that other keys must have for this one to be drawn; else it stays as the config has it."""
+    """Values that other keys must have for this key to be drawn. Otherwise it keeps the config's value."""
 
     def draw(self, draws: Draws) -> Any:  # noqa: ANN401
-        """One value; numbers of four digits, which is enough and can be read."""
+        """Draw one value. Numbers are rounded to four digits, which are enough and easy to read."""
         if self.kind == "choice":
             return draws.suggest_categorical(self.key, self.values)
         low, high = self.values
@@ -76,7 +76,7 @@ class Domain:
         return isinstance(value, int | float) and self.values[0] <= value <= self.values[1]
 
     def distribution(self) -> "optuna.distributions.BaseDistribution":
-        """The same as Optuna has it."""
+        """The same domain as an Optuna distribution."""
         from optuna import distributions
 
         if self.kind == "choice":
@@ -89,36 +89,36 @@ class Domain:
 
 @dataclass
 class Trial:
-    """What is known of one trial."""
+    """The record of one trial."""
 
     number: int
     values: dict[str, Any]
-    """By config key."""
+    """Drawn values by config key."""
     status: Literal["running", "finished", "stopped", "failed", "crashed"] = "running"
-    """stopped: by the scheduler; failed: its settings can not be trained; crashed: its processes died."""
+    """stopped: the scheduler stopped it. failed: its settings cannot be trained. crashed: its processes died."""
     history: list[dict[str, float]] = field(default_factory=list)
-    """Metrics of each validated epoch that is known."""
+    """Metrics of each validated epoch that has been reported."""
     seconds: float = 0.0
-    """Wall time, with the start of its processes."""
+    """Wall time, including the start of its processes."""
     reason: str = ""
     """Why it failed or crashed."""
 
     @property
     def name(self) -> str:
-        """Directory in the sweep's."""
+        """Name of its directory in the sweep's directory."""
         return f"trial-{self.number:03d}"
 
     @property
     def epochs(self) -> int:
-        """Epochs trained."""
+        """Number of epochs trained."""
         return int(self.history[-1]["epoch"]) if self.history else 0
 
     def best(self, monitor: str) -> dict[str, float]:
-        """Metrics of the best epoch, the first of equals, as training has it; there must be one."""
+        """Metrics of the best epoch, or of the first of equal ones, as training chooses. There must be one."""
         return max(self.history, key=lambda metrics: score(metrics[monitor], monitor))
 
     def add(self, metrics: dict[str, float]) -> bool:
-        """Put an epoch's metrics into the history; False where they are there already."""
+        """Add the metrics of an epoch to the history. Return False if the history has that epoch already."""
         if any(known["epoch"] == metrics["epoch"] for known in self.history):
             return False
         self.history.append(metrics)
@@ -127,26 +127,26 @@ class Trial:
 
 
 def score(metric: float, monitor: str) -> float:
-    """The metric such that more is better."""
+    """The metric with the sign that makes larger values better."""
     return -metric if monitor == "train_loss" else metric
 
 
 @dataclass(frozen=True)
 class Space:
-    """Domains in the order in which they are drawn, and the config that they vary."""
+    """The domains, in the order of drawing, and the config whose keys they vary."""
 
     domains: tuple[Domain, ...]
     config: Config
 
     @classmethod
     def of(cls, config: Config) -> Self:
-        """The config's tune.space.
+        """Read tune.space of the config.
 
         Raises
         ------
         InputError
-            If it is empty, a key does not exist or cannot be searched over, a value is out of its key's range, or no
-            combination is valid.
+            If the space is empty, a key does not exist or cannot be searched, a value is out of range for its key, or
+            no combination is valid.
         """
         written = DEFAULT_SPACE if config.tune.space is None else config.tune.space
         if not written:
@@ -163,7 +163,7 @@ class Space:
         raise InputError(f"tune.space: none of {MOST_DRAWS:,} draws is a valid config; the last: {problem}")
 
     def draw(self, draws: Draws) -> dict[str, Any]:
-        """Values by key, those whose condition holds."""
+        """Draw values by key, for the keys whose condition holds."""
         values: dict[str, Any] = {}
         for domain in self.domains:
             if self._applies(domain, values):
@@ -171,7 +171,7 @@ class Space:
         return values
 
     def own_values(self) -> dict[str, Any]:
-        """The config's own, except where the space fixes one."""
+        """The config's own values, except for keys that the space fixes."""
         values: dict[str, Any] = {}
         for domain in self.domains:
             if self._applies(domain, values):
@@ -180,17 +180,17 @@ class Space:
         return values
 
     def num_epochs(self, values: dict[str, Any]) -> int:
-        """Epochs that a trial of these values trains, at most."""
+        """Largest number of epochs that a trial with these values trains."""
         return int(values.get("training.num_epochs", self.config.training.num_epochs))
 
     @property
     def most_epochs(self) -> int:
-        """Of any trial."""
+        """Largest number of epochs of any trial."""
         searched = [max(domain.values) for domain in self.domains if domain.key == "training.num_epochs"]
         return int(max([self.config.training.num_epochs, *searched]))
 
     def is_valid(self, values: dict[str, Any]) -> bool:
-        """Whether the config with `values` is one."""
+        """Whether the config with `values` is valid."""
         try:
             with_values(self.config, values)
         except ValidationError:
@@ -198,7 +198,7 @@ class Space:
         return True
 
     def next_values(self, trials: list[Trial]) -> dict[str, Any] | None:
-        """Values for a trial after `trials`: the same for the same trials, new, and valid; None where none is left."""
+        """New, valid values for the trial after `trials`, or None if none are left. Equal trials give equal values."""
         tune, seed, number = self.config.tune, self.config.data.seed, len(trials)
         tried = [trial.values for trial in trials]
         if tune.include_config and not trials and self.is_valid(self.own_values()):
@@ -229,12 +229,12 @@ class Space:
     def study(
         self, trials: list[Trial], sampler: "optuna.samplers.BaseSampler | None" = None, for_plots: bool = False
     ) -> "optuna.Study":
-        """The trials as Optuna knows them.
+        """Make an Optuna study of the trials.
 
         Parameters
         ----------
         for_plots : bool
-            Take what a trial reached for its result, whether or not it trained to the end.
+            Count the best metric of a trial as its result even if it did not train to the end.
         """
         import optuna
         from optuna.trial import TrialState
@@ -247,7 +247,9 @@ class Space:
         by_key = {domain.key: domain for domain in self.domains}
         for trial in trials:
             params = {key: value for key, value in trial.values.items() if value in by_key[key]}
-            known: dict[str, Any] = {"state": TrialState.PRUNED}  # a failed trial is worse than any that got somewhere
+            known: dict[str, Any] = {
+                "state": TrialState.PRUNED
+            }  # Optuna ranks a failed trial below all trials with metrics
             best = trial.best(monitor)[monitor] if trial.history else None
             if for_plots or trial.status == "finished":
                 known = {"state": TrialState.COMPLETE, "value": best}
@@ -264,18 +266,18 @@ class Space:
 
 
 def value_of(config: Config, key: str) -> Any:  # noqa: ANN401
-    """The config's value of a key such as model.max_len."""
+    """The config's value for a key such as model.max_len."""
     group, _, name = key.partition(".")
     return getattr(getattr(config, group), name)
 
 
 def with_values(config: Config, values: dict[str, Any]) -> Config:
-    """The config with `values` by key.
+    """Return the config with `values` by key.
 
     Raises
     ------
     pydantic.ValidationError
-        If that is no valid config.
+        If the result is not a valid config.
     """
     content = config.model_dump()
     for key, value in values.items():
@@ -301,11 +303,11 @@ class _RandomDraws:
 
 
 def _domain(key: str, written: Any) -> Domain:  # noqa: ANN401
-    """The domain of `key` as tune.space has it, every value of which is one that the key can have."""
+    """Make the domain of `key` from its entry in tune.space, and check that the key can have each value."""
     _check_key(key)
     if key.partition(".")[0] not in SEARCHED_GROUPS or key in THE_SAME_FOR_ALL:
         raise InputError(
-            f"tune.space: {key} cannot be searched over: trials must be of the same data, judged alike, on the same "
+            f"tune.space: {key} cannot be searched over: trials must have the same data, metric and "
             f"resources; expected other keys of {', '.join(SEARCHED_GROUPS)}"
         )
     if not isinstance(written, dict):
@@ -353,7 +355,7 @@ def _check_key(key: str) -> None:
 
 
 def _check_value(key: str, value: Any) -> None:  # noqa: ANN401
-    """Whether the key can have the value with some values of the others."""
+    """Raise an InputError if the key cannot have the value, whatever the other keys are."""
     group, _, name = key.partition(".")
     try:
         Config.model_validate({group: {name: value}})

@@ -1,13 +1,13 @@
-"""Sweeps on Ray Tune: a trial calls `train`, Ray Tune places the trials, the sweep's own directory remembers them.
+"""Sweeps on Ray Tune. A trial calls `train`, Ray Tune runs the trials, and the sweep's directory records them.
 
-    <storage_path>/<sweep>/identity.json     what the sweep searches, to continue no other
-    <storage_path>/<sweep>/trial-000/        the run of one trial (see `train.py`), and trial.json, what is known of it
+    <storage_path>/<sweep>/identity.json     what the sweep searches; only an equal sweep may continue it
+    <storage_path>/<sweep>/trial-000/        the run of one trial (see `train.py`), and trial.json, its record
     <storage_path>/<sweep>/best_config.yaml, trials.csv, trials.parquet, plots.html, hparams/, refit/
-    <storage_path>/<sweep>/sweep.json        the result, written last
+    <storage_path>/<sweep>/sweep.json        the result; written last
 
-Ray's own record of an experiment lies under ray_tune/ as long as it runs and is not read again: it knows neither the
-scheduler's comparisons nor the trials of its last seconds. A trial is on record here before it begins, and each of its
-epochs as soon as it is heard of, so that a sweep killed at any time goes on as if it had not been.
+Ray's own record of an experiment is in ray_tune/ while the sweep runs, and the sweep never reads it: it lacks the
+scheduler's comparisons and the trials of the last seconds. The sweep records a trial before it starts and each epoch as
+soon as it is reported, so a sweep killed at any time continues as if it had not been killed.
 """
 
 import logging
@@ -45,48 +45,50 @@ SWEEP = "sweep.json"
 SHOWN_BEST = 5
 SECONDS_BETWEEN_LINES = 10.0
 METRICS = ("epoch", "train_loss", "lr", "tokens_per_second", "seconds")
-"""What an epoch's report holds besides val_…; Ray Tune adds more."""
+"""Metrics in the report of an epoch besides val_…; Ray Tune adds others."""
 
 
 @dataclass(frozen=True)
 class TuneResult:
-    """What a sweep left behind."""
+    """The result of a sweep."""
 
     sweep_path: str
     trials: list[Trial]
-    """In the order in which they were begun."""
+    """In the order of their start."""
     best: Trial
     best_checkpoint: str
     """Model directory."""
     best_config: str
-    """File that `--config` takes."""
+    """Config file for `--config`."""
     files: list[str]
-    """Tables, plots, TensorBoard's directory."""
+    """Paths of tables, plots and TensorBoard's directory."""
     epochs_spared: int
-    """That stopped trials would have gone on to, at most."""
+    """Largest number of epochs that the stopped trials would still have trained."""
     refit: TrainResult | None
-    """Of the best settings on the full data (tune.refit)."""
+    """Training of the best settings on the full data (tune.refit)."""
     seconds: float
     """Wall time of this call."""
 
 
 def sweep_name(config: Config, manifest: Manifest) -> str:
-    """run.name, or a name that is the same for the same data, settings and search, and another for others."""
+    """run.name, or a name that follows from data, settings and search."""
     return config.run.name or f"{config.data_name}-tune-{storage.fingerprint(_identity(config, manifest))[:8]}"
 
 
 def tune(config: Config, dataset_path: str) -> TuneResult:
-    """Search to the end, going on where a sweep of the same name was left.
+    """Run the search to its end, and continue a sweep of the same name if there is one.
 
     Raises
     ------
     InputError
-        If the space or the search cannot be used, the name belongs to a sweep of other settings or data, the cluster
-        lacks what was asked for, more than tune.max_failed_trials trials fail, or none gets as far as a validation.
+        If the space or the search is unusable, the name belongs to a sweep with other settings or data, the cluster is
+        too small, more than tune.max_failed_trials trials fail, or no trial reaches a validation.
     """
     began = time.monotonic()
     if config.data.use_full_data:
-        raise InputError("data.use_full_data=true leaves nothing to judge trials by; tune.refit=true trains the best")
+        raise InputError(
+            "data.use_full_data=true leaves no validation to compare trials; tune.refit=true trains the best"
+        )
     if config.tune.search == "tpe" and find_spec("optuna") is None:
         raise InputError('tune.search=tpe needs Optuna: pip install -e ".[tune]"')
     dataset = PreparedDataset(dataset_path)
@@ -106,7 +108,7 @@ def tune(config: Config, dataset_path: str) -> TuneResult:
         _complete_history(trial, sweep_path)
     ranking = outputs.ranked(trials, config.monitor)
     if not ranking:
-        raise InputError(f"{sweep_path}: no trial has been validated; the same command goes on from here")
+        raise InputError(f"{sweep_path}: no trial has been validated; run the same command to continue")
     best = ranking[0]
     files = [
         *outputs.write_table(space, trials, sweep_path),
@@ -132,12 +134,12 @@ def tune(config: Config, dataset_path: str) -> TuneResult:
 
 
 def table(trials: Sequence[Trial], monitor: str) -> str:
-    """Trials, a line each."""
+    """A table of trials, one line each."""
     return "\n".join([_header(monitor), *(_row(trial, monitor) for trial in trials)])
 
 
 class _Sweep:
-    """The trials and what is decided about them; in the driver, where Ray Tune asks and tells it."""
+    """The trials and the decisions about them. It lives in the driver, where Ray Tune calls it."""
 
     def __init__(self, space: Space, trials: list[Trial], path: str) -> None:
         self.space, self.trials, self.path = space, trials, path
@@ -145,7 +147,7 @@ class _Sweep:
         self.monitor = space.config.monitor
         self.waiting = [trial for trial in trials if trial.status in ("running", "crashed")]
         self.is_exhausted = False
-        self._of: dict[str, Trial] = {}  # by Ray Tune's id, which a continued trial has a new one of
+        self._of: dict[str, Trial] = {}  # by Ray Tune's id; a continued trial has a new id
         self._began = self._last_line = time.monotonic()
         self._last_heard: dict[int, float] = {}
         self._asha = self._scheduler()
@@ -158,11 +160,11 @@ class _Sweep:
 
     @property
     def num_left(self) -> int:
-        """Trials to run, those to go on with included."""
+        """Number of trials to run, including those to continue."""
         return len(self.waiting) + max(self.config.tune.num_trials - len(self.trials), 0)
 
     def next_trial(self, ray_id: str) -> Trial | None:
-        """The trial to begin, or to go on with; None where nothing is left to try."""
+        """The next trial to start or to continue; None if nothing is left to try."""
         if self.waiting:
             trial = self.waiting.pop(0)
             trial.status, trial.reason = "running", ""
@@ -179,9 +181,9 @@ class _Sweep:
         return trial
 
     def hear(self, ray_id: str, result: dict[str, Any]) -> bool:
-        """Take in a trial's report; whether it is to be stopped."""
+        """Record a trial's report, and return whether to stop the trial."""
         trial = self._of[ray_id]
-        if trial.status != "running":  # Ray Tune tells the last report again when a trial ends
+        if trial.status != "running":  # Ray Tune repeats the last report when a trial ends
             return trial.status == "stopped"
         if "outcome" in result:
             for metrics in result["history"]:
@@ -197,7 +199,7 @@ class _Sweep:
         return False
 
     def end(self, ray_id: str, status: Any, reason: str = "") -> None:  # noqa: ANN401
-        """Note how a trial ended."""
+        """Record how a trial ended."""
         trial = self._of[ray_id]
         trial.status, trial.reason = status, reason
         self._count_time(trial)
@@ -205,14 +207,14 @@ class _Sweep:
         self._say(_row(trial, self.monitor))
 
     def is_over(self) -> bool:
-        """Whether no trial shall go on; called often, so that it also shows what is going on."""
+        """Whether to stop all trials. Ray Tune calls this often, so it also shows the progress."""
         minutes = self.config.tune.time_budget_minutes
         if time.monotonic() - self._last_line > (0.5 if sys.stdout.isatty() else SECONDS_BETWEEN_LINES):
             self._show_running()
         return self._too_many_failed() or (minutes is not None and time.monotonic() - self._began > 60 * minutes)
 
     def check_failures(self) -> None:
-        """Raise the first failure where there are too many."""
+        """Raise the first failure if there are too many."""
         if self._too_many_failed():
             failed = self._failed()
             raise InputError(
@@ -246,10 +248,10 @@ class _Sweep:
                 assert_never(tune.scheduler)
 
     def _is_stopped_at(self, trial: Trial) -> bool:
-        """What ASHA says of the trial after its last epoch, by its best so far."""
+        """Whether ASHA stops the trial after its last epoch, judged by its best metric so far."""
         if self._asha is None or trial.epochs >= self.space.num_epochs(trial.values):
             return False
-        # ASHA is asked here, not by Ray Tune, so that a continued sweep can tell it what was, under lasting names.
+        # The sweep asks ASHA itself, so that a continued sweep can replay earlier reports under lasting names.
         named = SimpleNamespace(trial_id=trial.name)
         best = score(trial.best(self.monitor)[self.monitor], self.monitor)
         self._asha.on_trial_add(None, named)
@@ -287,7 +289,7 @@ class _Sweep:
 
 
 class _Search(Searcher):  # type: ignore[misc]
-    """Hands Ray Tune the sweep's trials."""
+    """Gives the sweep's trials to Ray Tune."""
 
     def __init__(self, sweep: _Sweep) -> None:
         super().__init__()
@@ -298,17 +300,17 @@ class _Search(Searcher):  # type: ignore[misc]
         return Searcher.FINISHED if trial is None else {"name": trial.name, "values": trial.values}
 
     def on_trial_complete(self, trial_id: str, result: dict[str, Any] | None = None, error: bool = False) -> None:
-        """The sweep hears of it otherwise."""
+        """Do nothing: `_Watch` tells the sweep."""
 
     def save(self, checkpoint_path: str) -> None:
-        """The sweep saves itself."""
+        """Do nothing: the sweep keeps its own record."""
 
     def restore(self, checkpoint_path: str) -> None:
-        """Ray Tune restores nothing of ours."""
+        """Do nothing: the sweep restores itself."""
 
 
 class _Watch(ray_tune.Stopper, ray_tune.Callback):  # type: ignore[misc]
-    """Tells the sweep what Ray Tune hears, and Ray Tune what to stop."""
+    """Passes the trials' reports from Ray Tune to the sweep, and the sweep's decisions to stop to Ray Tune."""
 
     def __init__(self, sweep: _Sweep) -> None:
         self._sweep = sweep
@@ -320,14 +322,14 @@ class _Watch(ray_tune.Stopper, ray_tune.Callback):  # type: ignore[misc]
         return self._sweep.is_over()
 
     def on_trial_error(self, iteration: int, trials: list[Any], trial: Any, **info: Any) -> None:  # noqa: ANN401
-        """Where not the training failed, but the process that began it."""
+        """Record that the process failed that drives the training, not the training itself."""
         error = trial.get_pickled_error()
         reason = errors.first_line(errors.root_cause(error)) if error else "its process died"
         self._sweep.end(trial.trial_id, "crashed", reason)
 
 
 def _run_trials(sweep: _Sweep, dataset: PreparedDataset) -> None:
-    """Run what is left of the sweep, as many trials at once as fit."""
+    """Run the remaining trials, as many at once as the cluster has room for."""
     config = sweep.config
     concurrent, cpus = _places(config, sweep.num_left)
     ended = [trial for trial in sweep.trials if trial not in sweep.waiting]
@@ -338,7 +340,7 @@ def _run_trials(sweep: _Sweep, dataset: PreparedDataset) -> None:
     )
     print(table(ended, sweep.monitor), flush=True)
     config = config.model_copy(update={"training": config.training.model_copy(update={"cpus_per_worker": cpus})})
-    # Read once: the workers of each node find it in that node's shared memory.
+    # The driver reads the sequences once; workers get them from the shared memory of their node.
     is_small = 4 * dataset.manifest.num_interactions <= config.data.memory_mb * 2**20
     shared = {
         "config": config,
@@ -348,12 +350,12 @@ def _run_trials(sweep: _Sweep, dataset: PreparedDataset) -> None:
     }
     experiment = storage.join(sweep.path, "ray_tune")
     storage.remove(experiment)
-    # No files of Ray Tune's loggers, no table of its own, and Ctrl+C ends the sweep as it ends any job.
+    # Ray Tune writes no log files and no table, and Ctrl+C ends the sweep as it ends any job.
     os.environ |= {f"TUNE_DISABLE_{name}": "1" for name in ("AUTO_CALLBACK_LOGGERS", "SIGINT_HANDLER")}
     os.environ["RAY_AIR_NEW_OUTPUT"] = "0"
-    logging.getLogger("ray.tune").setLevel(logging.CRITICAL)  # why a trial failed is told here
+    logging.getLogger("ray.tune").setLevel(logging.CRITICAL)  # the sweep itself prints why a trial failed
     watch = _Watch(sweep)
-    # The trial's own process holds no CPU core: its workers could wait for it for ever.
+    # The trial's own process reserves no CPU core, or its workers could wait for that core for ever.
     trainable = ray_tune.with_resources(ray_tune.with_parameters(_run_trial, shared=shared), {"memory": 1})
     tuner = ray_tune.Tuner(
         trainable,
@@ -378,7 +380,7 @@ def _run_trials(sweep: _Sweep, dataset: PreparedDataset) -> None:
 
 
 def _run_trial(trial: dict[str, Any], shared: dict[str, Any]) -> None:
-    """What Ray Tune runs in a process of its own: one training, and how it ended as the last report."""
+    """Run one training in a process of Ray Tune, and report last how it ended."""
     config = with_values(shared["config"], trial["values"])
     run = config.run.model_copy(update={"name": trial["name"], "storage_path": shared["sweep_path"]})
     outcome: dict[str, Any] = {"outcome": "finished", "reason": "", "history": []}
@@ -398,12 +400,12 @@ def _run_trial(trial: dict[str, Any], shared: dict[str, Any]) -> None:
 
 
 def _places(config: Config, num_left: int) -> tuple[int, int]:
-    """How many trials run at once, and how many CPU cores a worker of each has.
+    """Return how many trials run at once, and how many CPU cores each of their workers has.
 
     Raises
     ------
     InputError
-        If tune.max_concurrent_trials do not fit on this machine.
+        If this machine has no room for tune.max_concurrent_trials.
     """
     each = config.training.num_workers or 1
     fitting = max(resources.most_at_once(config) // each, 1)
@@ -419,14 +421,14 @@ def _places(config: Config, num_left: int) -> tuple[int, int]:
 
 
 def _identity(config: Config, manifest: Manifest) -> dict[str, Any]:
-    """What must be the same for a sweep to be continued."""
+    """The settings and data that must be equal to continue a sweep."""
     names = {"space", "search", "scheduler", "include_config", "grace_epochs", "reduction_factor"}
     search = {f"tune.{name}": value for name, value in config.tune.model_dump(include=names).items()}
     return {"dataset": manifest.fingerprint, **what_shapes_the_result(config), **search}
 
 
 def _open_sweep(config: Config, manifest: Manifest, sweep_path: str) -> list[Trial]:
-    """The trials of the sweep, if it was begun; refuses one of other settings or data, marks a new one."""
+    """Return the trials of an earlier call, or mark a new sweep. Refuses a sweep with other settings or data."""
     if begin_directory(sweep_path, config, _identity(config, manifest)):
         return []
     trials: list[Trial] = []
@@ -436,19 +438,19 @@ def _open_sweep(config: Config, manifest: Manifest, sweep_path: str) -> list[Tri
 
 
 def _complete_history(trial: Trial, sweep_path: str) -> None:
-    """Take in the epochs that the run kept, but the sweep was ended before it heard of."""
+    """Add the epochs that the run has kept but that the sweep did not record before it was killed."""
     if trial.status != "finished":
         for metrics in kept_metrics(storage.join(sweep_path, trial.name)):
             trial.add(metrics)
 
 
 def _refit(config: Config, best: Trial, sweep_path: str, dataset_path: str) -> TrainResult:
-    """Train the best settings on everything, for as many epochs as were best."""
+    """Train the best settings on the full data, up to the best epoch of the best trial."""
     epochs = int(best.best(config.monitor)["epoch"])
     print(f"training the best settings on the full data for {epochs} epochs")
     values = {**best.values, "data.use_full_data": True, "training.num_epochs": epochs}
     values |= {"run.name": "refit", "run.storage_path": sweep_path}
-    with resources.releasing_abandoned():  # the last trial may have been stopped only now
+    with resources.releasing_abandoned():  # the last trial may only just have been stopped
         return train(with_values(config, values), dataset_path)
 
 

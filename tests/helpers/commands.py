@@ -20,14 +20,14 @@ class Command(NamedTuple):
     job: str
     arguments: tuple[str, ...]
     is_shell: bool
-    """In a block of shell lines, not in the text."""
+    """Whether it is in a ```bash block, not in the text."""
 
     def __str__(self):
         return f"{self.page}: {' '.join([self.job, *self.arguments])}"
 
 
 def shell_lines():
-    """(page, words) of each command in the pages' ```bash blocks; the environment's own python is `python`."""
+    """Yield (page, words) for each command in a ```bash block. `.venv/bin/python` becomes `python`."""
     for page in PAGES:
         for block in re.findall(r"^```bash\n(.*?)^```", page.read_text(), re.M | re.S):
             block = re.sub(r"<<'?(\w+)'?\n.*?^\1$", "", block, flags=re.M | re.S)  # files written in place
@@ -52,9 +52,9 @@ def _all():
 
 
 def parse(command, *overrides):
-    """The config of a command, None for a job that takes none; raises where an option or key does not exist.
+    """Return the config of a command, or None for a job without a config. Raise if an option or key does not exist.
 
-    Names in capitals stand for the reader's own; `overrides` win over the command's.
+    Names in capitals are placeholders for the reader's own. `overrides` override those of the command.
     """
     module = importlib.import_module(f"jobs.{command.job}")
     if hasattr(module, "_parser"):

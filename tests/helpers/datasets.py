@@ -1,4 +1,4 @@
-"""Small prepared datasets, written straight to the on-disk contract, for tests that do not need `prepare`."""
+"""Writes small prepared datasets directly in their format on disk, for tests that do not need `prepare`."""
 
 from pathlib import Path
 
@@ -21,7 +21,8 @@ def write_dataset(
     before: dict[str, list[int]] | None = None,
     identity: dict | None = None,
 ) -> str:
-    """Histories of tokens by user id; items have ids 100+token and titles "film TOKEN"; cut-offs at 1000, 1001, …"""
+    """Write histories of tokens by user id. Items have ids 100+token and titles "film TOKEN"; cut-offs are 1000, 1001,
+    …"""
     (path / "sequences").mkdir(parents=True)
     users = sorted(histories)
     sequences = pa.table(
@@ -74,7 +75,7 @@ def write_dataset(
 
 
 def random_histories(num_users: int, num_items: int, seed: int = 0, longest: int = 12) -> dict[int, list[int]]:
-    """Histories of 1..longest items, each user's without repeats."""
+    """Random histories of 1..longest items, without repetitions within a user."""
     rng = np.random.default_rng(seed)
     return {
         user: (rng.permutation(num_items)[: rng.integers(1, longest + 1)] + 1).tolist()

@@ -1,4 +1,4 @@
-"""Finding and killing processes, of those alone that this process, or one that it started, has started."""
+"""Finds and kills processes, but only those that descend from this process."""
 
 import os
 import random
@@ -9,16 +9,16 @@ from collections.abc import Callable
 from pathlib import Path
 
 REPEATS = int(os.environ.get("BERT4REC_REPEATS", "1"))
-"""How often tests of faults are repeated; more than once, then each time at another moment."""
+"""How often to repeat tests of faults. If more than once, each fault comes after a random delay."""
 
 
 def random_delay() -> float:
-    """Up to a second before the fault, where it is repeated."""
+    """A delay of up to a second before the fault; 0 if the test runs only once."""
     return random.random() * (REPEATS > 1)
 
 
 def descendants(pid: int | None = None) -> list[int]:
-    """Processes below `pid`, this process if none is given."""
+    """Ids of the descendants of `pid`; without it, of this process."""
     children: dict[int, list[int]] = {}
     for process in Path("/proc").iterdir():
         if process.name.isdigit():
@@ -34,7 +34,7 @@ def descendants(pid: int | None = None) -> list[int]:
 
 
 def named(name: str, pid: int | None = None) -> list[int]:
-    """Processes below `pid` whose command line holds `name`."""
+    """Ids of the descendants of `pid` whose command line contains `name`."""
     found = []
     for each in descendants(pid):
         try:
@@ -46,7 +46,7 @@ def named(name: str, pid: int | None = None) -> list[int]:
 
 
 def wait_for(condition: Callable[[], object], seconds: float = 300, why: str = "") -> None:
-    """Return once `condition` holds; it is looked at every 20 ms."""
+    """Check `condition` every 20 ms and return once it holds."""
     end = time.monotonic() + seconds
     while not condition():
         assert time.monotonic() < end, f"waited {seconds} s in vain {why}"
@@ -54,7 +54,7 @@ def wait_for(condition: Callable[[], object], seconds: float = 300, why: str = "
 
 
 class KillOnce(threading.Thread):
-    """SIGKILL one process of that name below this one as soon as `condition` holds; use as a context manager."""
+    """Kills one descendant of that name by SIGKILL as soon as `condition` holds. Use it as a context manager."""
 
     def __init__(self, name: str, condition: Callable[[], object], delay: float = 0) -> None:
         super().__init__()

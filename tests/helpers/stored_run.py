@@ -1,8 +1,8 @@
-"""A small run kept in tests/stored, whose metrics a test computes again.
+"""Makes the small run in tests/stored, whose metrics a test computes again.
 
-`python -m tests.helpers.stored_run` makes it anew.
+`python -m tests.helpers.stored_run` makes it again.
 
-200 users walk a ring of 80 items, mostly to the next one; the data, the model and its metrics are all small.
+The items form a ring of 80, and each of 200 users moves along it, mostly to the next item.
 """
 
 import json
@@ -22,7 +22,7 @@ NUM_ITEMS = 80
 
 
 def config_of(root: Path | str, *overrides: str) -> Config:
-    """All settings of the run; `root` is where it writes."""
+    """All settings of the run. It writes to `root`."""
     return load_config(
         None,
         [
@@ -49,14 +49,14 @@ def config_of(root: Path | str, *overrides: str) -> Config:
 
 
 def metrics_of(evaluation: Evaluation) -> dict[str, Any]:
-    """All of it but where it lies, as JSON gives it back."""
+    """The evaluation without its paths, as JSON would return it."""
     content = asdict(evaluation)
     del content["checkpoint"], content["dataset"]
     return json.loads(json.dumps(content))  # type: ignore[no-any-return]
 
 
 def write_ratings() -> None:
-    """Each user starts anywhere, steps on by one (60%) or by up to six, and never comes by an item twice."""
+    """Each user starts at a random item and moves on by 1 (60%) or by up to 6 places; repeated items are dropped."""
     rng = np.random.default_rng(7)
     lines = ["user,item,time"]
     for user in range(1, 201):

@@ -1,7 +1,7 @@
-"""Training in this process: what Ray Train does for `run_epochs`, without its processes.
+"""Trains in this process: does for `run_epochs` what Ray Train does, without Ray's processes.
 
-`LocalTrainer` stands in for `training.train._trainer`. It keeps the best and the last checkpoint, as the job asks Ray
-Train to, and goes on from the last one. What only Ray Train can promise is tested in tests/integration.
+`LocalTrainer` replaces `training.train._trainer`. It keeps the best and the last checkpoint, as the job configures Ray
+Train to do, and continues from the last one. tests/integration tests what only Ray Train can do.
 """
 
 import json
@@ -19,7 +19,7 @@ SNAPSHOT = "snapshot.json"
 
 
 class Quiet:
-    """Takes what a worker tells of its progress; `metrics` keeps what it recorded."""
+    """Receives a worker's progress. `metrics` has the metrics that it recorded."""
 
     def __init__(self):
         self.metrics, self.skipped, self.texts = [], 0, []
@@ -35,11 +35,11 @@ class Quiet:
 
 
 class WorkerKilledError(Exception):
-    """As if the worker had been killed."""
+    """Simulates the death of a worker."""
 
 
 class Kept:
-    """The checkpoints of a run's directory: the best and the last; a rerun finds them again."""
+    """Keeps the best and the last checkpoint in a run's directory, where a second call finds them."""
 
     def __init__(self, path, stop_after=None):
         self.path, self.stop_after = Path(path), stop_after
@@ -69,7 +69,8 @@ class Kept:
 
 
 def run(config, dataset_path, path, stop_after=None):
-    """`run_epochs` into the directory `path`, going on where it was left: the history, and what was kept."""
+    """Call `run_epochs` for the directory `path`, from the last checkpoint if any. Return the history and the
+    `Kept`."""
     dataset, kept = PreparedDataset(dataset_path), Kept(path, stop_after)
     kept.path.mkdir(exist_ok=True, parents=True)
     sequences = dataset.sequences(config.data.memory_mb)
@@ -80,7 +81,7 @@ def run(config, dataset_path, path, stop_after=None):
 
 
 class LocalTrainer:
-    """Has `fit`, as Ray's TorchTrainer has."""
+    """Has a method `fit` like Ray's TorchTrainer."""
 
     def __init__(self, config, name, places, loop, callbacks):
         self.config, self.loop = config, loop

@@ -1,4 +1,4 @@
-"""Slow, obvious twins of everything clever."""
+"""Slow and simple implementations of the optimised functions, for tests to compare with."""
 
 import csv
 import math
@@ -14,14 +14,14 @@ from bert4rec.model.network import BERT4Rec
 
 
 def last_items(items: list[list[int]], max_len: int) -> list[list[int]]:
-    """Each row's last items, padded on the left with 0 to the longest of them."""
+    """The last items of each row, padded on the left with 0 to the longest row."""
     kept = [row[-max_len:] for row in items]
     width = max(len(row) for row in kept)
     return [[0] * (width - len(row)) + row for row in kept]
 
 
 def hidden_states(model: BERT4Rec, sequence: list[int]) -> torch.Tensor:
-    """[L, D]: the network of the paper for one sequence without padding, a head and a layer at a time."""
+    """[L, D]: the paper's network for one sequence without padding, one head and one layer at a time."""
     width, heads = model.config.hidden_units, model.config.num_heads
     x = torch.stack(
         [
@@ -54,7 +54,8 @@ def hidden_states(model: BERT4Rec, sequence: list[int]) -> torch.Tensor:
 
 
 def rotated(x: torch.Tensor) -> torch.Tensor:
-    """[L, size]: columns 2j and 2j+1 turned by p / 10000^(2j/size), p the distance from the end (arXiv 2104.09864)."""
+    """[L, size]: rotate columns 2j and 2j+1 by p / 10000^(2j/size); p is the distance from the end (arXiv
+    2104.09864)."""
     length, size = x.shape
     rows = []
     for place in range(length):
@@ -96,7 +97,7 @@ def recommendations(
     exclude_future: bool = True,
     popularity_discount: float = 0,
 ) -> list[tuple[int, float]]:
-    """(token, score) of the best k items of one user, one item at a time."""
+    """(token, score) of the best k items for one user, one item at a time."""
     recent = history[-(model.config.max_len - 1) :]
     scores = discounted(model, logits(model, [*recent, model.num_items + 1])[-1].tolist(), popularity_discount)
     kept = []
@@ -111,13 +112,13 @@ def recommendations(
 
 
 def discounted(model: BERT4Rec, scores: list[float], popularity_discount: float) -> list[float]:
-    """Less popular items first: from each score so many times log(1 + the item's training interactions)."""
+    """Subtract `popularity_discount` times log(1 + the item's training interactions) from each score."""
     counts = model.item_counts.tolist()
     return [score - popularity_discount * math.log(1 + n) for score, n in zip(scores, counts, strict=True)]
 
 
 def rank(scores: list[float], target: int, excluded: set[int]) -> int:
-    """Rank of `target` (counted from 0), from 1; equal scores stand before it, an excluded target is behind all."""
+    """Rank, from 1, of `target`, an index from 0. Equal scores rank before it; an excluded target ranks last."""
     if target in excluded:
         return len(scores) + 1
     others = [score for item, score in enumerate(scores) if item != target and item not in excluded]
@@ -126,9 +127,9 @@ def rank(scores: list[float], target: int, excluded: set[int]) -> int:
 
 class PreparedTwin(NamedTuple):
     users: list[tuple]
-    """(user, its items' original ids in time order, last_year or None), sorted by user."""
+    """(user, original ids of the items in time order, last_year or None), sorted by user."""
     items: list[tuple]
-    """(item, count, year, title, genres, director, writers) in token order; None or [] where unknown."""
+    """(item, count, year, title, genres, director, writers) in token order; None or [] if unknown."""
     num_duplicates: int
 
 
@@ -172,7 +173,7 @@ def prepared_with_pandas(data_dir, data_file="train_ratings.csv", k=0):
 
 
 def ids_as_they_are_kept(ids):
-    """Integers if each is the usual spelling of an int64, else the strings that they are."""
+    """Integers if each id is the usual spelling of an int64, otherwise the strings."""
     try:
         numbers = [int(identifier) for identifier in ids]
     except ValueError:
@@ -190,7 +191,8 @@ def metadata_rows(data_dir, name):
 
 
 def negatives(weights, own, user, seed, count):
-    """The `count` items (from 0) of largest log(weight) + Gumbel noise, without tokens `own`, largest first."""
+    """The `count` items (from 0) with the largest log(weight) + Gumbel noise, largest first, without tokens in
+    `own`."""
 
     def mix(number):
         number = (number ^ (number >> 30)) * 0xBF58476D1CE4E5B9 % 2**64
@@ -207,7 +209,7 @@ def negatives(weights, own, user, seed, count):
 
 
 def item_knn(histories, num_items, num_neighbours):
-    """[V, V] cosine of two items' sets of users, in each row only the largest; of equal ones the first."""
+    """[V, V] cosine of two items' sets of users. Each row keeps only the largest; of equal ones, the first."""
     users = [{n for n, items in enumerate(histories) if token in items} for token in range(1, num_items + 1)]
     result = [[0.0] * num_items for _ in range(num_items)]
     for i, ours in enumerate(users):
@@ -222,7 +224,7 @@ def item_knn(histories, num_items, num_neighbours):
 
 
 def ease(histories, num_items, l2):
-    """[V, V]: column j is the ridge regression of item j's users on all other items' users."""
+    """[V, V]: column j is the ridge regression of item j's users on the users of all other items."""
     matrix = torch.zeros(len(histories), num_items, dtype=torch.float64)
     for row, items in enumerate(histories):
         matrix[row, [token - 1 for token in items]] = 1
@@ -236,7 +238,7 @@ def ease(histories, num_items, l2):
 
 
 def k_core(ratings, k):
-    """Rows of a DataFrame without rare items, then users, until nothing changes."""
+    """Drop rows of rare items, then of rare users, and repeat until nothing changes."""
     while k:
         kept = ratings[ratings.groupby("item")["item"].transform("size") >= k]
         kept = kept[kept.groupby("user")["user"].transform("size") >= k]

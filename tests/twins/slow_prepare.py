@@ -1,4 +1,4 @@
-"""The readers and `prepare` once more, a row at a time with Python's csv: what they are compared with."""
+"""A second, slow implementation of the readers and `prepare`, row by row with Python's csv, to compare with."""
 
 import csv
 import gzip
@@ -15,7 +15,7 @@ _FOUR_CENTURIES = 146_097 * 86_400  # in seconds
 
 
 class UnusableError(Exception):
-    """What is wrong with a file."""
+    """A file is unusable. The message says why."""
 
 
 def read_ratings(content: bytes) -> list[tuple]:
@@ -41,7 +41,7 @@ def read_ratings(content: bytes) -> list[tuple]:
 
 
 def seconds(time: str) -> float:
-    """A time in the spelling that the readers take."""
+    """Parse a time. Raise if the readers would refuse its spelling."""
     if (
         not re.fullmatch(r"[ \t]*[-+]?(\d+\.?\d*|\.\d+)([eE][-+]?\d+)?[ \t]*", time, re.ASCII)
         or abs(float(time)) > LARGEST_TIME
@@ -78,7 +78,7 @@ def read_metadata(content: bytes, column: str) -> list[tuple]:
 
 
 def prepared(files: dict[str, bytes]) -> PreparedTwin:
-    """The prepared dataset of files by name: ratings.csv, and metadata."""
+    """The prepared dataset of `files`, content by name: ratings.csv and metadata."""
     files = {
         name.removesuffix(".gz"): gzip.decompress(content) if name.endswith(".gz") else content
         for name, content in files.items()
@@ -87,7 +87,7 @@ def prepared(files: dict[str, bytes]) -> PreparedTwin:
 
 
 def prepared_from(ratings: list[tuple], files: dict[str, bytes], are_strings: tuple = (False, False)) -> PreparedTwin:
-    """The same, of rows; with users (items) that are strings whatever they hold."""
+    """The same from rows. `are_strings` says whether users (items) stay strings even if all are numbers."""
     if not ratings:
         raise UnusableError("no rows")
     users, items = (
@@ -134,7 +134,7 @@ def prepared_from(ratings: list[tuple], files: dict[str, bytes], are_strings: tu
 
 
 def year_of(time: float) -> int:
-    """UTC calendar year, also where datetime has none."""
+    """UTC calendar year, also for times outside the range of datetime."""
     whole, shift = math.floor(time), 0
     while whole < 0:
         whole, shift = whole + _FOUR_CENTURIES, shift + 400
@@ -150,7 +150,7 @@ def _unquoted(field: str) -> str:
 
 
 def _text(content: bytes) -> str:
-    """What is not UTF-8 matters only in the columns that are read."""
+    """Decode UTF-8. Bytes that are not UTF-8 matter only in columns that are read, so keep them as surrogates."""
     return content.removeprefix(b"\xef\xbb\xbf").decode("utf-8", "surrogateescape")
 
 

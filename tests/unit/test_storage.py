@@ -120,9 +120,9 @@ def test_a_manifest_never_leads_out_of_its_folder(tmp_path, name):
     (tmp_path / "secret").write_text("secret")
     manifest = storage.read_sealed(f"{path}/manifest.json")
     storage.commit(path, manifest | {"files": manifest["files"] | {name: 6}})
-    with pytest.raises(InputError, match="does not lie in this directory"):
+    with pytest.raises(InputError, match="which is not in this directory"):
         PreparedDataset(path)
     run = tmp_path / "runs" / "r"
     storage.write_json(str(run / "run.json"), {"best_checkpoint": name})
-    with pytest.raises(InputError, match="does not lie in this directory"):
+    with pytest.raises(InputError, match="which is not in this directory"):
         checkpoint_and_output(load_config(None, [f"run.storage_path={tmp_path}/runs", "run.name=r"]))

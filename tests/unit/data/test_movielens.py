@@ -295,7 +295,8 @@ def test_both_sources_unreachable_is_one_error_that_says_what_to_do(workdir, mon
     with pytest.raises(InputError) as error:
         movielens.ensure_ml_100k()
     assert str(error.value) == (
-        "ml-100k cannot be had: https://files.grouplens.org/datasets/movielens/ml-100k.zip: Name or service not known; "
+        "ml-100k is not available: https://files.grouplens.org/datasets/movielens/ml-100k.zip: "
+        "Name or service not known; "
         "pip download recbole==1.2.1, which holds a copy: No matching distribution found; "
         "put ml-100k.zip at data/ml-100k.zip, or set data.data_dir to a directory of input files"
     )

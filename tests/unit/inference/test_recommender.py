@@ -159,7 +159,7 @@ def test_new_users_are_sorted_and_counted(dataset, tmp_path, form):
     assert notes == [
         "exact duplicates of an interaction dropped: 1",
         "interactions with items that the model does not know left out: 2, of 2 items, such as '900', '901'",
-        "users without any item that the model knows, who get no recommendations: 1",
+        "users without any item that the model knows; they get no recommendations: 1",
     ]
 
 

@@ -55,8 +55,8 @@ def test_a_run_is_found_with_its_dataset_and_recommendations(run, capsys):
 @pytest.mark.parametrize(
     ("fingerprint", "formats", "words"),
     [
-        ("another", ["parquet"], "are of other data"),
-        ("a few users", ["parquet"], "or of a few users"),
+        ("another", ["parquet"], "are for other data"),
+        ("a few users", ["parquet"], "or for a few users only"),
         (None, ["csv"], "have no Parquet files"),
     ],
 )

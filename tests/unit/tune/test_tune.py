@@ -44,7 +44,10 @@ def pair(values):
         ({"model.num_layers": {"choice": []}}, r"expected a list of single values"),
         ({"model.num_layers": {"choice": [1], "int": [1, 2]}}, r"expected a value, or one of choice"),
         ({"model.num_layers": {"choice": [1, 2], "when": {"model.heads": 2}}}, r"model\.heads does not exist"),
-        ({"data.holdout": {"choice": [1, 2]}}, r"data\.holdout cannot be searched over: trials must be of the same"),
+        (
+            {"data.holdout": {"choice": [1, 2]}},
+            r"data\.holdout cannot be searched over: trials must have the same data",
+        ),
         ({"data.split": {"choice": ["temporal"]}}, r"data\.split cannot be searched over"),
         ({"data.min_item_interactions": {"int": [0, 5]}}, r"data\.min_item_interactions cannot be searched over"),
         ({"inference.topk": {"int": [1, 5]}}, r"inference\.topk cannot be searched over.*data, model, training"),
