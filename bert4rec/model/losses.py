@@ -65,15 +65,13 @@ class _LinearCrossEntropy(torch.autograd.Function):
                 part, target = states[low : low + rows], labels[low : low + rows, None]
                 count = len(part)
                 part = F.pad(part, (0, 0, 0, full_size(count, hidden.device.type) - count))
-                logits = product(part, matrix, bias.to(dtype)).float()
-                probability = torch.softmax(logits, dim=1)
-                # Start from log p of the likeliest item: the target's own p may be too small for a float.
-                gap = logits[:count].gather(1, target) - logits[:count].amax(1, keepdim=True)
-                loss -= (gap + probability[:count].amax(1, keepdim=True).log()).sum()
-                probability[:count].scatter_add_(1, target, probability.new_full(target.shape, -1.0))
-                probability[count:] = 0
-                grad_bias += probability.sum(0)
-                grad_logits = probability.to(dtype)
+                log_probability = torch.log_softmax(product(part, matrix, bias.to(dtype)).float(), dim=1)
+                loss -= log_probability[:count].gather(1, target).sum()
+                grad_logits = log_probability.exp_()
+                grad_logits[:count].scatter_add_(1, target, grad_logits.new_full(target.shape, -1.0))
+                grad_logits[count:] = 0
+                grad_bias += grad_logits.sum(0)
+                grad_logits = grad_logits.to(dtype)
                 grad_states[low : low + rows] = product(grad_logits, matrix.t())[:count]
                 grad_weights = add_product_over_rows(grad_weights, grad_logits, part)
             if grad_weights is None:

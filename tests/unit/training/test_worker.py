@@ -319,6 +319,7 @@ def two_workers(rank, root, dataset_path):
         torch.distributed.barrier()
     histories["stopped"] = train("dropout", root / "stopped", resume=Kept(root / "stopped").last)
     torch.save(histories, root / f"histories-{rank}.pt")
+    torch.distributed.barrier()  # a process that leaves while another still talks to it is aborted
     torch.distributed.destroy_process_group()
 
 
