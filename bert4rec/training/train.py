@@ -190,7 +190,6 @@ def train_worker(loop: dict[str, Any]) -> list[dict[str, float]] | str:
 
     The error is returned, not raised, so that Ray does not try again.
     """
-
     import ray.train.torch
     import torch
 
@@ -202,7 +201,10 @@ def train_worker(loop: dict[str, Any]) -> list[dict[str, float]] | str:
         ray.train.report(metrics, checkpoint=checkpoint, checkpoint_dir_name=name)
 
     context, checkpoint = ray.train.get_context(), ray.train.get_checkpoint()
+    device = ray.train.torch.get_device()
     torch.set_num_threads(loop["num_threads"])
+    if device.type == "cuda":  # a node's workers see all of its GPUs; each sums up on its own
+        torch.cuda.set_device(device)
     try:
         config, dataset = loop["config"], PreparedDataset(loop["dataset_path"])
         shared = loop["sequences"]
@@ -213,7 +215,7 @@ def train_worker(loop: dict[str, Any]) -> list[dict[str, float]] | str:
                 dataset.sequences(config.data.memory_mb) if shared is None else ray.get(shared),
                 report=report,
                 progress=loop["reporter"],
-                worker=Worker(context.get_world_rank(), context.get_world_size(), ray.train.torch.get_device()),
+                worker=Worker(context.get_world_rank(), context.get_world_size(), device),
                 resume_from=None if checkpoint is None else stack.enter_context(checkpoint.as_directory()),
                 wrap=lambda model: ray.train.torch.prepare_model(model, parallel_strategy_kwargs=DDP_OPTIONS),
             )

@@ -1,11 +1,11 @@
 """Ray Train's trainer for torch, without what would only keep our workers waiting before their first step.
 
-Ray's `TorchTrainer` does the same and takes half as long again to start (docs/results/ray_cost.md): the module of its
-`TorchConfig` imports torch in the driver and in the controller, which compute nothing; and it starts a process for
-Ray Data's shards, of which we have none, and one that removes abandoned placement groups, which works with a dashboard
-only.
+Ray's `TorchTrainer` does the same more slowly (docs/results/start.md). The module of its `TorchConfig` imports torch in
+the driver and in the controller, which compute nothing. It starts a process for Ray Data's shards, of which we have
+none, and one that removes abandoned placement groups, which needs the dashboard that a Ray of our own does not have.
 """
 
+import os
 from dataclasses import dataclass
 from typing import Any
 
@@ -18,8 +18,6 @@ from ray.train.v2._internal.callbacks import DatasetsCallback
 from ray.train.v2._internal.callbacks.placement_group_callback import PlacementGroupCleanerCallback
 from ray.train.v2.api.data_parallel_trainer import DataParallelTrainer
 
-_NOT_NEEDED = (DatasetsCallback, PlacementGroupCleanerCallback)
-
 
 class Trainer(DataParallelTrainer):  # type: ignore[misc]
     """`TorchTrainer` for workers that read their data themselves; its `backend_config` is a `ProcessGroup`."""
@@ -30,7 +28,12 @@ class Trainer(DataParallelTrainer):  # type: ignore[misc]
         return super().fit()
 
     def _create_default_callbacks(self) -> list[Any]:
-        return [each for each in super()._create_default_callbacks() if not isinstance(each, _NOT_NEEDED)]
+        return [each for each in super()._create_default_callbacks() if not isinstance(each, not_needed())]
+
+
+def not_needed() -> tuple[type, ...]:
+    """Ray Train's callbacks that would only start a process. A cluster that we joined keeps its cleaner."""
+    return (DatasetsCallback,) if os.environ.get("RAY_ADDRESS") else (DatasetsCallback, PlacementGroupCleanerCallback)
 
 
 @dataclass

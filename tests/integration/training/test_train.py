@@ -123,12 +123,27 @@ def test_a_worker_has_as_many_threads_as_cores(tmp_path, dataset_path, monkeypat
     finally:
         torch.set_num_threads(before)
     assert seen == [2, 1]
+    own = []
+    with monkeypatch.context() as patch:
+        patch.setattr("ray.train.torch.get_device", lambda: torch.device("cuda:1"))
+        patch.setattr(torch.cuda, "set_device", own.append)
+        train_worker({**loop, "num_threads": before})
+    assert own == [torch.device("cuda:1")]
 
     def fail(*_, **__):
         raise InputError("the user's problem")
 
     monkeypatch.setattr("bert4rec.training.worker.run_epochs", fail)  # told, not raised: Ray would try again
     assert train_worker({**loop, "num_threads": before}) == "the user's problem"
+
+
+def test_only_a_ray_of_our_own_goes_without_the_cleaner_of_placement_groups(monkeypatch):
+    from bert4rec.training.trainer import PlacementGroupCleanerCallback, not_needed
+
+    monkeypatch.delenv("RAY_ADDRESS", raising=False)
+    assert PlacementGroupCleanerCallback in not_needed()
+    monkeypatch.setenv("RAY_ADDRESS", "10.0.0.1:6379")
+    assert PlacementGroupCleanerCallback not in not_needed()
 
 
 @pytest.mark.usefixtures("local_training")
