@@ -77,7 +77,12 @@ def _start_ray() -> None:
         _check_answers(address)
     try:
         ray.init(address=address, log_to_driver=_shows_messages, logging_level=_level(), **only_here)
-    except (ConnectionError, RuntimeError) as error:
+    except (OSError, RuntimeError) as error:
+        if "AF_UNIX path length" in str(error):  # that of its sockets
+            name = next((name for name in ("RAY_TMPDIR", "TMPDIR") if name in os.environ), "Ray's directory")
+            raise InputError(
+                f"{name}={os.environ.get(name)}: too long for Ray; set RAY_TMPDIR=/tmp ({error})"
+            ) from None
         if address == "local":
             raise
         raise InputError(f"RAY_ADDRESS={address}: no Ray cluster of this version answers there ({error})") from None
