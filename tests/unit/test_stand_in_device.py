@@ -83,7 +83,7 @@ def model_of(config, dataset):
 
 
 def trained(config, dataset, waits=None):
-    """The trained model, the metrics of an epoch, and after each step what made it wait; with `waits`, on the device."""
+    """The trained model, the metrics of an epoch, and what made each step wait. With `waits`: on the device."""
     read = dataset.sequences()
     windows = training_windows(Windows.from_sequences(read), config.data)
     model = model_of(config, dataset)
