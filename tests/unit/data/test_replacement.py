@@ -70,7 +70,8 @@ def test_what_is_removed_between_manifest_and_files_is_looked_for_again(tmp_path
     assert PreparedDataset(path).manifest == newer[0]
 
 
-def test_a_dataset_of_the_earlier_layout_is_read_and_replaced(tmp_path, version):
+def test_what_another_version_left_is_removed(tmp_path, version):
+    """One whose manifest names files without a folder."""
     earlier = write_dataset(tmp_path / "out", {1: [1, 2]}, 2)
     assert PreparedDataset(earlier, verify=True).sequences().items.tolist() == [1, 2]
     new = version(9)
