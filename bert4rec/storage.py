@@ -7,6 +7,8 @@ stores have no atomic rename. Readers refuse a directory without it.
 import hashlib
 import json
 import os
+import time
+from collections.abc import Sequence
 from typing import Any
 
 import pyarrow as pa
@@ -17,6 +19,7 @@ from bert4rec.errors import InputError
 MANIFEST = "manifest.json"
 _CHECKSUM = "checksum"
 _BLOCK_BYTES = 8 << 20
+_SECONDS_TO_LIST = 60.0
 
 
 def absolute(path: str) -> str:
@@ -149,15 +152,38 @@ def remove(path: str) -> None:
         filesystem.delete_file(inner)
 
 
-def move(source: str, target: str) -> None:
-    """Move the directory `source`, which holds only files: at once on a local disk, otherwise file by file."""
+def move(source: str, target: str, names: Sequence[str]) -> None:
+    """Move the directory `source`, which holds the files `names`: at once on a local disk, otherwise file by file."""
     filesystem, inner = open_store(source)
     _, inner_target = open_store(target)
     if isinstance(filesystem, pafs.LocalFileSystem):
         filesystem.move(inner, inner_target)
         return
-    for info in filesystem.get_file_info(pafs.FileSelector(inner)):
-        filesystem.move(info.path, join(inner_target, info.base_name))
+    for name in names:  # not those of a listing, which may lag
+        filesystem.move(join(inner, name), join(inner_target, name))
+
+
+def wait_until_listed(path: str, names: Sequence[str]) -> None:
+    """Wait until the directory `path` shows the files `names` and no others: whoever lists it must find them all.
+
+    Raises
+    ------
+    InputError
+        If it does not within `_SECONDS_TO_LIST`.
+    """
+    filesystem, inner = open_store(path)
+    end = time.monotonic() + _SECONDS_TO_LIST
+    while True:
+        found = {info.base_name for info in filesystem.get_file_info(pafs.FileSelector(inner)) if info.is_file}
+        if found == set(names):
+            return
+        if time.monotonic() > end:
+            differing = ", ".join(sorted(found ^ set(names))[:3])
+            raise InputError(
+                f"{path}: shows other files than were written ({differing}); its listing lags, or another job writes "
+                "there; run the same command again"
+            )
+        time.sleep(_SECONDS_TO_LIST / 100)
 
 
 def begin(path: str) -> None:

@@ -4,6 +4,7 @@ Each part of the users is written by the worker that scored it, in a directory o
 a killed job keeps what was done. The results appear in `output_path` when all parts are there, its manifest.json last.
 """
 
+import os
 import time
 from dataclasses import asdict, dataclass
 from typing import Any
@@ -237,7 +238,9 @@ def _publish(work: str, output_path: str, parts: list[Part], inference: Inferenc
                         stream.write(chunk)
         filesystem.move(joined, storage.join(inner, CSV))
     if "parquet" in inference.formats:
-        storage.move(storage.join(work, PARQUET), storage.join(output_path, PARQUET))
+        names = [os.path.basename(_part_path(work, part, "parquet")) for part in parts]
+        storage.move(storage.join(work, PARQUET), storage.join(output_path, PARQUET), names)
+        storage.wait_until_listed(storage.join(output_path, PARQUET), names)
     storage.remove(work)
     return {name: sum(count[name] for count in counts) for name in counts[0]}
 
