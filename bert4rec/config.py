@@ -125,6 +125,11 @@ class ModelConfig(_Group):
     vectors with metadata, which can also rank items without interactions (data.include_new_items). fused needs
     share_embeddings."""
 
+    @property
+    def uses_metadata(self) -> bool:
+        """Whether items have more than their id."""
+        return any((self.use_genre_emb, self.use_director_emb, self.use_writer_emb, self.use_title_emb))
+
     @model_validator(mode="after")
     def _parts_fit_together(self) -> Self:
         if self.hidden_units % self.num_heads:

@@ -24,10 +24,10 @@ import pyarrow.parquet as pq
 import ray
 from ray.exceptions import RayTaskError
 
-from bert4rec import storage
+from bert4rec import lease, storage
 from bert4rec.config import DataConfig, data_identity
 from bert4rec.data import files, interactions
-from bert4rec.data.dataset import InputFile, Manifest, PreparedDataset
+from bert4rec.data.dataset import ITEMS, InputFile, Manifest, PreparedDataset
 from bert4rec.data.ids import ascending
 from bert4rec.data.interactions import Chunk, ChunkSummary
 from bert4rec.data.metadata import catalogue_fingerprint, item_table, new_items, read_metadata
@@ -79,29 +79,40 @@ def prepare(data: DataConfig, path: str, report: Callable[[str], None] = lambda 
     data
         Names the input files.
     path
-        Directory of the dataset. Its content is replaced once the input has proved usable.
+        Directory of the dataset. What it holds stays usable until the new files are all there.
     report
         Called with a line at each stage.
 
     Raises
     ------
     InputError
-        If an input file is missing or unusable, or `path` is not writable.
+        If an input file is missing or unusable, `path` is not writable, or another job is writing it.
     """
     data_dir = storage.absolute(data.data_dir)
     names = files.find_interactions(data_dir, data.data_file)
     metadata_names = files.find_metadata(data_dir)
     scans = _scan(data_dir, names)
-    identities = [identity for identity, _ in scans]
-    identities += [files.hash_file(data_dir, name) for name in metadata_names.values()]
+    metadata_files = {key: files.hash_file(data_dir, name) for key, name in metadata_names.items()}
+    identities = [*(identity for identity, _ in scans), *metadata_files.values()]
     if (present := _up_to_date(path, identities, data)) is not None:
         report("up to date: the input files have not changed")
         return present
-    storage.check_writable(path)
+    with lease.held(path):
+        return _write(data, path, scans, metadata_files, report)
 
+
+def _write(
+    data: DataConfig,
+    path: str,
+    scans: list[tuple[InputFile, list[Chunk]]],
+    metadata_files: dict[str, InputFile],
+    report: Callable[[str], None],
+) -> Manifest:
+    data_dir = storage.absolute(data.data_dir)
+    identities = [*(identity for identity, _ in scans), *metadata_files.values()]
     megabytes = sum(identity.size for identity in identities) / 1e6
     report(f"reading {len(identities)} file{'s' * (len(identities) > 1)}, {megabytes:,.1f} MB")
-    metadata = {key: read_metadata(data_dir, name, files.METADATA[key]) for key, name in metadata_names.items()}
+    metadata = {key: read_metadata(data_dir, file.name, files.METADATA[key]) for key, file in metadata_files.items()}
     chunks = [chunk for _, chunks in scans for chunk in chunks]
     has_time = _has_time(chunks)
     source = storage.join(data_dir, data.data_file)
@@ -116,7 +127,9 @@ def prepare(data: DataConfig, path: str, report: Callable[[str], None] = lambda 
     num_interactions = int(counts.sum())
     if not num_interactions:
         raise InputError(f"{source}: data.min_item_interactions={data.min_item_interactions} leaves no interaction")
-    cutoffs = _cutoffs(core, data, source) if has_time else {}
+    first, last = _times_of(core) if has_time else (math.inf, -math.inf)
+    cutoffs = _cutoffs(core, data, source, first, last) if has_time else {}
+    time_origin = math.floor(first) if has_time else None
     order = np.argsort(-counts, kind="stable")[: np.count_nonzero(counts)]  # falling count, then ascending id
     token_of_code = np.zeros(len(counts), np.int32)
     token_of_code[order] = np.arange(1, len(order) + 1)
@@ -142,9 +155,10 @@ def prepare(data: DataConfig, path: str, report: Callable[[str], None] = lambda 
         )
 
     report(f"writing {core.num_users:,} users")
-    storage.begin(path)
-    ranges = [(path, number, table, token_of_code, cutoffs) for number, table in enumerate(core.tables)]
-    written = [*_results_of(_write_range, ranges, "writing"), _write_parquet(path, "items.parquet", items)]
+    version = f"data-{storage.fingerprint([[file.model_dump() for file in identities], data_identity(data)])[:8]}"
+    fixed = (token_of_code, cutoffs, time_origin)
+    ranges = [(path, version, number, table, *fixed) for number, table in enumerate(core.tables)]
+    written = [*_results_of(_write_range, ranges, "writing"), _write_parquet(path, f"{version}/{ITEMS}", items)]
     manifest = Manifest(
         num_users=core.num_users,
         num_items=len(items),
@@ -154,7 +168,7 @@ def prepare(data: DataConfig, path: str, report: Callable[[str], None] = lambda 
         cutoffs=cutoffs,
         num_interactions=num_interactions,
         num_duplicates=num_duplicates,
-        has_time=has_time,
+        time_origin=time_origin,
         catalogue=catalogue_fingerprint(items, vocabularies),
         vocabularies=vocabularies,
         notes=notes,
@@ -163,6 +177,7 @@ def prepare(data: DataConfig, path: str, report: Callable[[str], None] = lambda 
         sha256={file.name: file.sha256 for file in written},
     )
     storage.commit(path, manifest.model_dump())
+    storage.remove_all_but(path, {storage.MANIFEST, lease.HOLDER, version})
     return manifest
 
 
@@ -193,10 +208,12 @@ def _scan(data_dir: str, names: list[str]) -> list[tuple[InputFile, list[Chunk]]
 
 def _up_to_date(path: str, identities: list[InputFile], data: DataConfig) -> Manifest | None:
     try:
-        manifest = PreparedDataset(path, verify=True).manifest
+        manifest = PreparedDataset(path).manifest
+        if manifest.inputs == identities and manifest.identity == data_identity(data):
+            return PreparedDataset(path, verify=True).manifest
     except InputError:
         return None
-    return manifest if manifest.inputs == identities and manifest.identity == data_identity(data) else None
+    return None
 
 
 def _has_time(chunks: list[Chunk]) -> bool:
@@ -295,8 +312,14 @@ def _leave_out(sequences: pa.Table, common: np.ndarray, k: int) -> tuple[pa.Tabl
     return pa.table(columns), (np.bincount(code[kept], minlength=len(common)), len(lengths))
 
 
-def _cutoffs(ranges: _Ranges, data: DataConfig, source: str) -> dict[str, int]:
-    """The manifest's cut-offs, in whole seconds.
+def _times_of(ranges: _Ranges) -> tuple[float, float]:
+    """First and last time of all interactions."""
+    spans = list(_results_of(_time_span, [(table,) for table in ranges.tables], "reading times"))
+    return min(low for low, _ in spans), max(high for _, high in spans)
+
+
+def _cutoffs(ranges: _Ranges, data: DataConfig, source: str, first: float, last: float) -> dict[str, int]:
+    """The manifest's cut-offs, in whole seconds, of interactions from `first` to `last`.
 
     The validation cut-off divides the interactions before the test cut-off in the same proportion as the test cut-off
     divides all of them.
@@ -307,8 +330,6 @@ def _cutoffs(ranges: _Ranges, data: DataConfig, source: str) -> dict[str, int]:
         If a temporal split leaves one of its three parts empty.
     """
     num_interactions = int(ranges.counts.sum())
-    spans = list(_results_of(_time_span, [(table,) for table in ranges.tables], "reading times"))
-    first, last = min(low for low, _ in spans), max(high for _, high in spans)
     if data.split == "leave-one-out":
         return {"recent_last": math.floor(last) - RECENT_SECONDS}
     is_share = data.split_time < 1
@@ -424,7 +445,13 @@ def _is_duplicate(user: np.ndarray, time: np.ndarray, code: np.ndarray) -> np.nd
 
 
 def _write_range(
-    path: str, number: int, sequences: pa.Table, token_of_code: np.ndarray, cutoffs: dict[str, int]
+    path: str,
+    version: str,
+    number: int,
+    sequences: pa.Table,
+    token_of_code: np.ndarray,
+    cutoffs: dict[str, int],
+    time_origin: int | None,
 ) -> InputFile:
     """Write a range of users as a file of sequences in final tokens."""
     codes = sequences["items"].combine_chunks()
@@ -434,13 +461,15 @@ def _write_range(
         "items": pa.ListArray.from_arrays(codes.offsets, pa.array(token_of_code[codes.values.to_numpy()])),
         "last_year": pa.nulls(len(sequences), pa.int16()),
     }
-    if "times" in sequences.column_names:
+    if time_origin is not None:
         times = sequences["times"].combine_chunks().values.to_numpy()
+        since_origin = np.floor(times).astype(np.int64) - time_origin
+        columns["times"] = pa.ListArray.from_arrays(codes.offsets, pa.array(since_origin))
         columns["last_year"] = pa.array(interactions.year_of(times[offsets[1:] - 1]))
         for name, cutoff in cutoffs.items():
             count = np.diff(np.append(0, np.cumsum(times < cutoff))[offsets])
             columns[f"before_{name}"] = pa.array(count, pa.int32())
-    return _write_parquet(path, f"sequences/part-{number:05d}.parquet", pa.table(columns))
+    return _write_parquet(path, f"{version}/sequences/part-{number:05d}.parquet", pa.table(columns))
 
 
 def _write_parquet(path: str, name: str, table: pa.Table) -> InputFile:

@@ -316,7 +316,7 @@ def _report(
     if worker.rank == 0:
         directory = _write_checkpoint(model, state, optimizers, scaler)
         # The catalogue and the card make the directory one that can be handed over.
-        storage.write_bytes(storage.join(directory, ITEMS), storage.read_bytes(storage.join(dataset.path, ITEMS)))
+        storage.write_bytes(storage.join(directory, ITEMS), storage.read_bytes(dataset.items_file))
         card = model_card(model, config, dataset.manifest, dataset.items(), metrics, name)
         storage.write_bytes(storage.join(directory, CARD), card.encode())
     report(metrics, name, directory, in_background=False)
