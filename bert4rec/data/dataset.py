@@ -281,6 +281,7 @@ class PreparedDataset:
             for number, low in enumerate(range(0, self.manifest.num_users, size))
         ]
 
+    @storage.patient
     def read_part(self, part: "Part") -> Sequences:
         """Read the histories of one part."""
         tables = []
@@ -294,6 +295,7 @@ class PreparedDataset:
         return Sequences.from_table(pa.concat_tables(tables))
 
     @cached_property
+    @storage.patient
     def _row_groups(self) -> list[tuple[str, int, int, int]]:
         """For each row group of the sequences: its file, its number there, its first user and its number of users."""
         found, first = [], 0
@@ -322,6 +324,7 @@ class PreparedDataset:
                 "dataset; run the same command again"
             ) from None
 
+    @storage.patient
     def _check_files(self, verify: bool) -> None:
         for name, size in self.manifest.files.items():
             filesystem, inner = storage.open_store(storage.inside(self.path, name))
@@ -356,6 +359,7 @@ def _read_manifest(path: str) -> Manifest:
         raise InputError(f"{path}: prepared by another version ({error}); run `python -m jobs.prepare` again") from None
 
 
+@storage.patient
 def read_items(path: str, sizes: dict[str, int] | None = None) -> ItemTable:
     """Read the catalogue in an items.parquet. Without the `sizes` of the vocabularies, it has no features."""
     filesystem, inner = storage.open_store(path)

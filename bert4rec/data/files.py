@@ -80,6 +80,7 @@ def readable(path: str) -> Iterator[None]:
         raise InputError(f"{path}: cannot be read ({error}); missing rights, or a damaged file") from None
 
 
+@storage.patient
 def read_header(path: str, delimiter: str, wanted: tuple[str, str]) -> tuple[tuple[str, ...], int, bool]:
     """Return the column names, the header's length in bytes, and whether any data follow it.
 

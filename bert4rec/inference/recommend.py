@@ -4,6 +4,7 @@ Each part of the users is written by the worker that scored it, in a directory o
 a killed job keeps what was done. The results appear in `output_path` when all parts are there, its manifest.json last.
 """
 
+import os
 import time
 from dataclasses import asdict, dataclass
 from typing import Any
@@ -120,6 +121,7 @@ def _finished(output_path: str, identity: dict[str, Any]) -> dict[str, int] | No
     return counts
 
 
+@storage.patient
 def _sizes(output_path: str) -> dict[str, int]:
     """Bytes of each file of the results, by name."""
     filesystem, inner = storage.open_store(output_path)
@@ -192,6 +194,7 @@ class _Recommender:
         return {name: [count] for name, count in _write_part(self.work, part, ranked, self.inference).items()}
 
 
+@storage.patient
 def _write_part(work: str, part: Part, ranked: list[Ranked], inference: InferenceConfig) -> dict[str, int]:
     """Write a part's files; its counts come last and mark it as whole."""
     table = pa.concat_tables([batch.table for batch in ranked])
@@ -250,7 +253,9 @@ def _publish(work: str, output_path: str, parts: list[Part], inference: Inferenc
                         stream.write(chunk)
         filesystem.move(joined, storage.join(inner, CSV))
     if "parquet" in inference.formats:
-        storage.move(storage.join(work, PARQUET), storage.join(output_path, PARQUET))
+        names = [os.path.basename(_part_path(work, part, "parquet")) for part in parts]
+        storage.move(storage.join(work, PARQUET), storage.join(output_path, PARQUET), names)
+        storage.wait_until_listed(storage.join(output_path, PARQUET), names)
     storage.remove(work)
     return {name: sum(count[name] for count in counts) for name in counts[0]}
 

@@ -153,6 +153,7 @@ def _count_recommended(dataset: PreparedDataset, items: ItemTable, given: Recomm
     return counts
 
 
+@storage.patient
 def _read_part(given: Recommendations, number: int) -> pa.Table:
     filesystem, inner = storage.open_store(storage.join(given.parts_path, f"part-{number:05d}.parquet"))
     return pq.read_table(inner, filesystem=filesystem)
