@@ -5,7 +5,7 @@ a killed job keeps what was done. The results appear in `output_path` when all p
 """
 
 import time
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass, fields
 from typing import Any
 
 import pyarrow as pa
@@ -119,10 +119,13 @@ def _sizes(output_path: str) -> dict[str, int]:
 def _identity(checkpoint: str, inference: InferenceConfig, ranking: Ranking) -> dict[str, Any]:
     """The model and the settings that results depend on; of a rule that is read from a file, what the file says."""
     elsewhere = {"checkpoint_path", "output_path", "num_workers", "users", "users_file", "similar_to"}
-    return {
-        "model": storage.sha256(storage.join(checkpoint, WEIGHTS)),
-        "settings": inference.model_dump(mode="json", exclude=elsewhere) | asdict(ranking),
+    rules, names = ranking.identity(), {rule.name for rule in fields(ranking)}
+    settings = {
+        key: rules.get(key, value)
+        for key, value in inference.model_dump(mode="json", exclude=elsewhere).items()
+        if key in rules or key not in names
     }
+    return {"model": storage.sha256(storage.join(checkpoint, WEIGHTS)), "settings": settings}
 
 
 def check_request(inference: InferenceConfig, dataset: PreparedDataset, output_path: str) -> None:
