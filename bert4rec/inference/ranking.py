@@ -81,6 +81,11 @@ class Ranking:
         """The lists that are set."""
         return [given for given in (self.candidates, self.exclude) if given is not None]
 
+    @property
+    def looks_at_items(self) -> bool:
+        """Whether a rule depends on what the catalogue has."""
+        return bool(self.item_lists or self.max_per)
+
     def identity(self) -> dict[str, Any]:
         """What tells apart the results of two rankings, for JSON. Of a list it is the content.
 

@@ -22,6 +22,8 @@ from bert4rec.data.dataset import Part, PreparedDataset
 from bert4rec.errors import InputError
 from bert4rec.inference.ranking import Ranking, load_for
 from bert4rec.inference.recommender import Ranked, Recommender
+from bert4rec.inference.rules import Rules
+from bert4rec.inference.sort_lists import sort_lists
 from bert4rec.model.network import WEIGHTS, BERT4Rec
 from bert4rec.progress import Progress, Reporter
 
@@ -57,13 +59,16 @@ def recommend(config: Config, dataset_path: str, checkpoint: str, output_path: s
     inference, ranking = config.inference, Ranking.of(config.inference)
     dataset = PreparedDataset(dataset_path, verify=True)
     load_for(dataset, checkpoint, ranking)  # a wrong model is found here, not in an actor
-    check_request(inference, dataset, output_path)
+    notes = check_request(inference, dataset, output_path, ranking)
     identity = {"dataset": dataset.manifest.fingerprint, **_identity(checkpoint, inference, ranking)}
     counted = _finished(output_path, identity)
     if counted is not None:
         print(f"{output_path} is up to date")
     else:
         begin(config, meanwhile=("ray.data",))
+        ranking, more = sort_lists(ranking, dataset)
+        for note in [*notes, *more]:
+            print(f"note: {note}")
         work = _open_work(output_path, identity)
         use_gpu, num_workers = for_scoring(config)
         parts = dataset.parts()
@@ -128,8 +133,10 @@ def _identity(checkpoint: str, inference: InferenceConfig, ranking: Ranking) -> 
     return {"model": storage.sha256(storage.join(checkpoint, WEIGHTS)), "settings": settings}
 
 
-def check_request(inference: InferenceConfig, dataset: PreparedDataset, output_path: str) -> None:
-    """Find out before any work what would make `recommend` fail after it.
+def check_request(
+    inference: InferenceConfig, dataset: PreparedDataset, output_path: str, ranking: Ranking | None = None
+) -> list[str]:
+    """Find out before any work what would make `recommend` fail after it. Return lines for the user about the rules.
 
     Raises
     ------
@@ -137,7 +144,7 @@ def check_request(inference: InferenceConfig, dataset: PreparedDataset, output_p
         If topk is larger than the catalogue, a rule cannot be made, or `output_path` cannot be written or holds
         something else: a few users' recommendations do not replace those of all.
     """
-    Ranking.of(inference)
+    ranking = Ranking.of(inference) if ranking is None else ranking
     if inference.topk > dataset.num_items:
         raise InputError(
             f"inference.topk={inference.topk} is larger than the catalogue, which has {dataset.num_items} items"
@@ -152,7 +159,9 @@ def check_request(inference: InferenceConfig, dataset: PreparedDataset, output_p
                 f"{output_path}: holds the recommendations of all users, which those of a few would replace; choose "
                 "another inference.output_path"
             )
+    notes = Rules(ranking, dataset.items()).notes if ranking.looks_at_items else []
     storage.check_writable(output_path)
+    return notes
 
 
 class _Recommender:
