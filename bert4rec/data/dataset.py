@@ -2,6 +2,7 @@
 
 sequences/*.parquet: one row per user, sorted by user id, with the files in the order of their names.
     user, items list<int32> in time order, last_year int16 or null
+    times list<int64>, if the data have times: whole seconds from the manifest's time_origin, one for each item
     before_NAME int32, one column per cut-off of the manifest: how many of the items came before the cut-off
 items.parquet: one row per item, in token order.
     index int32, item, count int64, year int16 or null, title or null,
@@ -45,7 +46,7 @@ class Manifest(BaseModel):
     """Content and origin of a prepared dataset."""
 
     model_config = ConfigDict(frozen=True, extra="forbid")
-    format_version: Literal[2] = 2
+    format_version: Literal[3] = 3
     identity: dict[str, Any] = {}
     """`data_identity` of the config that made the dataset."""
     num_users: int
@@ -64,7 +65,8 @@ class Manifest(BaseModel):
     cutoffs: dict[str, int] = {}
     """Unix times by name. A temporal split has validation and test, and recent_validation and recent_test seven days
     before them. Other data with times have recent_last, seven days before the last interaction."""
-    has_time: bool
+    time_origin: int | None
+    """Unix time of the first interaction, in whole seconds; None if the data have no times."""
     catalogue: str
     """`metadata.catalogue_fingerprint`."""
     vocabularies: dict[str, list[str]]
@@ -76,6 +78,11 @@ class Manifest(BaseModel):
     """Bytes of each data file, to detect a damaged copy."""
     sha256: dict[str, str]
     """SHA-256 of each data file, to detect an altered one."""
+
+    @property
+    def has_time(self) -> bool:
+        """Whether the interactions have times."""
+        return self.time_origin is not None
 
     @property
     def fingerprint(self) -> str:
@@ -208,7 +215,7 @@ class PreparedDataset:
                 "run `python -m jobs.prepare` with the same data options first"
             )
         content = storage.read_sealed(storage.join(path, storage.MANIFEST))
-        if (version := content.get("format_version")) == 1:
+        if (version := content.get("format_version")) in (1, 2):
             raise InputError(
                 f"{path}: prepared by an earlier version (format {version}); `python -m jobs.prepare` makes it again"
             )
@@ -274,7 +281,8 @@ class PreparedDataset:
             if low < high:
                 filesystem, inner = storage.open_store(file)
                 with pq.ParquetFile(inner, filesystem=filesystem) as parquet:
-                    tables.append(parquet.read_row_group(group).slice(low, high - low))
+                    columns = [name for name in parquet.schema_arrow.names if name != "times"]
+                    tables.append(parquet.read_row_group(group, columns).slice(low, high - low))
         return Sequences.from_table(pa.concat_tables(tables))
 
     @cached_property

@@ -116,7 +116,9 @@ def prepare(data: DataConfig, path: str, report: Callable[[str], None] = lambda 
     num_interactions = int(counts.sum())
     if not num_interactions:
         raise InputError(f"{source}: data.min_item_interactions={data.min_item_interactions} leaves no interaction")
-    cutoffs = _cutoffs(core, data, source) if has_time else {}
+    first, last = _times_of(core) if has_time else (math.inf, -math.inf)
+    cutoffs = _cutoffs(core, data, source, first, last) if has_time else {}
+    time_origin = math.floor(first) if has_time else None
     order = np.argsort(-counts, kind="stable")[: np.count_nonzero(counts)]  # falling count, then ascending id
     token_of_code = np.zeros(len(counts), np.int32)
     token_of_code[order] = np.arange(1, len(order) + 1)
@@ -143,7 +145,7 @@ def prepare(data: DataConfig, path: str, report: Callable[[str], None] = lambda 
 
     report(f"writing {core.num_users:,} users")
     storage.begin(path)
-    ranges = [(path, number, table, token_of_code, cutoffs) for number, table in enumerate(core.tables)]
+    ranges = [(path, number, table, token_of_code, cutoffs, time_origin) for number, table in enumerate(core.tables)]
     written = [*_results_of(_write_range, ranges, "writing"), _write_parquet(path, "items.parquet", items)]
     manifest = Manifest(
         num_users=core.num_users,
@@ -154,7 +156,7 @@ def prepare(data: DataConfig, path: str, report: Callable[[str], None] = lambda 
         cutoffs=cutoffs,
         num_interactions=num_interactions,
         num_duplicates=num_duplicates,
-        has_time=has_time,
+        time_origin=time_origin,
         catalogue=catalogue_fingerprint(items, vocabularies),
         vocabularies=vocabularies,
         notes=notes,
@@ -295,8 +297,14 @@ def _leave_out(sequences: pa.Table, common: np.ndarray, k: int) -> tuple[pa.Tabl
     return pa.table(columns), (np.bincount(code[kept], minlength=len(common)), len(lengths))
 
 
-def _cutoffs(ranges: _Ranges, data: DataConfig, source: str) -> dict[str, int]:
-    """The manifest's cut-offs, in whole seconds.
+def _times_of(ranges: _Ranges) -> tuple[float, float]:
+    """First and last time of all interactions."""
+    spans = list(_results_of(_time_span, [(table,) for table in ranges.tables], "reading times"))
+    return min(low for low, _ in spans), max(high for _, high in spans)
+
+
+def _cutoffs(ranges: _Ranges, data: DataConfig, source: str, first: float, last: float) -> dict[str, int]:
+    """The manifest's cut-offs, in whole seconds, of interactions from `first` to `last`.
 
     The validation cut-off divides the interactions before the test cut-off in the same proportion as the test cut-off
     divides all of them.
@@ -307,8 +315,6 @@ def _cutoffs(ranges: _Ranges, data: DataConfig, source: str) -> dict[str, int]:
         If a temporal split leaves one of its three parts empty.
     """
     num_interactions = int(ranges.counts.sum())
-    spans = list(_results_of(_time_span, [(table,) for table in ranges.tables], "reading times"))
-    first, last = min(low for low, _ in spans), max(high for _, high in spans)
     if data.split == "leave-one-out":
         return {"recent_last": math.floor(last) - RECENT_SECONDS}
     is_share = data.split_time < 1
@@ -424,7 +430,12 @@ def _is_duplicate(user: np.ndarray, time: np.ndarray, code: np.ndarray) -> np.nd
 
 
 def _write_range(
-    path: str, number: int, sequences: pa.Table, token_of_code: np.ndarray, cutoffs: dict[str, int]
+    path: str,
+    number: int,
+    sequences: pa.Table,
+    token_of_code: np.ndarray,
+    cutoffs: dict[str, int],
+    time_origin: int | None,
 ) -> InputFile:
     """Write a range of users as a file of sequences in final tokens."""
     codes = sequences["items"].combine_chunks()
@@ -434,8 +445,10 @@ def _write_range(
         "items": pa.ListArray.from_arrays(codes.offsets, pa.array(token_of_code[codes.values.to_numpy()])),
         "last_year": pa.nulls(len(sequences), pa.int16()),
     }
-    if "times" in sequences.column_names:
+    if time_origin is not None:
         times = sequences["times"].combine_chunks().values.to_numpy()
+        since_origin = np.floor(times).astype(np.int64) - time_origin
+        columns["times"] = pa.ListArray.from_arrays(codes.offsets, pa.array(since_origin))
         columns["last_year"] = pa.array(interactions.year_of(times[offsets[1:] - 1]))
         for name, cutoff in cutoffs.items():
             count = np.diff(np.append(0, np.cumsum(times < cutoff))[offsets])

@@ -29,7 +29,7 @@ from bert4rec.embedding.encoders import Encode, find_model, fit_tfidf_svd, ident
 from bert4rec.errors import InputError
 from bert4rec.progress import Progress, Reporter
 
-_MODEL = b"bert4rec.model.network"
+_MODEL = b"bert4rec.model"
 _ACTOR_BYTES = 2**30  # memory of an encoder's actor without its weights: Python, torch and the states of a batch
 
 

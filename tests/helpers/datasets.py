@@ -58,7 +58,7 @@ def write_dataset(
         num_interactions=int(counts.sum()),
         num_duplicates=0,
         cutoffs={name: 1000 + place for place, name in enumerate(before or {})},
-        has_time=last_years is not None,
+        time_origin=None if last_years is None else 0,
         catalogue=catalogue,
         vocabularies={
             "genre": [f"genre {value}" for value in sorted({value for values in genres or none for value in values})],

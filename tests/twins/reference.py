@@ -131,6 +131,8 @@ class PreparedTwin(NamedTuple):
     items: list[tuple]
     """(item, count, year, title, genres, director, writers) in token order; None or [] if unknown."""
     num_duplicates: int
+    times: list[list[int]]
+    """Whole Unix seconds of each user's interactions, sorted by user; none if the data have no times."""
 
 
 def prepared_with_pandas(data_dir, data_file="train_ratings.csv", k=0):
@@ -143,8 +145,10 @@ def prepared_with_pandas(data_dir, data_file="train_ratings.csv", k=0):
         num_duplicates = int(ratings.duplicated(["user", "item", "time"]).sum())
         ratings = ratings.drop_duplicates(["user", "item", "time"]).sort_values("time", kind="stable")
     ratings = k_core(ratings, k)
-    users = []
+    users, times = [], []
     for user, rows in ratings.groupby("user"):
+        if has_time:
+            times.append([math.floor(time) for time in rows["time"]])
         year = datetime.fromtimestamp(rows["time"].iloc[-1], UTC).year if has_time else None
         users.append((user, list(rows["item"]), year))
     counts = ratings["item"].value_counts()
@@ -169,7 +173,7 @@ def prepared_with_pandas(data_dir, data_file="train_ratings.csv", k=0):
         )
         for item in order
     ]
-    return PreparedTwin(sorted(users), items, num_duplicates)
+    return PreparedTwin(sorted(users), items, num_duplicates, times)
 
 
 def ids_as_they_are_kept(ids):

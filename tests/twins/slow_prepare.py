@@ -106,9 +106,11 @@ def prepared_from(ratings: list[tuple], files: dict[str, bytes], are_strings: tu
         seen.add((user, item, time))
         histories.setdefault(user, []).append((time, item))
     counts: dict = {}
-    rows = []
+    rows, times = [], []
     for user in sorted(histories, key=_by_bytes):
         history = sorted(histories[user], key=lambda pair: pair[0])  # stable
+        if has_time:
+            times.append([math.floor(time) for time, _ in history])
         rows.append((user, [item for _, item in history], year_of(history[-1][0]) if has_time else None))
         for _, item in history:
             counts[item] = counts.get(item, 0) + 1
@@ -130,7 +132,7 @@ def prepared_from(ratings: list[tuple], files: dict[str, bytes], are_strings: tu
         )
         for item in sorted(counts, key=lambda item: (-counts[item], _by_bytes(item)))
     ]
-    return PreparedTwin(rows, catalogue, duplicates)
+    return PreparedTwin(rows, catalogue, duplicates, times)
 
 
 def year_of(time: float) -> int:

@@ -55,6 +55,15 @@ def users_of(dataset):
     return [(u, [ids[token - 1] for token in h], y) for u, h, y in zip(users, histories, years, strict=True)]
 
 
+def times_of(dataset):
+    """As in PreparedTwin."""
+    origin = dataset.manifest.time_origin
+    if origin is None:
+        return []
+    tables = [pq.read_table(file) for file in dataset.sequence_files]
+    return [[origin + time for time in times] for table in tables for times in table["times"].to_pylist()]
+
+
 def items_of(dataset):
     """As in PreparedTwin."""
     manifest = dataset.manifest
@@ -78,6 +87,7 @@ def assert_is_twin(dataset, data_dir, data_file="train_ratings.csv", k=0):
     twin = prepared_with_pandas(data_dir, data_file, k)
     assert users_of(dataset) == twin.users
     assert items_of(dataset) == twin.items
+    assert times_of(dataset) == twin.times
     manifest = dataset.manifest
     assert manifest.num_users == len(twin.users)
     assert manifest.num_interactions == sum(len(items) for _, items, _ in twin.users)
@@ -439,8 +449,9 @@ def test_the_files_on_disk_are_what_the_contract_says(tmp_path):
     data = write(tmp_path / "data", train_ratings_csv=GOOD, **METADATA)
     dataset = run(data, tmp_path / "out")
     schema = pq.read_schema(dataset.sequence_files[0])
-    assert [(f.name, str(f.type)) for f in schema][::2] == [("user", "int64"), ("last_year", "int16")]
+    assert [schema.field(name).type for name in ("user", "last_year")] == [pa.int64(), pa.int16()]
     assert schema.field("items").type.value_type == pa.int32()
+    assert schema.field("times").type.value_type == pa.int64()
     types = {f.name: f.type for f in pq.read_schema(tmp_path / "out" / "items.parquet")}
     assert [types[name] for name in ("index", "item", "count", "year", "title", "director")] == [
         pa.int32(), pa.int64(), pa.int64(), pa.int16(), pa.string(), pa.int32(),

@@ -27,7 +27,7 @@ from bert4rec.data import interactions
 from bert4rec.data.dataset import PreparedDataset
 from bert4rec.data.files import METADATA
 from bert4rec.errors import InputError
-from tests.integration.data.test_prepare import items_of, prepare_module, users_of
+from tests.integration.data.test_prepare import items_of, prepare_module, times_of, users_of
 from tests.twins import slow_prepare
 from tests.twins.slow_prepare import UnusableError
 
@@ -89,7 +89,9 @@ def prepared(files, chunk_bytes=32 << 20, range_rows=10**6, expect=None):
             prepare_module.CHUNK_BYTES, prepare_module.RANGE_ROWS, prepare_module._SHARD_ROWS = before
         dataset = PreparedDataset(str(path / "out"), verify=True)
         manifest = dataset.manifest
-        twin = slow_prepare.PreparedTwin(users_of(dataset), items_of(dataset), manifest.num_duplicates)
+        twin = slow_prepare.PreparedTwin(
+            users_of(dataset), items_of(dataset), manifest.num_duplicates, times_of(dataset)
+        )
         assert manifest.num_interactions == sum(len(items) for _, items, _ in twin.users)
         assert manifest.num_users == len(twin.users)
         dropped = [note for note in manifest.notes if note.startswith("exact duplicates")]
