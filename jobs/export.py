@@ -17,7 +17,7 @@ from bert4rec.inference.export import (
     write_onnx,
     write_torch,
 )
-from bert4rec.inference.ranking import Ranking
+from bert4rec.inference.ranking import NO_RULES, Ranking
 from bert4rec.inference.recommender import load
 from bert4rec.runs import checkpoint_and_output
 
@@ -34,7 +34,9 @@ def export_model(config: Config) -> str:
     topk, num_items = config.export.topk, recommender.model.num_items
     if topk is not None and topk > num_items:
         raise InputError(f"export.topk={topk} is larger than the catalogue, which has {num_items} items")
-    program = export_program(ScoringFunction(recommender.model, topk, Ranking.of(config.inference)))
+    ranking = Ranking.of(config.inference)
+    items = recommender.items if ranking.identity().keys() - NO_RULES.identity().keys() else None
+    program = export_program(ScoringFunction(recommender.model, topk, ranking, items))
     print(f"model: {checkpoint}\nhistory [users, length] int64 -> " + _outputs(topk, num_items))
     for form in config.export.formats:
         print(f"{form}: {_write(form, program, output_path)}")

@@ -86,6 +86,11 @@ class Ranking:
         """Whether a rule depends on what the catalogue has."""
         return bool(self.item_lists or self.max_per)
 
+    @property
+    def changes_lists(self) -> bool:
+        """Whether a list may differ from the first items of the ranking."""
+        return bool(self.diversity > 0 or self.max_per or self.min_score is not None)
+
     def identity(self) -> dict[str, Any]:
         """What tells apart the results of two rankings, for JSON. Of a list it is the content.
 
@@ -185,6 +190,17 @@ class Exclusions:
         if self.forbidden is not None:
             scores.masked_fill_(self.forbidden, -torch.inf)
         return scores
+
+    def has(self, items: Tensor) -> Tensor:
+        """[B] bool: whether each user's item in `items` [B], counted from 0, is excluded for that user."""
+        excluded = torch.zeros(len(items), dtype=torch.bool, device=items.device)
+        if self.only is not None:
+            excluded = self.only.has_list.clone()
+            excluded[self.only.row[self.only.item == items[self.only.row]]] = False
+        excluded[self.seen_row[self.seen_item == items[self.seen_row]]] = True
+        if self.release_year is not None and self.last_year is not None:
+            excluded |= self.release_year[items] > self.last_year
+        return excluded if self.forbidden is None else excluded | self.forbidden[items]
 
     def and_pairs(self, row: Tensor, item: Tensor) -> "Exclusions":
         """Exclude more items [S] of users [S]."""
@@ -331,6 +347,16 @@ def score_next(
     same for all users."""
     weights, bias = (tensor.detach() for tensor in ranking.output_weights(model))
     return NextScores(next_item_states(model, histories), weights, bias, columns)
+
+
+def masked(scores: Scorer, exclusions: Exclusions) -> Scorer:
+    """The same scores, -inf where an item is excluded."""
+
+    def allowed(low: int, high: int) -> Tensor:
+        block = scores(low, high)
+        return exclusions.within(torch.arange(low, high, device=block.device)).apply(block)
+
+    return allowed
 
 
 @torch.inference_mode()

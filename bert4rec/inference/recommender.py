@@ -23,7 +23,7 @@ from bert4rec.errors import InputError
 from bert4rec.inference.item_lists import UserItems, list_of_items
 from bert4rec.inference.ranking import Exclusions, Ranking, score_next, score_similar, top_k
 from bert4rec.inference.rules import Rules, UserLists
-from bert4rec.inference.selection import VectorsOf, best_list, unit_vectors
+from bert4rec.inference.selection import best_list, item_vectors_of
 from bert4rec.model.network import BERT4Rec
 
 ItemId = int | str
@@ -63,10 +63,6 @@ class Recommender:
             self._made[:] = [Rules(ranking, self.items, self.model.output_bias.device)]
         return self._made[0]
 
-    def vectors_of(self) -> VectorsOf:
-        """What `inference.diversity` compares: the vectors that the network reads for items, with length 1."""
-        return lambda items: unit_vectors(self.model.items(items + 1))
-
     def rank(
         self, sequences: Sequences, inference: InferenceConfig, ranking: Ranking, lists: UserLists | None = None
     ) -> Iterator[Ranked]:
@@ -89,7 +85,7 @@ class Recommender:
                 offer,
                 inference.topk,
                 rules.selection,
-                self.vectors_of(),
+                item_vectors_of(self.model),
                 inference.score_memory_mb * 2**20,
             )
             found = torch.isfinite(values).cpu()  # (B, K)

@@ -15,6 +15,7 @@ from torch import Tensor
 from bert4rec.data.dataset import ItemTable
 from bert4rec.errors import InputError
 from bert4rec.inference.ranking import DEFAULT_SCORE_BYTES, NextScores, Ranking, top_k
+from bert4rec.model.network import BERT4Rec
 
 if TYPE_CHECKING:
     from bert4rec.inference.rules import Offer
@@ -96,6 +97,23 @@ class LogSum:
         """Add a block [B, width]."""
         added = block.logsumexp(1)
         self.value = added if self.value is None else torch.logaddexp(self.value, added)
+
+
+def list_of(
+    values: Tensor, items: Tensor, log_sum: Tensor | None, k: int, selection: Selection, vectors_of: VectorsOf
+) -> tuple[Tensor, Tensor]:
+    """The list [B, K] of each user, and its scores, -inf behind its end, given all ranked items that it may take.
+
+    Parameters
+    ----------
+    values, items : Tensor
+        [B, M] falling logits and items, counted from 0.
+    log_sum : Tensor or None
+        [B] `LogSum` of all items that the user may get, for probabilities.
+    """
+    values = _without_low(values, selection, log_sum)
+    picked = pick(values, items, k, selection, vectors_of)
+    return _converted(_at(values, picked), selection, log_sum), items.gather(1, picked.clamp(min=0))
 
 
 @torch.inference_mode()
@@ -277,6 +295,6 @@ def _converted(values: Tensor, selection: Selection, log_sum: Tensor | None) -> 
             assert_never(selection.scores)
 
 
-def unit_vectors(vectors: Tensor) -> Tensor:
-    """Vectors [..., D] divided by their lengths; a vector of zeros stays."""
-    return F.normalize(vectors, dim=-1)
+def item_vectors_of(model: BERT4Rec) -> VectorsOf:
+    """The vectors that the network reads for items, divided by their lengths; a vector of zeros stays."""
+    return lambda items: F.normalize(model.items(items + 1), dim=-1)
