@@ -314,10 +314,11 @@ class InferenceConfig(_Group):
 
 
 class ExportConfig(_Group):
-    """How `jobs.export` writes the model as a program that needs no other code of this package."""
+    """What `jobs.export` writes: the model as a program that needs no other code of this package, or its vectors."""
 
-    formats: tuple[Literal["torch", "onnx"], ...] = Field(("torch", "onnx"), min_length=1)
-    """Formats to write. torch: model.pt2 for torch.export. onnx: model.onnx, which needs the extra `export`."""
+    formats: tuple[Literal["torch", "onnx", "vectors"], ...] = Field(("torch", "onnx"), min_length=1)
+    """Formats to write. torch: model.pt2 for torch.export. onnx: model.onnx, which needs the extra `export`. vectors:
+    items.parquet and users.parquet, whose vectors have the scores as inner products."""
     topk: int | None = Field(None, ge=1)
     """The program returns this many best items per history, without the items of the history if inference.exclude_seen.
     Default: it returns the scores of all items."""
