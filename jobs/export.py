@@ -43,9 +43,7 @@ def export_model(config: Config) -> str:
     return output_path
 
 
-def _export_programs(
-    config: Config, checkpoint: str, forms: list[Literal["torch", "onnx"]], output_path: str
-) -> None:
+def _export_programs(config: Config, checkpoint: str, forms: list[Literal["torch", "onnx"]], output_path: str) -> None:
     """Write the scoring function in each of `forms`."""
     recommender = load(checkpoint)
     topk, num_items = config.export.topk, recommender.model.num_items

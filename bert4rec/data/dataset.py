@@ -321,7 +321,7 @@ class PreparedDataset:
 
 
 def read_items(path: str, sizes: dict[str, int] | None = None) -> ItemTable:
-    """Read the catalogue in an items.parquet. Without the `sizes` of the vocabularies, they are those of the indices."""
+    """Read the catalogue in an items.parquet. Without the `sizes` of vocabularies, they follow from the indices."""
     filesystem, inner = storage.open_store(path)
     table = pq.read_table(inner, filesystem=filesystem).combine_chunks()
     year = _one_chunk(table["year"])

@@ -133,8 +133,8 @@ def evaluate(config: Config, dataset_path: str, checkpoint: str) -> Evaluation:
     protocols = evaluated_protocols(config)
     keys, listers = _keys(systems, protocols), _listers(systems, ranking)
     num_groups = len(HISTORY_LENGTHS) * len(THIRDS)
-    of_lists = [dataset.num_items, RECOMMENDED + 1, 2 * DISTANCE_STEPS + 1]
-    sizes = [num_groups * (dataset.num_items + 1)] * len(keys) + of_lists * len(listers) + [len(protocols), 1]
+    of_list = [dataset.num_items, RECOMMENDED + 1, 2 * DISTANCE_STEPS + 1]
+    sizes = [num_groups * (dataset.num_items + 1)] * len(keys) + of_list * len(listers) + [len(protocols), 1]
     totals = [np.zeros(size, np.int64) for size in sizes]
     with Progress("evaluating", dataset.manifest.num_users, "users") as reporter:
         counts = (popularity, recent)
@@ -147,7 +147,7 @@ def evaluate(config: Config, dataset_path: str, checkpoint: str) -> Evaluation:
     shape = (len(HISTORY_LENGTHS), len(THIRDS), dataset.num_items + 1)
     ranks = {key: torch.from_numpy(total).view(shape) for key, total in zip(keys, totals, strict=False)}
     of_lists = [torch.from_numpy(total) for total in totals[len(keys) :]]
-    lists = {lister: of_lists[3 * number : 3 * number + 3] for number, lister in enumerate(listers)}
+    lists = dict(zip(listers, zip(of_lists[::3], of_lists[1::3], of_lists[2::3], strict=True), strict=True))
     num_users = int(ranks[protocols[0], MODEL].sum())
     if num_users == 0:
         raise InputError(
@@ -410,7 +410,9 @@ class _Evaluator:
     ) -> tuple[Tensor, Tensor]:
         """[B, K] scores, -inf behind the end of a list, and [B, K] items, counted from 0, of all users' first ten."""
         count = min(RECOMMENDED, self.model.num_items)
-        seen = Exclusions.of(_on(history, self.device) if self.config.evaluation.exclude_seen else None, device=self.device)
+        seen = Exclusions.of(
+            _on(history, self.device) if self.config.evaluation.exclude_seen else None, device=self.device
+        )
         if lister != RERANKED:
             return top_k(scorers[lister], seen, len(history), self.model.num_items, count)
         assert self.rules is not None

@@ -143,7 +143,9 @@ class ScoringFunction(nn.Module):
             selection = replace(selection, values=self.get_buffer("feature_values"), caps=self.get_buffer("caps"))
         # With caps, a list may have to look at every item.
         num_items = scores.shape[1]
-        depth = num_items if selection.values is not None else min(max(self.topk, selection.depth(self.topk)), num_items)
+        depth = (
+            num_items if selection.values is not None else min(max(self.topk, selection.depth(self.topk)), num_items)
+        )
         best = scores.topk(depth, dim=1)
         values, chosen = list_of(
             best.values,

@@ -17,7 +17,7 @@ import pyarrow.fs as pafs
 import pyarrow.parquet as pq
 
 from bert4rec import storage
-from bert4rec.data.dataset import ItemTable
+from bert4rec.data.dataset import InputFile, ItemTable
 from bert4rec.data.files import find_interactions, read_header, readable, require_columns
 from bert4rec.data.ids import find_ids, some_of
 from bert4rec.data.interactions import Chunk, ChunkSummary, check_chunk, explain, read_chunk, scan_interactions
@@ -216,7 +216,7 @@ def read_list(key: str, paths: tuple[str, ...]) -> ItemList:
         other = next(file for file in names if file not in for_users)
         raise InputError(f"{other}: no column user, which {for_users[0]} has; expected the same columns in all files")
     if for_users:
-        scans = [scan_interactions(*file.rsplit("/", 1), CHUNK_BYTES) for file in names]
+        scans = [_scan(file) for file in names]
         for file, (_, chunks) in zip(names, scans, strict=True):
             if not chunks:
                 raise InputError(f"{file}: no data rows; expected a user and an item in each row below the header")
@@ -239,6 +239,11 @@ def _matching(path: str) -> list[str]:
     if filesystem.get_file_info(inner).type != pafs.FileType.Directory:
         raise InputError(f"{path}: no such file; {directory} is no directory")
     return [storage.join(directory, name) for name in find_interactions(directory, pattern)]
+
+
+def _scan(path: str) -> tuple[InputFile, list[Chunk]]:
+    directory, _, name = path.rpartition("/")
+    return scan_interactions(directory, name, CHUNK_BYTES)
 
 
 def _columns(path: str) -> tuple[str, ...]:

@@ -81,6 +81,11 @@ class Ranking:
         """The lists that are set."""
         return [given for given in (self.candidates, self.exclude) if given is not None]
 
+    def with_lists(self, lists: Mapping[str, ItemList]) -> "Ranking":
+        """The ranking with other lists, by their keys."""
+        changed: dict[str, Any] = dict(lists)
+        return replace(self, **changed)
+
     @property
     def looks_at_items(self) -> bool:
         """Whether a rule depends on what the catalogue has."""

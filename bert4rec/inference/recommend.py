@@ -79,7 +79,7 @@ def recommend(config: Config, dataset_path: str, checkpoint: str, output_path: s
             for _ in map_parts(missing, _Recommender, arguments, num_workers, use_gpu) if missing else ():
                 pass
         counted = _publish(work, output_path, parts, inference)
-        _commit(output_path, identity, checkpoint, counted)
+        _commit(output_path, identity, checkpoint, counted, ranking)
     return RecommendResult(output_path=output_path, seconds=time.monotonic() - began, **counted)
 
 
@@ -94,12 +94,16 @@ def write_few(
     part = Part(0, 0, sum(batch.num_users for batch in ranked))
     _write_part(work, part, ranked, inference)
     counted = _publish(work, output_path, [part], inference)
-    _commit(output_path, identity, checkpoint, counted)
+    _commit(output_path, identity, checkpoint, counted, ranking)
     return RecommendResult(output_path=output_path, seconds=time.monotonic() - began, **counted)
 
 
-def _commit(output_path: str, identity: dict[str, Any], checkpoint: str, counts: dict[str, int]) -> None:
+def _commit(
+    output_path: str, identity: dict[str, Any], checkpoint: str, counts: dict[str, int], ranking: Ranking
+) -> None:
     content = {"identity": identity, "checkpoint": checkpoint, "counts": counts, "files": _sizes(output_path)}
+    if ranking.item_lists:  # for the report, which needs more than their contents' fingerprints
+        content["lists"] = {given.key.removeprefix("inference."): list(given.paths) for given in ranking.item_lists}
     storage.commit(output_path, content)
 
 

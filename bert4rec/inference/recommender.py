@@ -5,7 +5,7 @@ Shapes: N users, B users of a batch, K top-k.
 """
 
 from collections.abc import Collection, Iterator, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -193,10 +193,10 @@ class Recommender:
                 continue
             if getattr(ranking, name) is not None:
                 raise InputError(f"{name}: given both here and by the ranking; expected one of them")
-            if all(isinstance(each, int | str) for each in given):
-                given_ids = sorted(given, key=str)  # type: ignore[type-var]
-                self.tokens(given_ids)
-                ranking = replace(ranking, **{name: list_of_items(name, given_ids)})
+            ids = [each for each in given if isinstance(each, int | str)]
+            if len(ids) == len(given):
+                self.tokens(ids)  # raises for those that are not in the catalogue
+                ranking = ranking.with_lists({name: list_of_items(name, ids)})
             else:
                 own[name] = self._lists(name, list(given), len(histories))
         lengths = [len(history) for history in histories]

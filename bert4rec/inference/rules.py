@@ -80,10 +80,7 @@ class Rules:
         """Read the lists of these users, where a rule has lists of users."""
         given = (self.ranking.candidates, self.ranking.exclude)
         return UserLists(
-            *(
-                None if each is None or each.is_for_all else each.of_users(sequences.users, self.items)
-                for each in given
-            )
+            *(None if each is None or each.is_for_all else each.of_users(sequences.users, self.items) for each in given)
         )
 
     def offer(

@@ -7,7 +7,6 @@ The sorted list lies beside the prepared dataset, under a name made of both cont
 import json
 import os
 from collections.abc import Iterator
-from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -46,13 +45,28 @@ def sort_lists(ranking: Ranking, dataset: PreparedDataset) -> tuple[Ranking, lis
         given: ItemList | None = getattr(ranking, key)
         if given is None or given.is_for_all:
             continue
-        name = storage.fingerprint([given.digest, dataset.manifest.fingerprint])
-        path = storage.join(os.path.dirname(dataset.path.rstrip("/")), "lists", name)
+        path = _path_of(given, dataset)
         if not storage.is_complete(path):
             _sort(given, dataset, path)
-        notes += [f"{given.source}: {note}" for note in storage.read_sealed(storage.join(path, storage.MANIFEST))["notes"]]
-        ranking = replace(ranking, **{key: with_sorted(given, path)})
+        notes += [
+            f"{given.source}: {note}" for note in storage.read_sealed(storage.join(path, storage.MANIFEST))["notes"]
+        ]
+        ranking = ranking.with_lists({key: with_sorted(given, path)})
     return ranking, notes
+
+
+def already_sorted(ranking: Ranking, dataset: PreparedDataset) -> Ranking:
+    """The ranking that reads lists of users where `sort_lists` has sorted them before, if it has."""
+    for key in ("candidates", "exclude"):
+        given: ItemList | None = getattr(ranking, key)
+        if given is not None and not given.is_for_all and storage.is_complete(path := _path_of(given, dataset)):
+            ranking = ranking.with_lists({key: with_sorted(given, path)})
+    return ranking
+
+
+def _path_of(given: ItemList, dataset: PreparedDataset) -> str:
+    name = storage.fingerprint([given.digest, dataset.manifest.fingerprint])
+    return storage.join(os.path.dirname(dataset.path.rstrip("/")), "lists", name)
 
 
 def _sort(given: ItemList, dataset: PreparedDataset, path: str) -> None:

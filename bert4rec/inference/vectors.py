@@ -101,7 +101,9 @@ class _UserVectors:
         windows = Windows.from_sequences(sequences)
         vectors = []
         for users in torch.split(torch.arange(len(windows)), self.batch_size):
-            vectors.append(user_vectors(self.model, windows.users(users).to(self.model.output_bias.device)).cpu().numpy())
+            vectors.append(
+                user_vectors(self.model, windows.users(users).to(self.model.output_bias.device)).cpu().numpy()
+            )
             self.reporter.advance(len(users))
         path = storage.join(self.work, f"part-{part.number:05d}.parquet")
         _write(path, "user", sequences.users, np.concatenate(vectors))
@@ -113,4 +115,3 @@ def _write(path: str, name: str, ids: pa.Array, vectors: np.ndarray) -> None:
     sink = pa.BufferOutputStream()
     pq.write_table(pa.table({name: ids, "vector": column}), sink)
     storage.write_bytes(path, sink.getvalue())
-
