@@ -5,7 +5,7 @@ from typing import Literal, assert_never
 
 import torch
 
-from bert4rec import storage
+from bert4rec import lease, storage
 from bert4rec.cli import run_job
 from bert4rec.config import Config
 from bert4rec.data.dataset import PreparedDataset
@@ -34,12 +34,13 @@ def export_model(config: Config) -> str:
     storage.check_writable(output_path)
     print(f"model: {checkpoint}")
     programs = [form for form in config.export.formats if form != "vectors"]
-    if programs:
-        _export_programs(config, checkpoint, programs, output_path)
-    if "vectors" in config.export.formats:
-        for note in export_vectors(config, PreparedDataset(config.prepared_path), checkpoint, output_path):
-            print(f"note: {note}")
-        print(f"vectors: {output_path}/{ITEM_VECTORS}, {output_path}/{USER_VECTORS}")
+    with lease.held(output_path):
+        if programs:
+            _export_programs(config, checkpoint, programs, output_path)
+        if "vectors" in config.export.formats:
+            for note in export_vectors(config, PreparedDataset(config.prepared_path), checkpoint, output_path):
+                print(f"note: {note}")
+            print(f"vectors: {output_path}/{ITEM_VECTORS}, {output_path}/{USER_VECTORS}")
     return output_path
 
 

@@ -14,7 +14,7 @@ import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
-from bert4rec import storage
+from bert4rec import lease, storage
 from bert4rec.data.dataset import PreparedDataset
 from bert4rec.data.ids import find_ids
 from bert4rec.data.interactions import Chunk, check_chunk, read_chunk
@@ -46,8 +46,10 @@ def sort_lists(ranking: Ranking, dataset: PreparedDataset) -> tuple[Ranking, lis
         if given is None or given.is_for_all:
             continue
         path = _path_of(given, dataset)
-        if not storage.is_complete(path):
-            _sort(given, dataset, path)
+        directory, name = os.path.split(path)
+        with lease.held(directory, f"{name}.{lease.HOLDER}"):
+            if not storage.is_complete(path):
+                _sort(given, dataset, path)
         notes += [
             f"{given.source}: {note}" for note in storage.read_sealed(storage.join(path, storage.MANIFEST))["notes"]
         ]
@@ -80,13 +82,13 @@ def _sort(given: ItemList, dataset: PreparedDataset, path: str) -> None:
     note = given.unknown_items(unknown, len(distinct), items)
     storage.begin(path)
     ids, chunks = ray.put(items.ids.cast(pa.string())), ray.put(given.chunks)
-    kind = _kind_of_users(dataset)
+    kind, opened = _kind_of_users(dataset), (dataset.path, dataset.manifest.fingerprint)
 
     def read(batch: dict[str, np.ndarray]) -> Iterator[pa.Table]:
         yield from _read(ray.get(chunks)[int(batch["chunk"][0])], kind, ray.get(ids))
 
     def write(block: pa.Table) -> pa.Table:
-        return pa.table({"written": [json.dumps(_write(block, dataset.path, path))]})
+        return pa.table({"written": [json.dumps(_write(block, *opened, path))]})
 
     rows = ray.data.from_items([{"chunk": number} for number in range(len(given.chunks))])
     rows = rows.repartition(len(given.chunks)).map_batches(read, batch_size=1)
@@ -123,13 +125,13 @@ def _read(chunk: Chunk, kind: pa.DataType, ids: pa.Array) -> Iterator[pa.Table]:
         yield pa.table({USER: users, ITEM: place}).filter(users.is_valid())
 
 
-def _write(block: pa.Table, dataset_path: str, path: str) -> dict[str, Any]:
+def _write(block: pa.Table, dataset_path: str, fingerprint: str, path: str) -> dict[str, Any]:
     """Write the rows of a sorted block whose user is in the data; what it has."""
     summary: dict[str, Any] = {"rows": 0, "known": 0, "twice": 0}
     if not len(block):
         return summary
     users = block[USER].combine_chunks()
-    there = pc.is_in(users, _users_between(PreparedDataset(dataset_path), users[0], users[-1]))
+    there = pc.is_in(users, _users_between(PreparedDataset(dataset_path, fingerprint=fingerprint), users[0], users[-1]))
     block = block.filter(there)
     if not len(block):
         return summary

@@ -60,7 +60,8 @@ def export_vectors(config: Config, dataset: PreparedDataset, checkpoint: str, ou
     filesystem.create_dir(inner, recursive=True)
     use_gpu, num_workers = for_scoring(config)
     with Progress("computing vectors", dataset.manifest.num_users, "users") as reporter:
-        arguments = (config.inference.batch_size, dataset.path, checkpoint, work, use_gpu, reporter)
+        opened = (dataset.path, dataset.manifest.fingerprint)
+        arguments = (config.inference.batch_size, *opened, checkpoint, work, use_gpu, reporter)
         for _ in map_parts(dataset.parts(), _UserVectors, arguments, num_workers, use_gpu):
             pass
     users = storage.join(output_path, USER_VECTORS)
@@ -90,10 +91,17 @@ class _UserVectors:
     """Writes the vectors of a part's users."""
 
     def __init__(
-        self, batch_size: int, dataset_path: str, checkpoint: str, work: str, use_gpu: bool, reporter: Reporter
+        self,
+        batch_size: int,
+        dataset_path: str,
+        fingerprint: str,
+        checkpoint: str,
+        work: str,
+        use_gpu: bool,
+        reporter: Reporter,
     ) -> None:
         self.batch_size, self.work, self.reporter = batch_size, work, reporter
-        self.dataset = PreparedDataset(dataset_path)
+        self.dataset = PreparedDataset(dataset_path, fingerprint=fingerprint)
         self.model = BERT4Rec.from_pretrained(checkpoint).to("cuda" if use_gpu else "cpu")
 
     def __call__(self, part: Part) -> dict[str, list[int]]:

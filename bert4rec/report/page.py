@@ -482,7 +482,11 @@ def spread(lengths: np.ndarray, count: int) -> np.ndarray:
 
 
 def _browser(
-    dataset: PreparedDataset, items: ItemTable, users: _Users, given: Recommendations | None, effects: Effects | None = None
+    dataset: PreparedDataset,
+    items: ItemTable,
+    users: _Users,
+    given: Recommendations | None,
+    effects: Effects | None = None,
 ) -> dict[str, Any]:
     """Sample users from the shortest to the longest history, and by index the items of their histories and top-k."""
     sample = spread(users.length, SHOWN_USERS)
