@@ -361,10 +361,15 @@ def _read_manifest(path: str) -> Manifest:
 
 @storage.patient
 def read_items(path: str, sizes: dict[str, int] | None = None) -> ItemTable:
-    """Read the catalogue in an items.parquet. Without the `sizes` of the vocabularies, it has no features."""
+    """Read the catalogue in an items.parquet. Without the `sizes` of vocabularies, they follow from the indices."""
     filesystem, inner = storage.open_store(path)
     table = pq.read_table(inner, filesystem=filesystem).combine_chunks()
     year = _one_chunk(table["year"])
+    listed = {
+        name: Ragged.from_column(_one_chunk(table[feature.column]))
+        for name, feature in FEATURES.items()
+        if (feature.column in table.column_names if sizes is None else name in sizes)
+    }
     return ItemTable(
         ids=_one_chunk(table["item"]),
         count=table["count"].to_numpy(),
@@ -372,8 +377,8 @@ def read_items(path: str, sizes: dict[str, int] | None = None) -> ItemTable:
         has_year=year.is_valid().to_numpy(zero_copy_only=False),
         title=_one_chunk(table["title"]),
         listed={
-            name: (size, Ragged.from_column(_one_chunk(table[FEATURES[name].column])))
-            for name, size in (sizes or {}).items()
+            name: (int(ragged.values.max(initial=-1)) + 1 if sizes is None else sizes[name], ragged)
+            for name, ragged in listed.items()
         },
     )
 

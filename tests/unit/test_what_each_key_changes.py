@@ -116,6 +116,7 @@ CHANGES = {
     "evaluation.protocols": Key("[uniform-100]", {EVALUATION}),
     "evaluation.seed": Key("7", {EVALUATION}, ("evaluation.protocols=[uniform-100]",)),
     "evaluation.baselines": Key("[popularity-7-days]", {EVALUATION}),
+    "evaluation.candidates": Key("true", {EVALUATION}, ("inference.candidates=FOR_ALL",)),
     "evaluation.max_baseline_items": Key("7", {EVALUATION}, ("evaluation.baselines=[ease]",)),
     "embedding.method": Key("bert-mean", {VECTORS}),
     "embedding.model_name": Key("OTHER_MODEL", {VECTORS}),
@@ -135,6 +136,16 @@ CHANGES = {
     "inference.exclude_seen": Key("false", {RECOMMENDATIONS, PROGRAM}, ("export.topk=3",)),
     "inference.exclude_future": Key("false", {RECOMMENDATIONS}),
     "inference.popularity_discount": Key("0.5", {RECOMMENDATIONS, EVALUATION, PROGRAM}),
+    "inference.candidates": Key("FOR_ALL", {RECOMMENDATIONS, PROGRAM}),
+    "inference.candidates_default": Key("all", {RECOMMENDATIONS}),
+    "inference.exclude": Key("FOR_ALL", {RECOMMENDATIONS, PROGRAM}),
+    "inference.max_per": Key("{genre: 1}", {RECOMMENDATIONS, EVALUATION, PROGRAM}, ("export.topk=3",)),
+    "inference.diversity": Key("0.9", {RECOMMENDATIONS, EVALUATION, PROGRAM}, ("export.topk=3",)),
+    "inference.diversity_pool": Key(
+        "5", {RECOMMENDATIONS, EVALUATION, PROGRAM}, ("export.topk=3", "inference.diversity=0.9")
+    ),
+    "inference.min_score": Key("3", {RECOMMENDATIONS, EVALUATION, PROGRAM}, ("export.topk=3",)),
+    "inference.scores": Key("probability", {RECOMMENDATIONS, PROGRAM}, ("export.topk=3",)),
     "inference.formats": Key("[csv]", {RECOMMENDATIONS}),
     "inference.output_path": Key("other", NOTHING),
     "inference.users": Key("[1]", NOTHING),
@@ -170,13 +181,16 @@ class Deciders:
         before = {name: [1] * 60 for name in ("recent_validation", "recent_test", "recent_last")}
         before |= {"validation": [min(3, len(h)) for h in histories.values()]}
         before |= {"test": [min(5, len(h)) for h in histories.values()]}
-        self.dataset = PreparedDataset(write_dataset(root / "d", histories, 130, before=before))
+        genres = [[token % 3] for token in range(130)]
+        self.dataset = PreparedDataset(write_dataset(root / "d", histories, 130, before=before, genres=genres))
         model = make_model(130)
         model.item_counts += torch.arange(130, 0, -1)
         self.names = {"MODEL": str(root / "m"), "OTHER_MODEL": str(root / "o")}
         model.save_pretrained(self.names["MODEL"])
+        self.names["FOR_ALL"] = str(root / "list.csv")
+        (root / "list.csv").write_text("item\n" + "".join(f"{item}\n" for item in range(101, 231, 3)))
         make_model(130, max_len=9).save_pretrained(self.names["OTHER_MODEL"])
-        for path in self.names.values():
+        for path in (self.names["MODEL"], self.names["OTHER_MODEL"]):
             shutil.copy(f"{self.dataset.path}/items.parquet", path)
         (root / "titles.tsv").write_text("item\ttitle\n1\tOne\n")
         (root / "genres.tsv").write_text("item\tgenre\n1\tWar\n")
@@ -232,7 +246,8 @@ def test_a_key_changes_what_its_entry_says(key, deciders):
         pytest.skip("told by the test above")
     entry = CHANGES[key]
     value = deciders.names.get(entry.other, entry.other)
-    base, other = (load_config(None, [*entry.beside, *overrides]) for overrides in ([], [f"{key}={value}"]))
+    beside = [each.replace("FOR_ALL", deciders.names["FOR_ALL"]) for each in entry.beside]
+    base, other = (load_config(None, [*beside, *overrides]) for overrides in ([], [f"{key}={value}"]))
     assert base != other
     before, after = deciders.what(base), deciders.what(other)
     changed = {what for what in before if before[what] != after[what]}
