@@ -13,7 +13,6 @@ import re
 import shutil
 import tempfile
 from pathlib import Path
-from types import SimpleNamespace
 
 import numpy as np
 import pyarrow as pa
@@ -27,6 +26,7 @@ from bert4rec.data import interactions
 from bert4rec.data.dataset import PreparedDataset
 from bert4rec.data.files import METADATA
 from bert4rec.errors import InputError
+from tests.helpers.in_process import LocalRayData
 from tests.integration.data.test_prepare import items_of, prepare_module, times_of, users_of
 from tests.twins import slow_prepare
 from tests.twins.slow_prepare import UnusableError
@@ -43,24 +43,9 @@ files_of = settings(
 )
 
 
-class _Task:
-    """A Ray task that is called at once."""
-
-    def __init__(self, function, num_returns=1):
-        self.function, self.num_returns = function, num_returns
-
-    def options(self, num_returns):
-        return _Task(self.function, num_returns)
-
-    def remote(self, *arguments):
-        result = self.function(*arguments)
-        return list(result) if self.num_returns == "streaming" else result
-
-
 @pytest.fixture(autouse=True)
 def without_ray(monkeypatch):
-    local = SimpleNamespace(remote=_Task, get=lambda result: result, put=lambda value: value)
-    monkeypatch.setattr(prepare_module, "ray", local)
+    monkeypatch.setattr(prepare_module, "_ray_data", LocalRayData)
 
 
 @contextlib.contextmanager

@@ -7,7 +7,7 @@ import pytest
 from bert4rec.config import DATASET_KEYS, DataConfig, data_identity
 from bert4rec.data.dataset import PreparedDataset
 from bert4rec.data.prepare import prepare
-from tests.helpers.in_process import LocalRay
+from tests.helpers.in_process import LocalRayData
 
 pytestmark = pytest.mark.unit
 
@@ -21,7 +21,7 @@ OTHER = {
 
 @pytest.fixture
 def data_dir(tmp_path, monkeypatch):
-    monkeypatch.setattr(sys.modules[prepare.__module__], "ray", LocalRay())
+    monkeypatch.setattr(sys.modules[prepare.__module__], "_ray_data", LocalRayData)
     rows = [f"{user},{item},{10**9 + 1000 * user + item}" for user in range(1, 12) for item in range(1, user + 1)]
     (tmp_path / "train_ratings.csv").write_text("\n".join(["user,item,time", *rows]) + "\n")
     (tmp_path / "titles.tsv").write_text("item\ttitle\n3\tThird\n77\tNew\n")
