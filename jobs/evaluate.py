@@ -22,6 +22,12 @@ def evaluate_model(config: Config, checkpoint: str | None = None) -> Evaluation:
     print(f"{_held_out(result)}; {result.num_users:,} users, {result.num_items:,} items, {checkpoint}")
     if result.popularity_discount:
         print(f"{MODEL} with inference.popularity_discount={result.popularity_discount:g}")
+    if result.is_among_candidates:
+        share = result.num_excluded_targets / result.num_users
+        print(
+            "ranked among what the rules of inference allow (evaluation.candidates): "
+            f"{result.num_excluded_targets:,} targets ({share:.1%}) are excluded and count as missed"
+        )
     print(f"dataset {result.dataset}, fingerprint {result.fingerprint}")
     for protocol, rows in result.protocols.items():
         print(f"\nprotocol {protocol}: {PROTOCOLS[protocol].description}\n{table_of_metrics(rows)}")

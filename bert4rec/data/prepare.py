@@ -20,10 +20,10 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 
-from bert4rec import storage
+from bert4rec import lease, storage
 from bert4rec.config import DataConfig, data_identity
 from bert4rec.data import files, interactions
-from bert4rec.data.dataset import InputFile, Manifest, PreparedDataset
+from bert4rec.data.dataset import ITEMS, InputFile, Manifest, PreparedDataset
 from bert4rec.data.ids import ascending
 from bert4rec.data.interactions import Chunk, ChunkSummary
 from bert4rec.data.metadata import catalogue_fingerprint, item_table, new_items, read_metadata
@@ -74,34 +74,40 @@ def prepare(data: DataConfig, path: str, report: Callable[[str], None] = lambda 
     data
         Names the input files.
     path
-        Directory of the dataset. Its content is replaced once the input has proved usable.
+        Directory of the dataset. What it holds stays usable until the new files are all there.
     report
         Called with a line at each stage.
 
     Raises
     ------
     InputError
-        If an input file is missing or unusable, or `path` is not writable.
+        If an input file is missing or unusable, `path` is not writable, or another job is writing it.
     """
-    with _ray_data().settings():
-        return _prepare(data, path, report)
-
-
-def _prepare(data: DataConfig, path: str, report: Callable[[str], None]) -> Manifest:
     data_dir = storage.absolute(data.data_dir)
     names = files.find_interactions(data_dir, data.data_file)
     metadata_names = files.find_metadata(data_dir)
     scans = _scan(data_dir, names)
-    identities = [identity for identity, _ in scans]
-    identities += [files.hash_file(data_dir, name) for name in metadata_names.values()]
+    metadata_files = {key: files.hash_file(data_dir, name) for key, name in metadata_names.items()}
+    identities = [*(identity for identity, _ in scans), *metadata_files.values()]
     if (present := _up_to_date(path, identities, data)) is not None:
         report("up to date: the input files have not changed")
         return present
-    storage.check_writable(path)
+    with lease.held(path), _ray_data().settings():
+        return _write(data, path, scans, metadata_files, report)
 
+
+def _write(
+    data: DataConfig,
+    path: str,
+    scans: list[tuple[InputFile, list[Chunk]]],
+    metadata_files: dict[str, InputFile],
+    report: Callable[[str], None],
+) -> Manifest:
+    data_dir = storage.absolute(data.data_dir)
+    identities = [*(identity for identity, _ in scans), *metadata_files.values()]
     megabytes = sum(identity.size for identity in identities) / 1e6
     report(f"reading {len(identities)} file{'s' * (len(identities) > 1)}, {megabytes:,.1f} MB")
-    metadata = {key: read_metadata(data_dir, name, files.METADATA[key]) for key, name in metadata_names.items()}
+    metadata = {key: read_metadata(data_dir, file.name, files.METADATA[key]) for key, file in metadata_files.items()}
     chunks = [chunk for _, chunks in scans for chunk in chunks]
     has_time = _has_time(chunks)
     source = storage.join(data_dir, data.data_file)
@@ -145,11 +151,13 @@ def _prepare(data: DataConfig, path: str, report: Callable[[str], None]) -> Mani
         )
 
     report(f"writing {core.num_users:,} users")
-    storage.begin(path)
-    writing = _map(sequences, write, path=path, token_of_code=token_of_code, cutoffs=cutoffs, time_origin=time_origin)
+    made_of = [Manifest.model_fields["format_version"].default, *(file.model_dump() for file in identities)]
+    version = f"data-{storage.fingerprint([*made_of, data_identity(data)])[:8]}"
+    fixed = {"token_of_code": token_of_code, "cutoffs": cutoffs, "time_origin": time_origin}
+    writing = _map(sequences, write, path=path, version=version, **fixed)
     tables = list(_tables_of(writing, sequences.num_blocks(), "writing"))
     written = sorted((InputFile(**row) for table in tables for row in table.to_pylist()), key=lambda file: file.name)
-    written.append(write_parquet(path, "items.parquet", items))
+    written.append(write_parquet(path, f"{version}/{ITEMS}", items))
     manifest = Manifest(
         num_users=core.num_users,
         num_items=len(items),
@@ -168,6 +176,7 @@ def _prepare(data: DataConfig, path: str, report: Callable[[str], None]) -> Mani
         sha256={file.name: file.sha256 for file in written},
     )
     storage.commit(path, manifest.model_dump())
+    storage.remove_all_but(path, {storage.MANIFEST, lease.HOLDER, version})
     return manifest
 
 
@@ -226,10 +235,12 @@ def _scan(data_dir: str, names: list[str]) -> list[tuple[InputFile, list[Chunk]]
 
 def _up_to_date(path: str, identities: list[InputFile], data: DataConfig) -> Manifest | None:
     try:
-        manifest = PreparedDataset(path, verify=True).manifest
+        manifest = PreparedDataset(path).manifest
+        if manifest.inputs == identities and manifest.identity == data_identity(data):
+            return PreparedDataset(path, verify=True).manifest
     except InputError:
         return None
-    return manifest if manifest.inputs == identities and manifest.identity == data_identity(data) else None
+    return None
 
 
 def _has_time(chunks: list[Chunk]) -> bool:
@@ -251,7 +262,9 @@ def _check(path: str, chunks: list[Chunk]) -> _Checked:
     rows, int_users, int_items, bad = [], True, True, Counter[str]()
     items, users = pa.array([], pa.string()), []
     first: tuple[Chunk, ChunkSummary] | None = None
-    checked = _results_of(interactions.check_chunk, [(chunk, interactions.SAMPLE_EVERY) for chunk in chunks], "checking")
+    checked = _results_of(
+        interactions.check_chunk, [(chunk, interactions.SAMPLE_EVERY) for chunk in chunks], "checking"
+    )
     for chunk, summary in zip(chunks, checked, strict=True):
         if first is None and (summary.error or summary.bad):
             first = chunk, summary

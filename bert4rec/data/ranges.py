@@ -167,17 +167,24 @@ def count_before(ranges: pa.Table, times: np.ndarray) -> pa.Table:
 
 
 def write(
-    ranges: pa.Table, path: str, token_of_code: np.ndarray, cutoffs: dict[str, int], time_origin: int | None
+    ranges: pa.Table,
+    path: str,
+    version: str,
+    token_of_code: np.ndarray,
+    cutoffs: dict[str, int],
+    time_origin: int | None,
 ) -> pa.Table:
-    """Write each range as a file of the dataset, in final tokens. Return name, size and sha256 of each."""
-    whole = [_Ranges.of(ranges.slice(row, 1)) for row in range(len(ranges))]
-    written = [_write_range(each, path, token_of_code, cutoffs, time_origin) for each in whole]
+    """Write each range as a file in the folder `version` of the dataset. Return name, size and sha256 of each."""
+    written = []
+    for row in range(len(ranges)):
+        whole = _Ranges.of(ranges.slice(row, 1))
+        name = f"{version}/sequences/part-{whole.number[0]:05d}.parquet"
+        written.append(write_parquet(path, name, _final(whole, token_of_code, cutoffs, time_origin)))
     return pa.Table.from_pylist([file.model_dump() for file in written], _WRITTEN)
 
 
-def _write_range(
-    ranges: _Ranges, path: str, token_of_code: np.ndarray, cutoffs: dict[str, int], time_origin: int | None
-) -> InputFile:
+def _final(ranges: _Ranges, token_of_code: np.ndarray, cutoffs: dict[str, int], time_origin: int | None) -> pa.Table:
+    """Make the rows of sequences/*.parquet, with final tokens."""
     columns = {
         "user": ranges.user,
         "items": _lists(ranges.length, pa.array(token_of_code[ranges.code])),
@@ -189,7 +196,7 @@ def _write_range(
         columns["last_year"] = pa.array(interactions.year_of(ranges.time[np.cumsum(ranges.length) - 1]))
         for name, cutoff in cutoffs.items():
             columns[f"before_{name}"] = pa.array(_sums(ranges.time < cutoff, ranges.length), pa.int32())
-    return write_parquet(path, f"sequences/part-{ranges.number[0]:05d}.parquet", pa.table(columns))
+    return pa.table(columns)
 
 
 def write_parquet(path: str, name: str, table: pa.Table) -> InputFile:

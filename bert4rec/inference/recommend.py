@@ -4,8 +4,9 @@ Each part of the users is written by the worker that scored it, in a directory o
 a killed job keeps what was done. The results appear in `output_path` when all parts are there, its manifest.json last.
 """
 
+import os
 import time
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass, fields
 from typing import Any
 
 import pyarrow as pa
@@ -14,7 +15,7 @@ import pyarrow.csv
 import pyarrow.fs as pafs
 import pyarrow.parquet as pq
 
-from bert4rec import storage
+from bert4rec import lease, storage
 from bert4rec.cluster.resources import begin, for_scoring
 from bert4rec.cluster.users import map_parts
 from bert4rec.config import Config, InferenceConfig
@@ -22,6 +23,8 @@ from bert4rec.data.dataset import Part, PreparedDataset
 from bert4rec.errors import InputError
 from bert4rec.inference.ranking import Ranking, load_for
 from bert4rec.inference.recommender import Ranked, Recommender
+from bert4rec.inference.rules import Rules
+from bert4rec.inference.sort_lists import sort_lists
 from bert4rec.model.network import WEIGHTS, BERT4Rec
 from bert4rec.progress import Progress, Reporter
 
@@ -51,31 +54,51 @@ def recommend(config: Config, dataset_path: str, checkpoint: str, output_path: s
     Raises
     ------
     InputError
-        If the model belongs to another catalogue, topk is larger than it, or `output_path` cannot be written.
+        If the model belongs to another catalogue, topk is larger than it, or `output_path` cannot be written or is
+        being written by another job.
     """
     began = time.monotonic()
     inference, ranking = config.inference, Ranking.of(config.inference)
     dataset = PreparedDataset(dataset_path, verify=True)
     load_for(dataset, checkpoint, ranking)  # a wrong model is found here, not in an actor
-    check_request(inference, dataset, output_path)
+    notes = check_request(inference, dataset, output_path, ranking)
     identity = {"dataset": dataset.manifest.fingerprint, **_identity(checkpoint, inference, ranking)}
     counted = _finished(output_path, identity)
     if counted is not None:
         print(f"{output_path} is up to date")
     else:
-        begin(config, meanwhile=("ray.data",))
-        work = _open_work(output_path, identity)
-        use_gpu, num_workers = for_scoring(config)
-        parts = dataset.parts()
-        missing = [part for part in parts if not _is_done(work, part, inference)]
-        with Progress("scoring", dataset.manifest.num_users, "users") as reporter:
-            reporter.skip(dataset.manifest.num_users - sum(part.high - part.low for part in missing))
-            arguments = (inference, ranking, dataset_path, checkpoint, work, use_gpu, reporter)
-            for _ in map_parts(missing, _Recommender, arguments, num_workers, use_gpu) if missing else ():
-                pass
-        counted = _publish(work, output_path, parts, inference)
-        _commit(output_path, identity, checkpoint, counted)
+        with lease.held(output_path):
+            counted = _score(config, ranking, notes, dataset, checkpoint, output_path, identity)
     return RecommendResult(output_path=output_path, seconds=time.monotonic() - began, **counted)
+
+
+def _score(
+    config: Config,
+    ranking: Ranking,
+    notes: list[str],
+    dataset: PreparedDataset,
+    checkpoint: str,
+    output_path: str,
+    identity: dict[str, Any],
+) -> dict[str, int]:
+    """Score the parts that are missing, and publish all; totals of their counts."""
+    begin(config, meanwhile=("ray.data",))
+    ranking, more = sort_lists(ranking, dataset)
+    for note in [*notes, *more]:
+        print(f"note: {note}")
+    inference, work = config.inference, _open_work(output_path, identity)
+    use_gpu, num_workers = for_scoring(config)
+    parts = dataset.parts()
+    missing = [part for part in parts if not _is_done(work, part, inference)]
+    with Progress("scoring", dataset.manifest.num_users, "users") as reporter:
+        reporter.skip(dataset.manifest.num_users - sum(part.high - part.low for part in missing))
+        opened = (dataset.path, dataset.manifest.fingerprint)
+        arguments = (inference, ranking, *opened, checkpoint, work, use_gpu, reporter)
+        for _ in map_parts(missing, _Recommender, arguments, num_workers, use_gpu) if missing else ():
+            pass
+    counted = _publish(work, output_path, parts, inference)
+    _commit(output_path, identity, checkpoint, counted, ranking)
+    return counted
 
 
 def write_few(
@@ -85,16 +108,21 @@ def write_few(
     began = time.monotonic()
     users = [batch.table["user"].to_pylist() for batch in ranked]
     identity = {"users": users, **_identity(checkpoint, inference, ranking)}
-    work = _open_work(output_path, identity)
     part = Part(0, 0, sum(batch.num_users for batch in ranked))
-    _write_part(work, part, ranked, inference)
-    counted = _publish(work, output_path, [part], inference)
-    _commit(output_path, identity, checkpoint, counted)
+    with lease.held(output_path):
+        work = _open_work(output_path, identity)
+        _write_part(work, part, ranked, inference)
+        counted = _publish(work, output_path, [part], inference)
+        _commit(output_path, identity, checkpoint, counted, ranking)
     return RecommendResult(output_path=output_path, seconds=time.monotonic() - began, **counted)
 
 
-def _commit(output_path: str, identity: dict[str, Any], checkpoint: str, counts: dict[str, int]) -> None:
+def _commit(
+    output_path: str, identity: dict[str, Any], checkpoint: str, counts: dict[str, int], ranking: Ranking
+) -> None:
     content = {"identity": identity, "checkpoint": checkpoint, "counts": counts, "files": _sizes(output_path)}
+    if ranking.item_lists:  # for the report, which needs more than their contents' fingerprints
+        content["lists"] = {given.key.removeprefix("inference."): list(given.paths) for given in ranking.item_lists}
     storage.commit(output_path, content)
 
 
@@ -108,6 +136,7 @@ def _finished(output_path: str, identity: dict[str, Any]) -> dict[str, int] | No
     return counts
 
 
+@storage.patient
 def _sizes(output_path: str) -> dict[str, int]:
     """Bytes of each file of the results, by name."""
     filesystem, inner = storage.open_store(output_path)
@@ -119,14 +148,19 @@ def _sizes(output_path: str) -> dict[str, int]:
 def _identity(checkpoint: str, inference: InferenceConfig, ranking: Ranking) -> dict[str, Any]:
     """The model and the settings that results depend on; of a rule that is read from a file, what the file says."""
     elsewhere = {"checkpoint_path", "output_path", "num_workers", "users", "users_file", "similar_to"}
-    return {
-        "model": storage.sha256(storage.join(checkpoint, WEIGHTS)),
-        "settings": inference.model_dump(mode="json", exclude=elsewhere) | asdict(ranking),
+    rules, names = ranking.identity(), {rule.name for rule in fields(ranking)}
+    settings = {
+        key: rules.get(key, value)
+        for key, value in inference.model_dump(mode="json", exclude=elsewhere).items()
+        if key in rules or key not in names
     }
+    return {"model": storage.sha256(storage.join(checkpoint, WEIGHTS)), "settings": settings}
 
 
-def check_request(inference: InferenceConfig, dataset: PreparedDataset, output_path: str) -> None:
-    """Find out before any work what would make `recommend` fail after it.
+def check_request(
+    inference: InferenceConfig, dataset: PreparedDataset, output_path: str, ranking: Ranking | None = None
+) -> list[str]:
+    """Find out before any work what would make `recommend` fail after it. Return lines for the user about the rules.
 
     Raises
     ------
@@ -134,7 +168,7 @@ def check_request(inference: InferenceConfig, dataset: PreparedDataset, output_p
         If topk is larger than the catalogue, a rule cannot be made, or `output_path` cannot be written or holds
         something else: a few users' recommendations do not replace those of all.
     """
-    Ranking.of(inference)
+    ranking = Ranking.of(inference) if ranking is None else ranking
     if inference.topk > dataset.num_items:
         raise InputError(
             f"inference.topk={inference.topk} is larger than the catalogue, which has {dataset.num_items} items"
@@ -149,7 +183,9 @@ def check_request(inference: InferenceConfig, dataset: PreparedDataset, output_p
                 f"{output_path}: holds the recommendations of all users, which those of a few would replace; choose "
                 "another inference.output_path"
             )
+    notes = Rules(ranking, dataset.items()).notes if ranking.looks_at_items else []
     storage.check_writable(output_path)
+    return notes
 
 
 class _Recommender:
@@ -160,13 +196,14 @@ class _Recommender:
         inference: InferenceConfig,
         ranking: Ranking,
         dataset_path: str,
+        fingerprint: str,
         checkpoint: str,
         work: str,
         use_gpu: bool,
         reporter: Reporter,
     ) -> None:
         self.inference, self.ranking, self.work, self.reporter = inference, ranking, work, reporter
-        self.dataset = PreparedDataset(dataset_path)
+        self.dataset = PreparedDataset(dataset_path, fingerprint=fingerprint)
         model = BERT4Rec.from_pretrained(checkpoint).to("cuda" if use_gpu else "cpu")
         self.recommender = Recommender(model, self.dataset.items())
 
@@ -179,6 +216,7 @@ class _Recommender:
         return {name: [count] for name, count in _write_part(self.work, part, ranked, self.inference).items()}
 
 
+@storage.patient
 def _write_part(work: str, part: Part, ranked: list[Ranked], inference: InferenceConfig) -> dict[str, int]:
     """Write a part's files; its counts come last and mark it as whole."""
     table = pa.concat_tables([batch.table for batch in ranked])
@@ -237,7 +275,9 @@ def _publish(work: str, output_path: str, parts: list[Part], inference: Inferenc
                         stream.write(chunk)
         filesystem.move(joined, storage.join(inner, CSV))
     if "parquet" in inference.formats:
-        storage.move(storage.join(work, PARQUET), storage.join(output_path, PARQUET))
+        names = [os.path.basename(_part_path(work, part, "parquet")) for part in parts]
+        storage.move(storage.join(work, PARQUET), storage.join(output_path, PARQUET), names)
+        storage.wait_until_listed(storage.join(output_path, PARQUET), names)
     storage.remove(work)
     return {name: sum(count[name] for count in counts) for name in counts[0]}
 
