@@ -97,8 +97,8 @@ def prepare(data: DataConfig, path: str, report: Callable[[str], None] = lambda 
     if (present := _up_to_date(path, identities, data)) is not None:
         report("up to date: the input files have not changed")
         return present
-    with lease.held(path):
-        return _write(data, path, scans, metadata_files, report)
+    with lease.held(path):  # another job may have written it since the line before
+        return _up_to_date(path, identities, data) or _write(data, path, scans, metadata_files, report)
 
 
 def _write(
