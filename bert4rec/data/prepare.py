@@ -92,8 +92,11 @@ def prepare(data: DataConfig, path: str, report: Callable[[str], None] = lambda 
     if (present := _up_to_date(path, identities, data)) is not None:
         report("up to date: the input files have not changed")
         return present
-    with lease.held(path), _ray_data().settings():
-        return _write(data, path, scans, metadata_files, report)
+    with lease.held(path):
+        if (present := _up_to_date(path, identities, data)) is not None:  # another job has written it since
+            return present
+        with _ray_data().settings():
+            return _write(data, path, scans, metadata_files, report)
 
 
 def _write(

@@ -68,7 +68,8 @@ def recommend(config: Config, dataset_path: str, checkpoint: str, output_path: s
         print(f"{output_path} is up to date")
     else:
         with lease.held(output_path):
-            counted = _score(config, ranking, notes, dataset, checkpoint, output_path, identity)
+            counted = _finished(output_path, identity)  # by another job since the line before
+            counted = counted or _score(config, ranking, notes, dataset, checkpoint, output_path, identity)
     return RecommendResult(output_path=output_path, seconds=time.monotonic() - began, **counted)
 
 
