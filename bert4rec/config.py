@@ -6,7 +6,7 @@ The groups are frozen and refuse unknown keys.
 import difflib
 import os
 from datetime import date
-from typing import Any, Literal, Self
+from typing import Any, Literal, Self, get_args
 
 import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
@@ -83,6 +83,10 @@ def data_identity(data: DataConfig) -> dict[str, Any]:
     return data.model_dump(mode="json", include=set(DATASET_KEYS) - without, exclude_defaults=True)
 
 
+TimePart = Literal["rotary", "gap", "bias", "calendar"]
+"""A way in which the network reads times; `model.time_encoding` combines them."""
+
+
 class ModelConfig(_Group):
     """The network: BERT4Rec, arXiv 1904.06690, Section 3."""
 
@@ -98,6 +102,12 @@ class ModelConfig(_Group):
     """How the network knows an item's place. learned: an embedding of its distance from the end, as in the paper.
     rotary: the same, and attention also rotates queries and keys by that distance (RoPE, Su et al. 2021, arXiv
     2104.09864), so that it sees how far apart two items are."""
+    time_encoding: str = "none"
+    """How the network knows when interactions happened: none, or one or more of rotary, gap, bias and calendar, joined
+    by +, for example rotary+gap. rotary: attention rotates half of each head by time, with periods from a minute to a
+    year. gap: an embedding of the logarithm of the time since the item before. bias: attention adds a learned number
+    that depends on the time between two items. calendar: embeddings of the hour and the day of the week (UTC). Needs a
+    column time."""
     dropout_rate: float = Field(0.2, ge=0, lt=1)
     """Dropout rate after the embeddings and after each sub-layer (Section 3.3)."""
     random_mask_prob: float = Field(0.2, gt=0, le=1)
@@ -125,6 +135,24 @@ class ModelConfig(_Group):
     vectors with metadata, which can also rank items without interactions (data.include_new_items). fused needs
     share_embeddings."""
 
+    @field_validator("time_encoding")
+    @classmethod
+    def _time_encoding_is_known(cls, text: str) -> str:
+        parts, known = {part.strip() for part in text.split("+")}, get_args(TimePart)
+        if parts == {"none"}:
+            return "none"
+        if parts - set(known):
+            raise ValueError(
+                f"model.time_encoding={text}: expected none, or some of {', '.join(known)} joined by +, such as "
+                "rotary+gap"
+            )
+        return "+".join(part for part in known if part in parts)  # one spelling, so that one model has one name
+
+    @property
+    def time_parts(self) -> tuple[str, ...]:
+        """The parts of time_encoding; empty if the network reads no times."""
+        return () if self.time_encoding == "none" else tuple(self.time_encoding.split("+"))
+
     @model_validator(mode="after")
     def _parts_fit_together(self) -> Self:
         if self.hidden_units % self.num_heads:
@@ -133,6 +161,11 @@ class ModelConfig(_Group):
             raise ValueError(
                 "model.position_encoding=rotary needs an even width of each head, and model.hidden_units="
                 f"{self.hidden_units} with model.num_heads={self.num_heads} gives {self.hidden_units // self.num_heads}"
+            )
+        if "rotary" in self.time_parts and (width := self.hidden_units // self.num_heads) % 2 + (width < 4):
+            raise ValueError(
+                "model.time_encoding=rotary needs heads of an even width of 4 or more, and model.hidden_units="
+                f"{self.hidden_units} with model.num_heads={self.num_heads} gives {width}"
             )
         if self.output_features == "fused" and not self.share_embeddings:
             raise ValueError("model.output_features=fused needs model.share_embeddings=true")
@@ -218,6 +251,7 @@ class TrainingConfig(_Group):
 Protocol = Literal[
     "all", "all-with-seen", "popularity-100", "popularity-100-of-all", "uniform-100", "uniform-100-of-all"
 ]
+QueryTime = Literal["last", "target"]
 Baseline = Literal["popularity", "popularity-7-days", "item-knn", "ease"]
 
 
@@ -234,6 +268,10 @@ class EvaluationConfig(_Group):
     """Items among which `jobs.evaluate` ranks the target. all: all items that the user has not seen. all-with-seen: all
     items. popularity-100, uniform-100: 100 sampled items that are nowhere in the user's history. ...-100-of-all: 100
     items sampled from all but the target, without those that the user has seen, as in some published figures."""
+    query_time: QueryTime = "last"
+    """When validation and `jobs.evaluate` ask a model with model.time_encoding for the held-out item. last: at the time
+    of the item before it, as nobody knows when a user comes back. target: at the time of the held-out item itself, as
+    in HSTU's figures; they are not comparable with others. `jobs.evaluate` reports both and names them."""
     seed: int = Field(42, ge=0)
     """Random seed of the sampled items, which are the same for every model."""
     baselines: tuple[Baseline, ...] = ("popularity",)

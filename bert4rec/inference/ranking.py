@@ -158,8 +158,8 @@ def next_item_states(model: BERT4Rec, histories: Windows) -> Tensor:
     """[B, D] projected states at a [MASK] behind each history (Section 3.6); `output_weights` turn them into scores."""
     states = torch.empty(len(histories), model.config.hidden_units, device=model.output_bias.device)
     for rows in by_length((histories.lengths + 1).clamp(max=model.config.max_len), PASS_TOKENS):
-        tokens = append_mask(histories.users(rows), model.config.max_len, model.num_items)
-        states[rows] = model.project(model.encode(pack(tokens, None, tokens.device))).float()
+        tokens, times = append_mask(histories.users(rows), model.config.max_len, model.num_items)
+        states[rows] = model.project(model.encode(pack(tokens, None, tokens.device, times))).float()
     return states
 
 
