@@ -4,6 +4,7 @@ Trains in this process, without Ray. The test split is not looked at.
 """
 
 import argparse
+import shutil
 import time
 from dataclasses import replace
 
@@ -51,13 +52,15 @@ def measured(config: Config, model: BERT4Rec, sequences: Sequences) -> dict[str,
     return {name: found.get(name, found["target"]) for name in QUERY_TIMES}
 
 
-def train(config: Config, sequences: Sequences) -> dict[str, str]:
-    """A row: losses and NDCG@10 of each validated epoch, joined by slashes."""
+def train(config: Config, sequences: Sequences, keep: str | None) -> dict[str, str]:
+    """A row: losses and NDCG@10 of each validated epoch, joined by slashes. `keep` gets the model directories."""
     dataset, by_epoch, losses = PreparedDataset(config.prepared_path), [], []
     began = time.monotonic()
 
     def report(metrics: dict[str, float], name: str, directory: str | None) -> None:
         assert directory is not None
+        if keep is not None:
+            shutil.copytree(directory, f"{keep}/{config.model.time_encoding}-{config.data.seed}-{name}")
         losses.append(metrics["train_loss"])
         by_epoch.append(measured(config, BERT4Rec.from_pretrained(directory), sequences))
         print(config.model.time_encoding, int(metrics["epoch"]), metrics["train_loss"], by_epoch[-1], flush=True)
@@ -79,6 +82,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description="Validation metrics of time encodings.")
     parser.add_argument("--config", default="configs/ml-1m.yaml")
     parser.add_argument("--data", default="data/ml-1m-times", help="prepared with the config before")
+    parser.add_argument("--runs", default="runs", help="where it was prepared (run.storage_path)")
     parser.add_argument("--encodings", nargs="+", default=["none", "rotary", "gap", "bias", "calendar", "rotary+gap"])
     parser.add_argument("--hidden", type=int, default=64)
     parser.add_argument("--heads", type=int, default=2)
@@ -86,6 +90,7 @@ def main() -> None:
     parser.add_argument("--epochs", type=int, default=12)
     parser.add_argument("--validate-every", type=int, default=4)
     parser.add_argument("--seeds", type=int, nargs="+", default=[42])
+    parser.add_argument("--keep", metavar="DIR", help="for the model directories")
     parser.add_argument("--threads", type=int, default=1)
     add_record(parser)
     args = parser.parse_args()
@@ -94,6 +99,7 @@ def main() -> None:
         for seed in args.seeds:
             overrides = {
                 "data.data_dir": args.data,
+                "run.storage_path": args.runs,
                 "data.seed": seed,
                 "model.hidden_units": args.hidden,
                 "model.num_heads": args.heads,
@@ -105,12 +111,12 @@ def main() -> None:
             config = load_config(args.config, [f"{key}={value}" for key, value in overrides.items()])
             sequences = PreparedDataset(config.prepared_path).sequences(with_times=bool(config.model.time_parts))
             notes = [
-                f"{args.data}, {args.config}, width {args.hidden}, {args.heads} heads, {args.epochs} epochs, seed {seed}, "
-                f"{args.threads} thread; validation, all items without the seen ones.",
-                "NDCG@10 by when the [MASK] is asked for: at the target's own time, at the time of the item before it, or "
-                "30 s after that.",
+                f"{args.data}, {args.config}, width {args.hidden}, {args.heads} heads, {args.epochs} epochs, seed "
+                f"{seed}, {args.threads} thread; validation, all items without the seen ones.",
+                "NDCG@10 by when the [MASK] is asked for: at the target's own time, at the time of the item before it, "
+                "or 30 s after that.",
             ]
-            publish("times", notes, [train(config, sequences)], args.record)
+            publish("times", notes, [train(config, sequences, args.keep)], args.record)
 
 
 if __name__ == "__main__":

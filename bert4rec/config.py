@@ -4,8 +4,10 @@ The groups are frozen and refuse unknown keys.
 """
 
 import difflib
+import math
+import numbers
 import os
-from datetime import date
+from datetime import UTC, date, datetime
 from typing import Any, Literal, Self, get_args
 
 import yaml
@@ -14,9 +16,32 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_valida
 from bert4rec import storage
 from bert4rec.errors import InputError
 
+LARGEST_TIME = 1e11
+"""Largest Unix time: the year 5138 in seconds, but 1973 in milliseconds, so it tells the two units apart."""
+
 
 class _Group(BaseModel):
     model_config = ConfigDict(frozen=True, extra="forbid", use_attribute_docstrings=True, protected_namespaces=())
+
+
+def moment_of(value: object) -> int:
+    """Unix seconds of a Unix time, or of an ISO 8601 date or time, in UTC where it names no offset.
+
+    Raises
+    ------
+    ValueError
+        If it is neither.
+    """
+    expected = "expected a Unix time in seconds, or an ISO date or time such as 2026-01-01 or 2026-01-01T12:30"
+    if isinstance(value, numbers.Real) and not isinstance(value, bool):  # of numpy too
+        if not abs(value) <= LARGEST_TIME:
+            raise ValueError(f"{value} is no Unix time in seconds; {expected}")
+        return math.floor(value)
+    try:
+        moment = datetime.fromisoformat(str(value))
+    except ValueError:
+        raise ValueError(f"{value!r} is no time; {expected}") from None
+    return math.floor((moment if moment.tzinfo else moment.replace(tzinfo=UTC)).timestamp())
 
 
 class DataConfig(_Group):
@@ -299,8 +324,12 @@ class InferenceConfig(_Group):
     exclude_seen: bool = True
     """Never recommend an item that is anywhere in the user's history."""
     exclude_future: bool = True
-    """Never recommend an item released in a later year than the user's last interaction. Applies if both years are
-    known."""
+    """Never recommend an item released in a later year than that of inference.at, or, where that is not set and the
+    model reads no times, of the user's last interaction. Applies if both years are known."""
+    at: int | Literal["now"] | None = None
+    """When users are asked for their next item: an ISO date or time (UTC), a Unix time, or now. A model with
+    model.time_encoding reads it at [MASK]; it may not be before a user's last interaction. Default: the time of the
+    last interaction in the data."""
     popularity_discount: float = Field(0.0, ge=0, allow_inf_nan=False)
     """Prefer less popular items: subtract this factor times log(1 + training interactions) from each item's score."""
     formats: tuple[Literal["parquet", "csv"], ...] = Field(("parquet", "csv"), min_length=1)
@@ -316,6 +345,11 @@ class InferenceConfig(_Group):
     similar_to: tuple[int | str, ...] | None = Field(None, min_length=1)
     """For each of these items, for example [50, 100], print the topk items with the most similar vectors in the model
     (cosine)."""
+
+    @field_validator("at", mode="before")
+    @classmethod
+    def _at_is_a_moment(cls, value: object) -> object:
+        return value if value is None or value == "now" else moment_of(value)
 
     @field_validator("users", "similar_to", mode="before")
     @classmethod

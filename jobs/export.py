@@ -35,7 +35,9 @@ def export_model(config: Config) -> str:
     if topk is not None and topk > num_items:
         raise InputError(f"export.topk={topk} is larger than the catalogue, which has {num_items} items")
     program = export_program(ScoringFunction(recommender.model, topk, Ranking.of(config.inference)))
-    print(f"model: {checkpoint}\nhistory [users, length] int64 -> " + _outputs(topk, num_items))
+    times = ", times [users, length] int64 Unix seconds, at [users] int64 Unix seconds"
+    inputs = "history [users, length] int64" + times * bool(recommender.model.config.time_parts)
+    print(f"model: {checkpoint}\n{inputs} -> " + _outputs(topk, num_items))
     for form in config.export.formats:
         print(f"{form}: {_write(form, program, output_path)}")
     print(f"tokens of items: {write_catalogue(recommender.items, output_path)}")

@@ -153,10 +153,49 @@ class Sequences:
     def __len__(self) -> int:
         return len(self.users)
 
+    def asked_at(self, moment: int) -> Self:
+        """The same histories, whose next items are asked for at `moment`, Unix seconds; `last_year` is then its year.
+
+        Raises
+        ------
+        InputError
+            If that is before the last interaction of a user.
+        """
+        if self.times is not None:
+            ends = self.offsets[1:][self.lengths > 0]
+            check_is_after(moment, int(self.times[ends - 1].max(initial=moment)))
+        year = np.int16(moment_text(moment)[:4])
+        return replace(
+            self,
+            asked=np.full(len(self), moment),
+            last_year=np.full(len(self), year),
+            has_last_year=np.ones(len(self), bool),
+        )
+
     @property
     def lengths(self) -> np.ndarray:
         """[N] int64 interactions of each user."""
         return np.diff(self.offsets)
+
+
+def check_is_after(moment: int, last: int) -> None:
+    """Check that recommendations are not asked for before the last interaction that they are made from.
+
+    Raises
+    ------
+    InputError
+        If they are.
+    """
+    if moment < last:
+        raise InputError(
+            f"recommendations are asked for at {moment_text(moment)} (inference.at), before an interaction of "
+            f"{moment_text(last)}; expected no earlier time, or data.until={moment} to leave out what came later"
+        )
+
+
+def moment_text(moment: int) -> str:
+    """ISO 8601, in UTC, of Unix seconds."""
+    return f"{np.datetime64(moment, 's')}Z"
 
 
 class Ragged(NamedTuple):

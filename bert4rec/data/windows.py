@@ -139,7 +139,7 @@ def held_out(
     else:
         histories = windows.users(users).without_last(data.holdout if split == "validation" else 1)
     if histories.times is not None:
-        histories = replace(histories, asked=histories.times[histories.end - (query_time == "last")])
+        histories = replace(histories, asked=histories.times[histories.end - int(query_time == "last")])
     return histories, histories.items[histories.end].long()
 
 

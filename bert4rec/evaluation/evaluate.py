@@ -15,14 +15,14 @@ from torch import Tensor
 
 from bert4rec.cluster.resources import begin, for_scoring
 from bert4rec.cluster.users import map_parts
-from bert4rec.config import Baseline, Config, Protocol
+from bert4rec.config import Baseline, Config, Protocol, QueryTime
 from bert4rec.data.dataset import Part, PreparedDataset
 from bert4rec.data.windows import Windows, held_out, held_out_users, training_windows
 from bert4rec.errors import InputError
 from bert4rec.evaluation import baselines, metrics
 from bert4rec.evaluation.metrics import RankCounts
 from bert4rec.evaluation.negatives import draw_negatives
-from bert4rec.evaluation.protocols import PROTOCOLS, Drawn
+from bert4rec.evaluation.protocols import MODEL, OTHER_QUERY, PROTOCOLS, Drawn, OtherQuery
 from bert4rec.inference.ranking import (
     Exclusions,
     Ranking,
@@ -36,8 +36,7 @@ from bert4rec.inference.ranking import (
 from bert4rec.model.network import BERT4Rec
 from bert4rec.progress import Progress, Reporter
 
-MODEL: Literal["BERT4Rec"] = "BERT4Rec"
-System = Literal["BERT4Rec"] | Baseline
+System = Literal["BERT4Rec"] | OtherQuery | Baseline
 RECOMMENDED = 10
 """Items a user that coverage, Gini, novelty and popularity are counted on."""
 HISTORY_LENGTHS = {"1-9": 10, "10-49": 50, "50-199": 200, "200+": None}
@@ -70,6 +69,8 @@ class Evaluation:
     split: str
     popularity_discount: float
     """Of the model's scores: `inference.popularity_discount`."""
+    query_time: QueryTime | None
+    """When `MODEL` was asked for the target: `evaluation.query_time`; None for a model that reads no times."""
     seed: int
     """Of the drawn negatives."""
     protocols: dict[Protocol, dict[str, Metrics]]
@@ -110,7 +111,8 @@ def evaluate(config: Config, dataset_path: str, checkpoint: str) -> Evaluation:
     if fitted:
         print(f"fitting {', '.join(fitted)} on {dataset.num_items:,} items", flush=True)
         ray.wait(list(fitted.values()), num_returns=len(fitted))  # before the actors take all cores
-    systems: list[System] = [MODEL, *names]
+    query_time = config.evaluation.query_time if model.config.time_parts else None
+    systems: list[System] = [MODEL, *([] if query_time is None else [OTHER_QUERY[query_time][0]]), *names]
     protocols = evaluated_protocols(config)
     keys = _keys(systems, protocols)
     num_groups = len(HISTORY_LENGTHS) * len(THIRDS)
@@ -164,6 +166,7 @@ def evaluate(config: Config, dataset_path: str, checkpoint: str) -> Evaluation:
         },
         split=split,
         popularity_discount=ranking.popularity_discount,
+        query_time=query_time,
         seed=config.evaluation.seed,
         protocols={
             protocol: {system: RankCounts(ranks[protocol, system].sum((0, 1))).metrics() for system in systems}
@@ -266,9 +269,11 @@ class _Evaluator:
         self.protocols = evaluated_protocols(config)
 
     def __call__(self, part: Part) -> dict[str, np.ndarray]:
-        sequences = self.dataset.read_part(part)
+        sequences = self.dataset.read_part(part, with_times=bool(self.model.config.time_parts))
         everyone, split = Windows.from_sequences(sequences), evaluated_split(self.config)
-        histories, targets = held_out(everyone, self.config.data, split, sequences.before)
+        data, query_time = self.config.data, self.config.evaluation.query_time
+        histories, targets = held_out(everyone, data, split, sequences.before, query_time)
+        otherwise, _ = held_out(everyone, data, split, sequences.before, OTHER_QUERY[query_time][1])
         index = held_out_users(everyone, self.config.data, split, sequences.before)
         keys = _keys(self.systems, self.protocols)
         values: list[list[Tensor]] = [[] for _ in range(len(keys) + 1)]  # the last: protocols short of negatives
@@ -281,7 +286,8 @@ class _Evaluator:
                 torch.full((int((drawn < 0).any(1).sum()),), self.protocols.index(protocol))
                 for protocol, drawn in negatives.items()
             ]
-            scorers = {system: _remembered(self._scorer(system, history)) for system in self.systems}
+            asked = {MODEL: history, OTHER_QUERY[query_time][0]: otherwise.users(users)}
+            scorers = {system: _remembered(self._scorer(system, asked.get(system, history))) for system in self.systems}
             for key, (protocol, system) in enumerate(keys):
                 if protocol is None:
                     values[key].append(self._recommended(scorers[system], history))
@@ -293,7 +299,7 @@ class _Evaluator:
 
     def _scorer(self, system: System, history: Windows) -> Scorer:
         match system:
-            case "BERT4Rec":
+            case "BERT4Rec" | "BERT4Rec/last" | "BERT4Rec/target":
                 return score_next(self.model, history.to(self.device), self.ranking)
             case "item-knn" | "ease":
                 scores = baselines.from_history(self.fitted[system], history)

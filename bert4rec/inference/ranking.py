@@ -150,6 +150,8 @@ def load_for(dataset: PreparedDataset, checkpoint: str, ranking: Ranking) -> BER
             f"{model.num_items} items) than {dataset.path} (fingerprint {dataset.manifest.catalogue}, "
             f"{dataset.num_items} items); train on this dataset, or name a checkpoint that was"
         )
+    if model.config.time_parts:
+        dataset.time_span()  # raises where there are no times
     return model
 
 

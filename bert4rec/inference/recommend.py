@@ -20,6 +20,7 @@ from bert4rec.cluster.users import map_parts
 from bert4rec.config import Config, InferenceConfig
 from bert4rec.data.dataset import Part, PreparedDataset
 from bert4rec.errors import InputError
+from bert4rec.inference.moment import moment_asked_of_all
 from bert4rec.inference.ranking import Ranking, load_for
 from bert4rec.inference.recommender import Ranked, Recommender
 from bert4rec.model.network import WEIGHTS, BERT4Rec
@@ -56,7 +57,8 @@ def recommend(config: Config, dataset_path: str, checkpoint: str, output_path: s
     began = time.monotonic()
     inference, ranking = config.inference, Ranking.of(config.inference)
     dataset = PreparedDataset(dataset_path, verify=True)
-    load_for(dataset, checkpoint, ranking)  # a wrong model is found here, not in an actor
+    model = load_for(dataset, checkpoint, ranking)  # a wrong model is found here, not in an actor
+    inference = inference.model_copy(update={"at": moment_asked_of_all(inference, model, dataset)})
     check_request(inference, dataset, output_path)
     identity = {"dataset": dataset.manifest.fingerprint, **_identity(checkpoint, inference, ranking)}
     counted = _finished(output_path, identity)
@@ -173,7 +175,11 @@ class _Recommender:
     def __call__(self, part: Part) -> dict[str, list[int]]:
         """Score a part and write its files; their counts."""
         ranked = []
-        for batch in self.recommender.rank(self.dataset.read_part(part), self.inference, self.ranking):
+        sequences = self.dataset.read_part(part, with_times=bool(self.recommender.model.config.time_parts))
+        if self.inference.at is not None:
+            assert self.inference.at != "now"  # the driver has looked at the clock, once for all workers
+            sequences = sequences.asked_at(self.inference.at)
+        for batch in self.recommender.rank(sequences, self.inference, self.ranking):
             ranked.append(batch)
             self.reporter.advance(batch.num_users)
         return {name: [count] for name, count in _write_part(self.work, part, ranked, self.inference).items()}

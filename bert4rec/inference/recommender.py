@@ -5,7 +5,8 @@ Shapes: N users, B users of a batch, K top-k.
 """
 
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from datetime import date, datetime
 from typing import NamedTuple
 
 import numpy as np
@@ -15,7 +16,7 @@ import pyarrow.compute as pc
 import torch
 
 from bert4rec import storage
-from bert4rec.config import InferenceConfig
+from bert4rec.config import InferenceConfig, moment_of
 from bert4rec.data.dataset import ITEMS, ItemTable, Sequences, read_items
 from bert4rec.data.ids import find_ids, some_of
 from bert4rec.data.windows import Windows
@@ -24,6 +25,8 @@ from bert4rec.inference.ranking import Exclusions, Ranking, score_next, score_si
 from bert4rec.model.network import BERT4Rec
 
 ItemId = int | str
+Moment = int | float | str | datetime | date
+"""Unix seconds, or an ISO date or time."""
 DEFAULT_RULES = Ranking()
 
 
@@ -76,6 +79,8 @@ class Recommender:
         topk: int = 10,
         *,
         last_year: int | None = None,
+        times: Sequence[Moment] | None = None,
+        at: Moment | None = None,
         ranking: Ranking = DEFAULT_RULES,
     ) -> pd.DataFrame:
         """The next items of one history.
@@ -87,7 +92,12 @@ class Recommender:
         topk
             Rows, at most.
         last_year
-            Year of the last interaction: items released later are left out.
+            Items released later than this year are left out. Default: the year of `at`.
+        times
+            When each item of the history was had: Unix seconds, or ISO dates or times (UTC). A model with
+            model.time_encoding needs them.
+        at
+            When the next item is asked for. Default: at the last of `times`.
         ranking
             The rules: `Ranking(exclude_seen=False)` ranks the history's items too.
 
@@ -99,14 +109,27 @@ class Recommender:
         Raises
         ------
         InputError
-            If the history is empty, an item is not in the catalogue, or there are fewer than topk items.
+            If the history is empty, an item is not in the catalogue, there are fewer than topk items, or the times are
+            missing, out of order, or later than `at`.
         """
         if not 1 <= topk <= len(self.items.ids):
             raise InputError(f"topk={topk}: expected 1 to {len(self.items.ids)}, the size of the catalogue")
         if len(history) == 0:
             raise InputError("the history is empty; expected at least one item id")
         tokens = self.tokens(history) + 1
-        sequences = Sequences.of(pa.array([0]), [tokens], pa.array([last_year], pa.int16()))
+        seconds = None if times is None else self._seconds(times, len(tokens))
+        if self.model.config.time_parts and seconds is None:
+            raise InputError(
+                f"this model reads times (model.time_encoding={self.model.config.time_encoding}); expected times=, "
+                "one for each item of the history"
+            )
+        sequences = Sequences.of(pa.array([0]), [tokens], None, None if seconds is None else [seconds])
+        moment = _seconds_of("at", at) if at is not None else None if seconds is None else int(seconds[-1])
+        if moment is not None:
+            sequences = sequences.asked_at(moment)
+        if last_year is not None:
+            known = {"last_year": np.array([last_year], np.int16), "has_last_year": np.ones(1, bool)}
+            sequences = replace(sequences, **known)
         (ranked,) = self.rank(sequences, InferenceConfig(topk=topk), ranking)
         return self._frame(pc.index_in(ranked.table["item"], self.items.ids), "score", ranked.table["score"])
 
@@ -146,11 +169,28 @@ class Recommender:
             )
         return index
 
+    def _seconds(self, times: Sequence[Moment], count: int) -> np.ndarray:
+        """[count] int64 Unix seconds, checked."""
+        if len(times) != count:
+            raise InputError(f"times: {len(times)} for a history of {count} items; expected one for each")
+        seconds = np.array([_seconds_of("times", time) for time in times], np.int64)
+        if (np.diff(seconds) < 0).any():
+            place = int(np.flatnonzero(np.diff(seconds) < 0)[0])
+            raise InputError(f"times: {times[place]} stands before {times[place + 1]}; expected the latest last")
+        return seconds
+
     def _frame(self, index: pa.Array, name: str, values: pa.Array) -> pd.DataFrame:
         columns = {"item": self.items.ids.take(index), "title": self.items.title.take(index), name: values}
         frame: pd.DataFrame = pa.table(columns).to_pandas()
         frame.index = pd.RangeIndex(1, len(frame) + 1, name="rank")
         return frame
+
+
+def _seconds_of(name: str, value: Moment) -> int:
+    try:
+        return moment_of(value)
+    except ValueError as error:
+        raise InputError(f"{name}: {error}") from None
 
 
 def load(checkpoint: str, device: str = "cpu") -> Recommender:

@@ -84,6 +84,9 @@ def phases(times: Tensor, periods: Tensor) -> Tensor:
 
 def octave(seconds: Tensor) -> Tensor:
     """floor(log2(seconds + 1)) of int64 seconds >= 0, at most `OCTAVES` - 1, exact: the exponent of the float64."""
+    if torch.compiler.is_compiling():  # an exported program cannot look at bits
+        powers = 2 ** torch.arange(1, OCTAVES, device=seconds.device)
+        return (seconds[..., None] + 1 >= powers).sum(-1)
     return ((seconds + 1).double().view(torch.int64) // 2**52 - 1023).clamp(max=OCTAVES - 1)
 
 

@@ -53,6 +53,11 @@ Report = Callable[[dict[str, float], str, str | None], None]
 Every worker calls it equally often; all but the first give no directory."""
 
 
+def read_sequences(config: Config, dataset: PreparedDataset) -> Sequences:
+    """The histories of `dataset`, with times if the network reads them."""
+    return dataset.sequences(config.data.memory_mb, with_times=bool(config.model.time_parts))
+
+
 def run_epochs(
     config: Config,
     dataset: PreparedDataset,
@@ -69,7 +74,7 @@ def run_epochs(
     Parameters
     ----------
     read : Sequences
-        The histories of `dataset`.
+        What `read_sequences` returns.
     resume_from : str
         Directory of the checkpoint to go on from.
     wrap : callable

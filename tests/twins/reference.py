@@ -36,9 +36,7 @@ def hidden_states(model: BERT4Rec, sequence: list[int], times: list[int] | None 
         x = x + torch.stack([model.times.gap.weight[row] for row in gap_rows(times)])
     if "calendar" in parts:
         moments = [datetime.fromtimestamp(time, UTC) for time in times]
-        x = x + torch.stack(
-            [model.times.hour.weight[at.hour] + model.times.day.weight[at.weekday()] for at in moments]
-        )
+        x = x + torch.stack([model.times.hour.weight[at.hour] + model.times.day.weight[at.weekday()] for at in moments])
     x = F.layer_norm(x, (width,), model.embedding_norm.weight, model.embedding_norm.bias)
     for layer, block in enumerate(model.blocks):
         query = x @ block.query.weight.T + block.query.bias
@@ -55,7 +53,8 @@ def hidden_states(model: BERT4Rec, sequence: list[int], times: list[int] | None 
             ]
             if "rotary" in parts:
                 count = size // 4
-                angles = [row[: size // 2 - count] + angles_by_time(time, count) for row, time in zip(angles, times)]
+                both = zip(angles, times, strict=True)
+                angles = [row[: size // 2 - count] + angles_by_time(time, count) for row, time in both]
             head_query, head_key = rotated(head_query, angles), rotated(head_key, angles)
             products = head_query @ head_key.T / math.sqrt(size)
             if "bias" in parts:
