@@ -11,7 +11,7 @@ from dataclasses import replace
 import torch
 
 from benchmarks.common import add_record, publish
-from bert4rec.config import Config, load_config
+from bert4rec.config import Config, QueryTime, load_config
 from bert4rec.data.dataset import PreparedDataset, Sequences
 from bert4rec.data.windows import Windows, held_out
 from bert4rec.evaluation.metrics import RankCounts, hit_rate, ndcg
@@ -40,7 +40,7 @@ def measured(config: Config, model: BERT4Rec, sequences: Sequences) -> dict[str,
     """HR@10 and NDCG@10 of the validation by the query's time; the same for all of a model without times."""
     windows, found = Windows.from_sequences(sequences), {}
     for name in QUERY_TIMES if model.config.time_parts else QUERY_TIMES[:1]:
-        query_time = "target" if name == "target" else "last"
+        query_time: QueryTime = "target" if name == "target" else "last"
         histories, targets = held_out(windows, config.data, "validation", sequences.before, query_time)
         if name == QUERY_TIMES[2] and histories.asked is not None:
             histories = replace(histories, asked=histories.asked + 30)

@@ -34,9 +34,9 @@ def moment_of(value: object) -> int:
     """
     expected = "expected a Unix time in seconds, or an ISO date or time such as 2026-01-01 or 2026-01-01T12:30"
     if isinstance(value, numbers.Real) and not isinstance(value, bool):  # of numpy too
-        if not abs(value) <= LARGEST_TIME:
+        if not abs(seconds := float(value)) <= LARGEST_TIME:
             raise ValueError(f"{value} is no Unix time in seconds; {expected}")
-        return math.floor(value)
+        return math.floor(seconds)
     try:
         moment = datetime.fromisoformat(str(value))
     except ValueError:

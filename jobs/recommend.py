@@ -30,9 +30,9 @@ def recommend_users(config: Config) -> None:
     print(f"model: {checkpoint}")
     if inference.users is not None or inference.users_file is not None:
         sequences, last = _few_users(config, dataset, recommender)
-        inference = inference.model_copy(update={"at": moment_asked(inference, model, last)})
-        if inference.at is not None:
-            sequences = sequences.asked_at(inference.at)
+        if (moment := moment_asked(inference, model, last)) is not None:
+            inference = inference.model_copy(update={"at": moment})
+            sequences = sequences.asked_at(moment)
         ranked = list(recommender.rank(sequences, inference, ranking))
         shown = len(sequences) if inference.users is not None else min(len(sequences), SHOWN_NEW_USERS)
         _show_users(recommender, sequences, ranked, shown)

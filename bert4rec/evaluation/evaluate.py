@@ -286,7 +286,7 @@ class _Evaluator:
                 torch.full((int((drawn < 0).any(1).sum()),), self.protocols.index(protocol))
                 for protocol, drawn in negatives.items()
             ]
-            asked = {MODEL: history, OTHER_QUERY[query_time][0]: otherwise.users(users)}
+            asked: dict[System, Windows] = {MODEL: history, OTHER_QUERY[query_time][0]: otherwise.users(users)}
             scorers = {system: _remembered(self._scorer(system, asked.get(system, history))) for system in self.systems}
             for key, (protocol, system) in enumerate(keys):
                 if protocol is None:

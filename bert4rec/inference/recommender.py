@@ -128,8 +128,8 @@ class Recommender:
         if moment is not None:
             sequences = sequences.asked_at(moment)
         if last_year is not None:
-            known = {"last_year": np.array([last_year], np.int16), "has_last_year": np.ones(1, bool)}
-            sequences = replace(sequences, **known)
+            year = np.array([last_year], np.int16)
+            sequences = replace(sequences, last_year=year, has_last_year=np.ones(1, bool))
         (ranked,) = self.rank(sequences, InferenceConfig(topk=topk), ranking)
         return self._frame(pc.index_in(ranked.table["item"], self.items.ids), "score", ranked.table["score"])
 

@@ -142,7 +142,7 @@ class _Users:
     """[N] int year of the last interaction, 0 if unknown."""
 
 
-def _read_users(dataset: PreparedDataset, items: ItemTable, at: int | str | None) -> _Users:
+def _read_users(dataset: PreparedDataset, items: ItemTable, at: int | str | None = None) -> _Users:
     """Read the statistics of every user, part by part; `at` is inference.at."""
     asked = None if at is None else datetime.now(UTC).year if at == "now" else datetime.fromtimestamp(int(at), UTC).year
     release = np.where(items.has_year, items.year.astype(np.int32), np.iinfo(np.int32).min)

@@ -134,10 +134,16 @@ def recommendations(
     exclude_seen: bool = True,
     exclude_future: bool = True,
     popularity_discount: float = 0,
+    times: list[int] | None = None,
+    at: int | None = None,
 ) -> list[tuple[int, float]]:
-    """(token, score) of the best k items for one user, one item at a time."""
+    """(token, score) of the best k items for one user, one item at a time; asked for at `at`, if that is given."""
     recent = history[-(model.config.max_len - 1) :]
-    scores = discounted(model, logits(model, [*recent, model.num_items + 1])[-1].tolist(), popularity_discount)
+    moments = None if times is None else [*times[-len(recent) :], at]
+    if at is not None:
+        last_year = datetime.fromtimestamp(at, UTC).year
+    scores = logits(model, [*recent, model.num_items + 1], moments)[-1].tolist()
+    scores = discounted(model, scores, popularity_discount)
     kept = []
     for token in range(1, model.num_items + 1):
         year = years[token - 1]

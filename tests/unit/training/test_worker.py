@@ -19,8 +19,8 @@ from bert4rec.model.network import BERT4Rec
 from bert4rec.runs import checkpoint_name
 from bert4rec.training.loop import Worker
 from bert4rec.training.tensorboard import TensorBoardLog
-from bert4rec.training.worker import load_checkpoint, run_epochs
-from tests.helpers.datasets import random_histories, write_dataset
+from bert4rec.training.worker import load_checkpoint, read_sequences, run_epochs
+from tests.helpers.datasets import random_histories, random_times, write_dataset
 from tests.helpers.trainer import Kept, Quiet, WorkerKilledError, run
 
 pytestmark = pytest.mark.unit
@@ -37,7 +37,7 @@ HISTORIES = random_histories(75, 20)
 
 @pytest.fixture(scope="module")
 def dataset_path(tmp_path_factory):
-    return write_dataset(tmp_path_factory.mktemp("data") / "d", HISTORIES, 20)
+    return write_dataset(tmp_path_factory.mktemp("data") / "d", HISTORIES, 20, times=random_times(HISTORIES))
 
 
 def config_for(*overrides):
@@ -56,7 +56,9 @@ def files_of(checkpoint):
 @pytest.mark.parametrize("optimizer", ["adamw", "muon"])
 @pytest.mark.parametrize("stop_after", [1, 3])
 def test_a_resumed_run_ends_like_an_undisturbed_one(dataset_path, tmp_path, optimizer, stop_after):
-    config = config_for("training.num_epochs=6", "training.early_stopping=false", f"training.optimizer={optimizer}")
+    times = ["model.time_encoding=rotary+gap+bias+calendar"] if optimizer == "muon" else []
+    settings = ["training.num_epochs=6", "training.early_stopping=false", f"training.optimizer={optimizer}"]
+    config = config_for(*settings, *times)
     history, whole = run(config, dataset_path, tmp_path / "whole")
     with pytest.raises(WorkerKilledError):
         run(config, dataset_path, tmp_path / "stopped", stop_after)
@@ -273,8 +275,13 @@ def test_title_embeddings_are_matched_by_id(tmp_path, dataset_path):
 # Two workers
 
 TWO = {
-    "alike": ["model.dropout_rate=0", "model.position_encoding=rotary"],
-    "dropout": ["training.optimizer=muon", "training.num_epochs=6", "training.early_stopping=false"],
+    "alike": ["model.dropout_rate=0", "model.position_encoding=rotary", "model.time_encoding=rotary+gap+bias"],
+    "dropout": [
+        "training.optimizer=muon",
+        "training.num_epochs=6",
+        "training.early_stopping=false",
+        "model.time_encoding=rotary+gap+calendar",
+    ],
     "temporal": ["data.split=temporal", "training.num_epochs=1", "model.dropout_rate=0"],
 }
 
@@ -304,7 +311,7 @@ def two_workers(rank, root, dataset_path):
         return run_epochs(
             config_for(*TWO[name]),
             dataset,
-            dataset.sequences(),
+            read_sequences(config_for(*TWO[name]), dataset),
             report=report,
             progress=Quiet(),
             worker=Worker(rank, 2),
@@ -332,7 +339,7 @@ def of_two(tmp_path_factory):
     rng = np.random.default_rng(1)
     before = [sorted(rng.integers(0, len(items) + 1, 2).tolist()) for items in HISTORIES.values()]
     columns = {"validation": [low for low, _ in before], "test": [high for _, high in before]}
-    path = write_dataset(root / "d", HISTORIES, 20, before=columns)
+    path = write_dataset(root / "d", HISTORIES, 20, before=columns, times=random_times(HISTORIES))
     torch.multiprocessing.spawn(two_workers, (root, path), nprocs=2)
     return path, root, [torch.load(root / f"histories-{rank}.pt") for rank in (0, 1)]
 
