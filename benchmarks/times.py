@@ -6,7 +6,6 @@ Trains in this process, without Ray. The test split is not looked at.
 import argparse
 import shutil
 import time
-from dataclasses import replace
 
 import torch
 
@@ -20,7 +19,7 @@ from bert4rec.model.network import BERT4Rec
 from bert4rec.training.loop import VALIDATION_USERS
 from bert4rec.training.worker import run_epochs
 
-QUERY_TIMES = ("target", "last", "30 s after the last")
+QUERY_TIMES = ("target", "last", "with the item before")
 
 
 class _Quiet:
@@ -41,9 +40,8 @@ def measured(config: Config, model: BERT4Rec, sequences: Sequences) -> dict[str,
     windows, found = Windows.from_sequences(sequences), {}
     for name in QUERY_TIMES if model.config.time_parts else QUERY_TIMES[:1]:
         query_time: QueryTime = "target" if name == "target" else "last"
-        histories, targets = held_out(windows, config.data, "validation", sequences.before, query_time)
-        if name == QUERY_TIMES[2] and histories.asked is not None:
-            histories = replace(histories, asked=histories.asked + 30)
+        gap = 0 if name == QUERY_TIMES[2] else model.usual_gap
+        histories, targets = held_out(windows, config.data, "validation", sequences.before, query_time, gap)
         ranks = RankCounts.empty(model.num_items)
         for users in torch.split(torch.arange(len(histories)), VALIDATION_USERS):
             own = histories.users(users)
@@ -113,8 +111,8 @@ def main() -> None:
             notes = [
                 f"{args.data}, {args.config}, width {args.hidden}, {args.heads} heads, {args.epochs} epochs, seed "
                 f"{seed}, {args.threads} thread; validation, all items without the seen ones.",
-                "NDCG@10 by when the [MASK] is asked for: at the target's own time, at the time of the item before it, "
-                "or 30 s after that.",
+                "NDCG@10 by when the [MASK] is asked for: at the target's own time, the usual time (the median gap) "
+                "after the item before it, or at the same time as that.",
             ]
             publish("times", notes, [train(config, sequences, args.keep)], args.record)
 

@@ -178,6 +178,11 @@ class ModelConfig(_Group):
         """The parts of time_encoding; empty if the network reads no times."""
         return () if self.time_encoding == "none" else tuple(self.time_encoding.split("+"))
 
+    @property
+    def uses_metadata(self) -> bool:
+        """Whether items have more than their id."""
+        return any((self.use_genre_emb, self.use_director_emb, self.use_writer_emb, self.use_title_emb))
+
     @model_validator(mode="after")
     def _parts_fit_together(self) -> Self:
         if self.hidden_units % self.num_heads:
@@ -294,9 +299,10 @@ class EvaluationConfig(_Group):
     items. popularity-100, uniform-100: 100 sampled items that are nowhere in the user's history. ...-100-of-all: 100
     items sampled from all but the target, without those that the user has seen, as in some published figures."""
     query_time: QueryTime = "last"
-    """When validation and `jobs.evaluate` ask a model with model.time_encoding for the held-out item. last: at the time
-    of the item before it, as nobody knows when a user comes back. target: at the time of the held-out item itself, as
-    in HSTU's figures; they are not comparable with others. `jobs.evaluate` reports both and names them."""
+    """When validation and `jobs.evaluate` ask a model with model.time_encoding for the held-out item. last: at the
+    usual time (the median gap in the training data) after the item before it, as nobody knows when a user comes back.
+    target: at the time of the held-out item itself, as in HSTU's figures, which are not comparable with others.
+    `jobs.evaluate` reports both and names them."""
     seed: int = Field(42, ge=0)
     """Random seed of the sampled items, which are the same for every model."""
     baselines: tuple[Baseline, ...] = ("popularity",)

@@ -5,7 +5,7 @@ from typing import Literal, assert_never
 
 import torch
 
-from bert4rec import storage
+from bert4rec import lease, storage
 from bert4rec.cli import run_job
 from bert4rec.config import Config
 from bert4rec.errors import InputError
@@ -38,9 +38,10 @@ def export_model(config: Config) -> str:
     times = ", times [users, length] int64 Unix seconds, at [users] int64 Unix seconds"
     inputs = "history [users, length] int64" + times * bool(recommender.model.config.time_parts)
     print(f"model: {checkpoint}\n{inputs} -> " + _outputs(topk, num_items))
-    for form in config.export.formats:
-        print(f"{form}: {_write(form, program, output_path)}")
-    print(f"tokens of items: {write_catalogue(recommender.items, output_path)}")
+    with lease.held(output_path):
+        for form in config.export.formats:
+            print(f"{form}: {_write(form, program, output_path)}")
+        print(f"tokens of items: {write_catalogue(recommender.items, output_path)}")
     return output_path
 
 

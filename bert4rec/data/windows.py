@@ -85,6 +85,8 @@ def _tensor(values: np.ndarray | None, device: torch.device | str) -> Tensor | N
     return torch.from_numpy(values if values.flags.writeable else values.copy()).to(device)  # Arrow's is read-only
 
 
+_MOST_GAPS = 10_000_000
+
 Before = Mapping[str, np.ndarray]
 """By name of a cut-off of the prepared dataset: [N] interactions of each user before it (`Sequences.before`)."""
 
@@ -116,14 +118,20 @@ def held_out_users(windows: Windows, data: DataConfig, split: str, before: Befor
 
 
 def held_out(
-    windows: Windows, data: DataConfig, split: str, before: Before | None = None, query_time: QueryTime = "last"
+    windows: Windows,
+    data: DataConfig,
+    split: str,
+    before: Before | None = None,
+    query_time: QueryTime = "last",
+    usual_gap: int = 0,
 ) -> tuple[Windows, Tensor]:
     """Histories and targets of `held_out_users`.
 
     Parameters
     ----------
     query_time
-        When the target is asked for, if the windows have times: at its own time, or at the time of the item before it.
+        When the target is asked for, if the windows have times: at its own time, or `usual_gap` seconds after the item
+        before it.
 
     Returns
     -------
@@ -139,7 +147,9 @@ def held_out(
     else:
         histories = windows.users(users).without_last(data.holdout if split == "validation" else 1)
     if histories.times is not None:
-        histories = replace(histories, asked=histories.times[histories.end - int(query_time == "last")])
+        times, end = histories.times, histories.end
+        asked = times[end] if query_time == "target" else times[end - 1] + usual_gap
+        histories = replace(histories, asked=asked)
     return histories, histories.items[histories.end].long()
 
 
@@ -147,6 +157,16 @@ def windows_before(windows: Windows, cutoff: str, before: Before | None) -> Wind
     """Each history up to a cut-off of the prepared dataset."""
     assert before is not None, "a temporal split needs the interactions before its cut-offs"
     return replace(windows, end=windows.start + torch.tensor(before[cutoff], dtype=torch.int64))
+
+
+def usual_gap(windows: Windows) -> int:
+    """Median seconds between two items of a history that follow one another; of many histories, of an even sample."""
+    assert windows.times is not None
+    num_items = int(windows.lengths.sum())
+    sample = windows.users(torch.arange(0, len(windows), 1 + num_items // _MOST_GAPS))
+    row, place = sample.flat_places()
+    gaps = windows.times[place].diff()[row.diff() == 0]
+    return int(gaps.median()) if len(gaps) else 0
 
 
 def item_counts(windows: Windows, num_items: int) -> Tensor:

@@ -28,7 +28,7 @@ class RankedAmong(NamedTuple):
 
 
 ASKED: dict[QueryTime, str] = {
-    "last": "at the time of the item before it",
+    "last": "at the usual time after the item before it",
     "target": "at its own time, which nobody knows in advance",
 }
 """What a model that reads times is told of the query's time, by evaluation.query_time."""

@@ -161,7 +161,7 @@ def next_item_states(model: BERT4Rec, histories: Windows) -> Tensor:
     states = torch.empty(len(histories), model.config.hidden_units, device=model.output_bias.device)
     for rows in by_length((histories.lengths + 1).clamp(max=model.config.max_len), PASS_TOKENS):
         tokens, times = append_mask(histories.users(rows), model.config.max_len, model.num_items)
-        states[rows] = model.project(model.encode(pack(tokens, None, tokens.device, times))).float()
+        states[rows] = model.project(model.encode(pack(tokens, None, tokens.device, times=times))).float()
     return states
 
 

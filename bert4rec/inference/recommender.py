@@ -97,7 +97,7 @@ class Recommender:
             When each item of the history was had: Unix seconds, or ISO dates or times (UTC). A model with
             model.time_encoding needs them.
         at
-            When the next item is asked for. Default: at the last of `times`.
+            When the next item is asked for. Default: `BERT4Rec.usual_gap` seconds after the last of `times`.
         ranking
             The rules: `Ranking(exclude_seen=False)` ranks the history's items too.
 
@@ -124,7 +124,8 @@ class Recommender:
                 "one for each item of the history"
             )
         sequences = Sequences.of(pa.array([0]), [tokens], None, None if seconds is None else [seconds])
-        moment = _seconds_of("at", at) if at is not None else None if seconds is None else int(seconds[-1])
+        moment = None if seconds is None else int(seconds[-1]) + self.model.usual_gap
+        moment = moment if at is None else _seconds_of("at", at)
         if moment is not None:
             sequences = sequences.asked_at(moment)
         if last_year is not None:

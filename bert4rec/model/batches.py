@@ -57,6 +57,9 @@ class Batch(NamedTuple):
     """[N] int64 places in `query` that have a label. They are computed here so that nothing waits for a GPU to count
     them."""
     groups: list[Group]
+    distinct: tuple[Tensor, Tensor] | None = None
+    """[U] int64 the distinct tokens, ascending, and [S] int64 which of them each token is, if `pack` was asked for it.
+    """
     times: Tensor | None = None
     """[S] int64 Unix seconds of each token, or None. A masked position has the time of its own item."""
 
@@ -195,7 +198,13 @@ def by_length(lengths: Tensor, max_tokens: int) -> Iterator[Tensor]:
     yield from torch.split(order, torch.unique_consecutive(part, return_counts=True)[1].tolist())
 
 
-def pack(tokens: Tensor, labels: Tensor | None, device: torch.device, times: Tensor | None = None) -> Batch:
+def pack(
+    tokens: Tensor,
+    labels: Tensor | None,
+    device: torch.device,
+    finds_distinct: bool = False,
+    times: Tensor | None = None,
+) -> Batch:
     """Lay rows end to end in groups of similar length, so that layers do almost no work for padding.
 
     Only attention needs rectangles. A row is therefore padded only to the longest row of its group, and a group ends
@@ -207,6 +216,8 @@ def pack(tokens: Tensor, labels: Tensor | None, device: torch.device, times: Ten
         [B, L] int64, padded on the left, longest row first, with at least one token per row.
     labels : Tensor or None
         [B, L] true token at targets, 0 at other places. With None, the last position of each row is queried.
+    finds_distinct : bool
+        Whether to find the distinct tokens of the batch. On a GPU, the model would have to wait for their number.
     times : Tensor or None
         [B, L] int64 Unix seconds of each token.
     """
@@ -226,21 +237,23 @@ def pack(tokens: Tensor, labels: Tensor | None, device: torch.device, times: Ten
             query = torch.argsort((own == PADDING).to(torch.uint8), dim=1, stable=True)[:, :most]
             answers = own.gather(1, query)
         query = query + (offset + length * torch.arange(rows, device=tokens.device))[:, None]
-        own_times = [] if times is None else [times[begin:end, -length:]]
-        parts.append([part.reshape(-1) for part in (inner, position, query, answers, *own_times)])
+        moments = [] if times is None else [times[begin:end, -length:]]
+        parts.append([part.reshape(-1) for part in (inner, position, query, answers, *moments)])
         groups.append(Group(rows, length, query.shape[1], lengths[end - 1] < length))
         begin, offset = end, offset + inner.numel()
     flat = [torch.cat(part) for part in zip(*parts, strict=True)]
     wanted = torch.arange(len(flat[3]), device=tokens.device) if labels is None else torch.nonzero(flat[3]).flatten()
     flat = [F.pad(part, (0, full_size(len(part), device.type) - len(part))) for part in flat]
-    tensors = [*flat[:4], wanted, *flat[4:]]
+    distinct = torch.unique(flat[0], return_inverse=True) if finds_distinct else ()
+    tensors = [*flat[:4], wanted, *distinct, *flat[4:]]
     if device.type == "cuda" and tokens.device.type == "cpu":
         tensors = [
             part.pin_memory() for part in tensors
         ]  # otherwise each copy waits until the GPU has done all its work
     tensors = [part.to(device, non_blocking=True) for part in tensors]
-    inputs = Batch(tensors[0], tensors[1], tensors[2], tensors[3], tensors[4], groups)
-    return inputs if times is None else inputs._replace(times=tensors[5])
+    found = (tensors[5], tensors[6]) if finds_distinct else None
+    own_times = None if times is None else tensors[-1]
+    return Batch(tensors[0], tensors[1], tensors[2], tensors[3], tensors[4], groups, found, own_times)
 
 
 def _group_ends(lengths: np.ndarray, group_tokens: int) -> Iterator[int]:
@@ -294,13 +307,13 @@ def iter_steps(
         lengths = (tokens != PADDING).sum(1)
         rows = torch.argsort(lengths, descending=True, stable=True)[rank::world_size]
         batches = [
-            pack(masked[part], labels[part], device, None if times is None else times[part])
+            pack(masked[part], labels[part], device, model.uses_metadata, None if times is None else times[part])
             for part in (rows[chosen] for chosen in by_length(lengths[rows], max_tokens))
         ]
         if not batches:  # fewer users than workers: DDP still needs a forward pass, so make one without targets
             length = int(lengths[0])
-            nothing, own_times = torch.zeros_like(labels[:1, -length:]), None if times is None else times[:1, -length:]
-            batches = [pack(masked[:1, -length:], nothing, device, own_times)]
+            none, own_times = torch.zeros_like(labels[:1, -length:]), None if times is None else times[:1, -length:]
+            batches = [pack(masked[:1, -length:], none, device, model.uses_metadata, own_times)]
         yield Step(batches, int((labels != PADDING).sum()), int(lengths.sum()))
 
 

@@ -191,7 +191,7 @@ class BERT4Rec(nn.Module):
 
     def encode(self, batch: Batch) -> Tensor:
         """[N, D] final hidden states at the queries that have a label, in the order of the queries."""
-        x = self.items(batch.tokens) + self.position_embedding(batch.position)  # (S, D)
+        x = self.items(batch.tokens, batch.distinct) + self.position_embedding(batch.position)  # (S, D)
         if self.times is not None:
             assert batch.times is not None, f"model.time_encoding={self.config.time_encoding} needs times"
             embedded = self.times.embedded(batch.times, gaps_of(batch.tokens, batch.position, batch.times))
@@ -238,6 +238,11 @@ class BERT4Rec(nn.Module):
             for bias, mask in zip(biases, keep, strict=True)
         ]
 
+    @property
+    def usual_gap(self) -> int:
+        """Median seconds between two items of a history in the training data; 0 of a model that reads no times."""
+        return 0 if self.times is None else int(self.times.get_buffer("usual_gap"))
+
     def project(self, hidden: Tensor) -> Tensor:
         """[N, D] -> [N, D]: the dense layer with GELU in equation 7. Its product with `output_weights` gives the
         logits."""
@@ -258,7 +263,7 @@ class BERT4Rec(nn.Module):
         if self.config.output_features == "fused":
             fused = self._fused
             if fused is None:
-                fused = self.items(torch.arange(1, self.num_items + 1, device=bias.device))
+                fused = self.items.fuse(torch.arange(1, self.num_items + 1, device=bias.device))
                 self._fused = fused if torch.is_inference_mode_enabled() else None
             # A new item without metadata has an untrained vector, so nothing can score it.
             return fused, bias.masked_fill(self.get_buffer("unrankable"), -torch.inf)

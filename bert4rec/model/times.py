@@ -27,6 +27,7 @@ class TimeEncoding(nn.Module):
         if self.turns_by_time:
             periods = rotary_periods(width // config.num_heads // 4)
             self.register_buffer("periods", periods, persistent=False)
+        self.register_buffer("usual_gap", torch.zeros((), dtype=torch.int64))  # seconds; training sets it
         self.gap = nn.Embedding(1 + OCTAVES, width) if "gap" in parts else None
         self.hour = nn.Embedding(HOURS, width) if "calendar" in parts else None
         self.day = nn.Embedding(DAYS, width) if "calendar" in parts else None

@@ -192,7 +192,8 @@ def validate(
 ) -> dict[str, float]:
     """Metrics over all users; each worker ranks its share, and the counts of ranks are summed, which is exact."""
     rank, world_size, device = worker
-    histories, targets = held_out(sequences, config.data, "validation", before, config.evaluation.query_time)
+    asked = config.evaluation.query_time, model.usual_gap
+    histories, targets = held_out(sequences, config.data, "validation", before, *asked)
     mine = torch.arange(rank, len(histories), world_size)
     ranks = RankCounts.empty(model.num_items)
     token_counts = torch.zeros(model.num_items + 1, dtype=torch.int64)

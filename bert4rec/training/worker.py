@@ -20,7 +20,7 @@ from bert4rec.config import Config
 from bert4rec.data.dataset import ITEMS, PreparedDataset, Sequences
 from bert4rec.data.ids import find_ids, some_of
 from bert4rec.data.vectors import read_vectors
-from bert4rec.data.windows import Windows, held_out_users, item_counts, training_windows
+from bert4rec.data.windows import Windows, held_out_users, item_counts, training_windows, usual_gap
 from bert4rec.errors import InputError
 from bert4rec.model.item_vectors import Metadata
 from bert4rec.model.losses import make_loss
@@ -105,6 +105,8 @@ def run_epochs(
     elif training.start_from is not None:
         begin_from(model, training.start_from, dataset.items().ids)
     model.get_buffer("item_counts").copy_(counts)
+    if model.times is not None:
+        model.times.get_buffer("usual_gap").fill_(usual_gap(windows))
 
     wrapped = wrap(model)
     optimizers = make_optimizers(model, training)
@@ -229,7 +231,7 @@ def _report(
     with tempfile.TemporaryDirectory() as directory:
         model.save_pretrained(directory)
         # The catalogue and the card make the directory one that can be handed over.
-        storage.write_bytes(storage.join(directory, ITEMS), storage.read_bytes(storage.join(dataset.path, ITEMS)))
+        storage.write_bytes(storage.join(directory, ITEMS), storage.read_bytes(dataset.items_file))
         card = model_card(model, config, dataset.manifest, dataset.items(), metrics, name)
         storage.write_bytes(storage.join(directory, CARD), card.encode())
         states = [optimizer.state_dict() for optimizer in optimizers]

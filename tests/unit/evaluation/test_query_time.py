@@ -51,13 +51,14 @@ def test_a_model_is_asked_by_both_query_times(split, tmp_path, monkeypatch, caps
     path = write_dataset(tmp_path / "d", HISTORIES, NUM_ITEMS, before=BEFORE, times=TIMES)
     model = timed_model("rotary+gap+bias+calendar")
     model.catalogue, model.held_out, model.trained_before = "test", 2, 1001
+    model.times.usual_gap.fill_(86_400)
     model.save_pretrained(str(tmp_path / "run" / "m"))
     ndcg = {}
     for query_time in ("last", "target"):
         gains = []
         for user, place in targets(split):
             items, times = HISTORIES[user], TIMES[user]
-            asked = times[place] if query_time == "target" else times[place - 1]
+            asked = times[place] if query_time == "target" else times[place - 1] + 86_400
             low = max(place - (model.config.max_len - 1), 0)
             tokens, moments = [*items[low:place], NUM_ITEMS + 1], [*times[low:place], asked]
             scores = reference.logits(model, tokens, moments)[-1].tolist()

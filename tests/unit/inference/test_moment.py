@@ -110,8 +110,9 @@ def test_new_users_of_a_file_and_one_history(place):
         history = [100 + token for token in HISTORIES[3]]
         one = recommender.recommend(history, 5, times=TIMES[3], at=at)
         assert list(zip(one["item"], one["score"], strict=True)) == rows[3]
+    place.model.times.usual_gap.fill_(77)
     assert recommender.recommend(history, 5, times=TIMES[3]).equals(
-        recommender.recommend(history, 5, times=TIMES[3], at=TIMES[3][-1])
+        recommender.recommend(history, 5, times=TIMES[3], at=TIMES[3][-1] + 77)
     )
     by_text = recommender.recommend([101, 102], 5, times=["2025-12-31", "2025-12-31T10:00+01:00"], at="2026-01-01")
     assert by_text.equals(recommender.recommend([101, 102], 5, times=[AT - 86_400, AT - 54_000], at=AT))

@@ -27,7 +27,7 @@ def timed_model(encoding, **settings):
 
 def packed(histories, times, max_len=12):
     tokens = torch.tensor(reference.last_items(histories, max_len))
-    return batches.pack(tokens, tokens, torch.device("cpu"), torch.tensor(reference.last_items(times, max_len)))
+    return batches.pack(tokens, tokens, torch.device("cpu"), times=torch.tensor(reference.last_items(times, max_len)))
 
 
 @pytest.mark.parametrize("position_encoding", ["learned", "rotary"])

@@ -154,7 +154,9 @@ def test_the_query_time_of_an_evaluation_is_named(dataset):
     systems = {"BERT4Rec": {"hr@10": 0.5, "ndcg@10": 0.25}, "BERT4Rec/target": {"hr@10": 0.5, "ndcg@10": 0.25}}
     evaluation = evaluation_of(systems) | {"query_time": "last"}
     page = report.render(load_config(), dataset, "run", RUN, evaluation, "none")
-    assert "BERT4Rec is asked for it at the time of the item before it, BERT4Rec/target at its own time" in page
+    assert (
+        "BERT4Rec is asked for it at the usual time after the item before it, BERT4Rec/target at its own time" in page
+    )
 
 
 def test_without_times_metadata_training_or_recommendations(tmp_path):

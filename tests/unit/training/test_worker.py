@@ -1,5 +1,6 @@
 """A training worker's loop, in this process: epochs, checkpoints, early stopping, resuming, NaN, full data."""
 
+import itertools
 import os
 from pathlib import Path
 
@@ -104,6 +105,14 @@ def test_early_stopping_and_validation_interval(dataset_path, tmp_path):
     history, kept = run(config_for(*settings, "training.val_check_interval=3"), dataset_path, tmp_path)
     assert [metrics["epoch"] for metrics in history] == [3, 6, 9]
     assert [entry["name"].split("-")[1] for entry in kept.entries] == ["03", "09"]
+
+
+def test_the_usual_gap_is_the_median_of_what_training_sees(dataset_path, tmp_path):
+    config = config_for("training.num_epochs=1", "model.time_encoding=gap", "data.holdout=2")
+    _, kept = run(config, dataset_path, tmp_path)
+    seen = [own[:-2] for own in random_times(HISTORIES).values() if len(own) >= 3]
+    gaps = sorted(b - a for own in seen for a, b in itertools.pairwise(own))
+    assert BERT4Rec.from_pretrained(kept.last).usual_gap == gaps[(len(gaps) - 1) // 2]
 
 
 def test_the_last_epoch_is_always_validated(dataset_path, tmp_path):
