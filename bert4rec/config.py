@@ -78,8 +78,23 @@ class DataConfig(_Group):
     """Test cut-off of data.split=temporal: a Unix time, or a number below 1 for the share of interactions before it."""
     holdout: Literal[1, 2] = 1
     """How many last items of each user to hold out: 1 for validation alone, 2 for validation and test."""
+    since: int | None = None
+    """Leave out interactions before this moment: an ISO date or time (UTC), or a Unix time."""
+    until: int | None = None
+    """Leave out interactions from this moment on."""
     seed: int = Field(42, ge=0)
     """Random seed of the initial weights, the order of users, the masks and dropout."""
+
+    @field_validator("since", "until", mode="before")
+    @classmethod
+    def _is_a_moment(cls, value: object) -> object:
+        return None if value is None else moment_of(value)
+
+    @model_validator(mode="after")
+    def _since_is_before_until(self) -> Self:
+        if self.since is not None and self.until is not None and self.since >= self.until:
+            raise ValueError(f"data.since={self.since} is not before data.until={self.until} (Unix times)")
+        return self
 
     @model_validator(mode="after")
     def _split_time_is_a_time_or_a_share(self) -> Self:
@@ -97,7 +112,7 @@ class DataConfig(_Group):
         return self
 
 
-DATASET_KEYS = ("include_new_items", "min_item_interactions", "split", "split_time")
+DATASET_KEYS = ("include_new_items", "min_item_interactions", "since", "split", "split_time", "until")
 """Keys of `data` that change the prepared dataset made from the same files. All other keys change the training alone,
 except `data_dir` and `data_file`, which name the files."""
 

@@ -56,6 +56,8 @@ class Manifest(BaseModel):
     num_items: int
     num_new_items: int = 0
     """Items without interactions, which have the last tokens (data.include_new_items)."""
+    num_outside: int = 0
+    """Interactions before data.since, or from data.until on."""
     num_core_items: int = 0
     """Items that the k-core left out."""
     num_core_users: int = 0
@@ -63,7 +65,7 @@ class Manifest(BaseModel):
     num_core_interactions: int = 0
     """Interactions that the k-core left out."""
     num_interactions: int
-    """Interactions without exact duplicates and without those that the k-core left out."""
+    """Interactions without exact duplicates, and without those that data.since, data.until or the k-core left out."""
     num_duplicates: int
     cutoffs: dict[str, int] = {}
     """Unix times by name. A temporal split has validation and test, and recent_validation and recent_test seven days

@@ -27,7 +27,7 @@ from ray.exceptions import RayTaskError
 from bert4rec import lease, storage
 from bert4rec.config import DataConfig, data_identity
 from bert4rec.data import files, interactions
-from bert4rec.data.dataset import ITEMS, InputFile, Manifest, PreparedDataset
+from bert4rec.data.dataset import ITEMS, InputFile, Manifest, PreparedDataset, moment_text
 from bert4rec.data.ids import ascending
 from bert4rec.data.interactions import Chunk, ChunkSummary
 from bert4rec.data.metadata import catalogue_fingerprint, item_table, new_items, read_metadata
@@ -118,10 +118,16 @@ def _write(
     source = storage.join(data_dir, data.data_file)
     if data.split == "temporal" and not has_time:
         raise InputError(f"{source}: no column time, which data.split=temporal needs")
+    has_limits = data.since is not None or data.until is not None
+    if has_limits and not has_time:
+        raise InputError(f"{source}: no column time, which data.since and data.until need")
     summary = _check(source, chunks)
 
     report(f"sorting {summary.num_rows:,} interactions with {len(summary.item_ids):,} items")
     all_users = _shuffle(chunks, summary)
+    num_unique = int(all_users.counts.sum())
+    if has_limits:
+        all_users = _between(all_users, data, source)
     core = _k_core(all_users, data.min_item_interactions)
     counts = core.counts
     num_interactions = int(counts.sum())
@@ -140,8 +146,10 @@ def _write(
     items, vocabularies, notes = item_table(ids, item_counts, metadata)
     if not has_time:
         notes.append("no column time: the order of rows is the order of interactions, and no interaction has a year")
-    if num_duplicates := summary.num_rows - int(all_users.counts.sum()):
+    if num_duplicates := summary.num_rows - num_unique:
         notes.append(f"exact duplicates of an interaction dropped: {num_duplicates:,}")
+    if num_outside := num_unique - int(all_users.counts.sum()):
+        notes.append(f"interactions before data.since or from data.until on left out: {num_outside:,}")
     left_out = {
         "num_core_items": len(counts) - len(order),
         "num_core_users": all_users.num_users - core.num_users,
@@ -164,6 +172,7 @@ def _write(
         num_items=len(items),
         num_new_items=len(items) - len(order),
         identity=data_identity(data),
+        num_outside=num_outside,
         **left_out,
         cutoffs=cutoffs,
         num_interactions=num_interactions,
@@ -282,6 +291,40 @@ def _shuffle(chunks: list[Chunk], summary: _Summary) -> _Ranges:
 def _add_up(tables: list[ray.ObjectRef], totals: list[ray.ObjectRef]) -> _Ranges:
     counts, num_users = zip(*map(ray.get, track(totals, "sorting", "ranges")), strict=True)
     return _Ranges(tables, np.sum(counts, axis=0), sum(num_users))
+
+
+def _between(ranges: _Ranges, data: DataConfig, source: str) -> _Ranges:
+    """Leave out interactions before data.since or from data.until on, and users who then have none.
+
+    Raises
+    ------
+    InputError
+        If no interaction is left.
+    """
+    within = ray.remote(_leave_out_times).options(num_returns=2)
+    since, until = -math.inf if data.since is None else data.since, math.inf if data.until is None else data.until
+    pairs = [within.remote(table, since, until, len(ranges.counts)) for table in ranges.tables]
+    kept = _add_up([table for table, _ in pairs], [total for _, total in pairs])
+    if not kept.num_users:
+        first, last = (moment_text(math.floor(time)) for time in _times_of(ranges))
+        raise InputError(
+            f"{source}: data.since={data.since} and data.until={data.until} (Unix times) leave no interaction; the "
+            f"times run from {first} to {last}"
+        )
+    return kept
+
+
+def _leave_out_times(
+    sequences: pa.Table, since: float, until: float, num_codes: int
+) -> tuple[pa.Table, tuple[np.ndarray, int]]:
+    codes, times = (sequences[name].combine_chunks() for name in ("items", "times"))
+    code, time = codes.values.to_numpy(), times.values.to_numpy()
+    kept = (since <= time) & (time < until)
+    lengths = np.diff(np.append(0, np.cumsum(kept))[codes.offsets.to_numpy()])
+    has_any = lengths > 0
+    columns = {"user": sequences["user"].filter(pa.array(has_any)), "items": _lists(lengths[has_any], code[kept])}
+    columns["times"] = _lists(lengths[has_any], time[kept])
+    return pa.table(columns), (np.bincount(code[kept], minlength=num_codes), int(has_any.sum()))
 
 
 def _k_core(ranges: _Ranges, k: int) -> _Ranges:

@@ -30,6 +30,8 @@ if TYPE_CHECKING:
     from ray.train import UserCallback
 
 LEFT_OUT_AT_DEFAULT = (
+    "data.since",
+    "data.until",
     "model.position_encoding",
     "model.time_encoding",
     "training.num_workers",

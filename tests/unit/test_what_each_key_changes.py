@@ -68,6 +68,8 @@ CHANGES = {
     "data.include_new_items": Key("true", {DATASET, MODEL}, ("model.output_features=fused",)),
     "data.memory_mb": Key("7", NOTHING),
     "data.min_item_interactions": Key("5", {DATASET, MODEL}),
+    "data.since": Key("2020-01-01", {DATASET, MODEL}),
+    "data.until": Key("2020-01-01", {DATASET, MODEL}),
     "data.split": Key("temporal", {DATASET, MODEL, EVALUATION}),
     "data.split_time": Key("0.5", {DATASET, MODEL}, ("data.split=temporal",)),
     "data.holdout": Key("2", {MODEL, EVALUATION}),
