@@ -4,8 +4,10 @@ Trains in this process, without Ray. The test split is not looked at.
 """
 
 import argparse
+import re
 import shutil
 import time
+from pathlib import Path
 
 import torch
 
@@ -16,6 +18,7 @@ from bert4rec.data.windows import Windows, held_out
 from bert4rec.evaluation.metrics import RankCounts, hit_rate, ndcg
 from bert4rec.inference.ranking import Exclusions, rank_of_target, score_next
 from bert4rec.model.network import BERT4Rec
+from bert4rec.training.card import CARD
 from bert4rec.training.loop import VALIDATION_USERS
 from bert4rec.training.worker import run_epochs
 
@@ -52,7 +55,9 @@ def measured(config: Config, model: BERT4Rec, sequences: Sequences) -> dict[str,
 
 def train(config: Config, sequences: Sequences, keep: str | None) -> dict[str, str]:
     """A row: losses and NDCG@10 of each validated epoch, joined by slashes. `keep` gets the model directories."""
-    dataset, by_epoch, losses = PreparedDataset(config.prepared_path), [], []
+    dataset = PreparedDataset(config.prepared_path)
+    by_epoch: list[dict[str, tuple[float, float]]] = []
+    losses: list[float] = []
     began = time.monotonic()
 
     def report(metrics: dict[str, float], name: str, directory: str | None) -> None:
@@ -64,15 +69,32 @@ def train(config: Config, sequences: Sequences, keep: str | None) -> dict[str, s
         print(config.model.time_encoding, int(metrics["epoch"]), metrics["train_loss"], by_epoch[-1], flush=True)
 
     history = run_epochs(config, dataset, sequences, report=report, progress=_Quiet())
+    epochs = [int(metrics["epoch"]) for metrics in history]
+    return row_of(config, epochs, losses, by_epoch) | {"minutes": f"{(time.monotonic() - began) / 60:.0f}"}
+
+
+def measure(config: Config, sequences: Sequences, kept: Path) -> dict[str, str]:
+    """The same row, of the model directories in `kept`, which `train` kept there: one after another, by epoch."""
+    paths = sorted(kept.glob(f"{config.model.time_encoding}-{config.data.seed}-bert4rec-*"))
+    by_epoch, losses = [], []
+    for path in paths:
+        by_epoch.append(measured(config, BERT4Rec.from_pretrained(str(path)), sequences))
+        losses.append(re.search(r"\| train_loss \| ([\d.]+) \|", (path / CARD).read_text())[1])  # type: ignore[index]
+    epochs = [int(path.name.rpartition("bert4rec-")[2].partition("-")[0]) for path in paths]
+    return row_of(config, epochs, [float(loss) for loss in losses], by_epoch)
+
+
+def row_of(
+    config: Config, epochs: list[int], losses: list[float], by_epoch: list[dict[str, tuple[float, float]]]
+) -> dict[str, str]:
     columns = {"NDCG@10, " + name: " / ".join(f"{each[name][1]:.4f}" for each in by_epoch) for name in QUERY_TIMES}
     return {
-        "encoding": f"{config.model.time_encoding}, {config.model.position_encoding} positions",
+        "encoding": f"`{config.model.time_encoding}`, {config.model.position_encoding} positions",
+        "epochs": " / ".join(map(str, epochs)),
         "loss": " / ".join(f"{loss:.3f}" for loss in losses),
         **columns,
         "HR@10, last": f"{by_epoch[-1]['last'][0]:.4f}",
         "seed": str(config.data.seed),
-        "minutes": f"{(time.monotonic() - began) / 60:.0f}",
-        "epochs": " / ".join(str(int(metrics["epoch"])) for metrics in history),
     }
 
 
@@ -89,6 +111,7 @@ def main() -> None:
     parser.add_argument("--validate-every", type=int, default=4)
     parser.add_argument("--seeds", type=int, nargs="+", default=[42])
     parser.add_argument("--keep", metavar="DIR", help="for the model directories")
+    parser.add_argument("--kept", metavar="DIR", help="measure the models that lie there, instead of training")
     parser.add_argument("--threads", type=int, default=1)
     add_record(parser)
     args = parser.parse_args()
@@ -114,7 +137,8 @@ def main() -> None:
                 "NDCG@10 by when the [MASK] is asked for: at the target's own time, the usual time (the median gap) "
                 "after the item before it, or at the same time as that.",
             ]
-            publish("times", notes, [train(config, sequences, args.keep)], args.record)
+            row = measure(config, sequences, Path(args.kept)) if args.kept else train(config, sequences, args.keep)
+            publish("times", notes, [row], args.record)
 
 
 if __name__ == "__main__":

@@ -160,12 +160,14 @@ def windows_before(windows: Windows, cutoff: str, before: Before | None) -> Wind
 
 
 def usual_gap(windows: Windows) -> int:
-    """Median seconds between two items of a history that follow one another; of many histories, of an even sample."""
+    """Median seconds between two items of a history that follow one another, but not in the same second; of many
+    histories, of an even sample."""
     assert windows.times is not None
     num_items = int(windows.lengths.sum())
     sample = windows.users(torch.arange(0, len(windows), 1 + num_items // _MOST_GAPS))
     row, place = sample.flat_places()
     gaps = windows.times[place].diff()[row.diff() == 0]
+    gaps = gaps[gaps > 0]
     return int(gaps.median()) if len(gaps) else 0
 
 

@@ -240,7 +240,7 @@ class BERT4Rec(nn.Module):
 
     @property
     def usual_gap(self) -> int:
-        """Median seconds between two items of a history in the training data; 0 of a model that reads no times."""
+        """`windows.usual_gap` of the training data, in seconds; 0 of a model that reads no times."""
         return 0 if self.times is None else int(self.times.get_buffer("usual_gap"))
 
     def project(self, hidden: Tensor) -> Tensor:
