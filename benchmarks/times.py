@@ -60,12 +60,13 @@ def train(config: Config, sequences: Sequences, keep: str | None) -> dict[str, s
     losses: list[float] = []
     began = time.monotonic()
 
-    def report(metrics: dict[str, float], name: str, directory: str | None) -> None:
+    def report(metrics: dict[str, float], name: str, directory: str | None, in_background: bool) -> None:
         assert directory is not None
         if keep is not None:
             shutil.copytree(directory, f"{keep}/{config.model.time_encoding}-{config.data.seed}-{name}")
         losses.append(metrics["train_loss"])
         by_epoch.append(measured(config, BERT4Rec.from_pretrained(directory), sequences))
+        shutil.rmtree(directory)
         print(config.model.time_encoding, int(metrics["epoch"]), metrics["train_loss"], by_epoch[-1], flush=True)
 
     history = run_epochs(config, dataset, sequences, report=report, progress=_Quiet())
@@ -128,6 +129,7 @@ def main() -> None:
                 "model.time_encoding": encoding,
                 "training.num_epochs": args.epochs,
                 "training.val_check_interval": args.validate_every,
+                "training.checkpoint_minutes": "null",
             }
             config = load_config(args.config, [f"{key}={value}" for key, value in overrides.items()])
             sequences = PreparedDataset(config.prepared_path).sequences(with_times=bool(config.model.time_parts))

@@ -11,7 +11,7 @@ from datetime import UTC, date, datetime
 from typing import Any, Literal, Self, get_args
 
 import yaml
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
+from pydantic import BaseModel, ConfigDict, Field, PositiveInt, ValidationError, field_validator, model_validator
 
 from bert4rec import storage
 from bert4rec.errors import InputError
@@ -259,6 +259,9 @@ class TrainingConfig(_Group):
     """Validations without improvement before training stops."""
     val_check_interval: int = Field(1, ge=1)
     """Validate and write a checkpoint every so many epochs, and after the last epoch."""
+    checkpoint_minutes: float = Field(10, gt=0)
+    """Save in the middle of an epoch too, every so many minutes, or more rarely where saving would take more than 1% of
+    the time. A run that goes on from there ends with the same result."""
     accelerator: Literal["auto", "cpu", "gpu"] = "auto"
     """Hardware for training and scoring. auto gives each worker a GPU if the cluster has enough of them."""
     num_workers: int | None = Field(None, ge=1)
@@ -323,6 +326,9 @@ class EvaluationConfig(_Group):
     baselines: tuple[Baseline, ...] = ("popularity",)
     """Baselines that `jobs.evaluate` ranks beside the model: popularity, popularity in the last 7 days, and two
     item-item models."""
+    candidates: bool = False
+    """Rank targets among what the rules of `inference` allow this user: inference.candidates, exclude and
+    exclude_future. A target that they exclude counts as missed. Validation in training has no such rules."""
     max_baseline_items: int = Field(20_000, ge=1)
     """Largest catalogue for the baseline ease, whose memory grows with the square of the number of items (12 bytes
     each) and whose time grows with the cube. For a larger catalogue, `jobs.evaluate` skips ease and prints a note."""
@@ -353,6 +359,26 @@ class InferenceConfig(_Group):
     last interaction in the data."""
     popularity_discount: float = Field(0.0, ge=0, allow_inf_nan=False)
     """Prefer less popular items: subtract this factor times log(1 + training interactions) from each item's score."""
+    candidates: tuple[str, ...] | None = Field(None, min_length=1)
+    """Files of what may be recommended: CSV or Parquet, names or glob patterns. With the column `item`, the only items
+    that anybody may get; with the columns `user,item`, the only items that this user may get."""
+    candidates_default: Literal["none", "all"] = "none"
+    """What users get who have no row in the lists `user,item` of inference.candidates: none gives them nothing, all
+    gives them any item."""
+    exclude: tuple[str, ...] | None = Field(None, min_length=1)
+    """Files of what must never be recommended, in the same two forms: for everybody, or for each user."""
+    max_per: dict[str, PositiveInt] = {}
+    """At most so many items of a list share a value of a feature, for example {genre: 3, director: 1}. The list is
+    filled from further down."""
+    diversity: float = Field(0.0, ge=0, le=1)
+    """How much a list avoids items that are alike, by their vectors in the model (maximal marginal relevance). 0 is the
+    order of the scores; 1 looks at nothing but the differences."""
+    diversity_pool: int = Field(100, ge=1)
+    """The best so many items of a user, among which inference.diversity chooses."""
+    min_score: float | None = Field(None, allow_inf_nan=False)
+    """Leave out items with a lower score. In the unit of inference.scores."""
+    scores: Literal["logit", "probability"] = "logit"
+    """The scores that are written. probability: the softmax of the logits over all items that the user may get."""
     formats: tuple[Literal["parquet", "csv"], ...] = Field(("parquet", "csv"), min_length=1)
     """File formats to write."""
     output_path: str | None = None
@@ -372,7 +398,7 @@ class InferenceConfig(_Group):
     def _at_is_a_moment(cls, value: object) -> object:
         return value if value is None or value == "now" else moment_of(value)
 
-    @field_validator("users", "similar_to", mode="before")
+    @field_validator("users", "similar_to", "candidates", "exclude", mode="before")
     @classmethod
     def _one_is_a_list_of_one(cls, value: object) -> object:
         return (value,) if isinstance(value, int | str) else value
@@ -384,10 +410,11 @@ class InferenceConfig(_Group):
 
 
 class ExportConfig(_Group):
-    """How `jobs.export` writes the model as a program that needs no other code of this package."""
+    """What `jobs.export` writes: the model as a program that needs no other code of this package, or its vectors."""
 
-    formats: tuple[Literal["torch", "onnx"], ...] = Field(("torch", "onnx"), min_length=1)
-    """Formats to write. torch: model.pt2 for torch.export. onnx: model.onnx, which needs the extra `export`."""
+    formats: tuple[Literal["torch", "onnx", "vectors"], ...] = Field(("torch", "onnx"), min_length=1)
+    """Formats to write. torch: model.pt2 for torch.export. onnx: model.onnx, which needs the extra `export`. vectors:
+    items.parquet and users.parquet, whose vectors have the scores as inner products."""
     topk: int | None = Field(None, ge=1)
     """The program returns this many best items per history, without the items of the history if inference.exclude_seen.
     Default: it returns the scores of all items."""

@@ -2,6 +2,7 @@
 
 import os
 import shutil
+import signal
 import sys
 import threading
 import time
@@ -153,7 +154,11 @@ class Progress:
 
     def _print_reports(self) -> None:
         while True:
-            self._line.show()
+            try:
+                self._line.show()
+            except BrokenPipeError:  # nobody reads the output any more: let the main thread end the work
+                signal.pthread_kill(threading.main_thread().ident or 0, signal.SIGINT)
+                return
             try:
                 kind, amount, text = self._queue.get(timeout=0.5)
             except Empty:

@@ -26,6 +26,12 @@ def evaluate_model(config: Config, checkpoint: str | None = None) -> Evaluation:
         other, other_time = OTHER_QUERY[result.query_time]
         asked = ", ".join(f"{name} {ASKED[when]}" for name, when in ((MODEL, result.query_time), (other, other_time)))
         print(f"asked for the held-out item: {asked} (evaluation.query_time={result.query_time})")
+    if result.is_among_candidates:
+        share = result.num_excluded_targets / result.num_users
+        print(
+            "ranked among what the rules of inference allow (evaluation.candidates): "
+            f"{result.num_excluded_targets:,} targets ({share:.1%}) are excluded and count as missed"
+        )
     print(f"dataset {result.dataset}, fingerprint {result.fingerprint}")
     for protocol, rows in result.protocols.items():
         print(f"\nprotocol {protocol}: {PROTOCOLS[protocol].description}\n{table_of_metrics(rows)}")

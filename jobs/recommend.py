@@ -28,6 +28,8 @@ def recommend_users(config: Config) -> None:
     model = load_for(dataset, checkpoint, ranking)
     recommender = Recommender(model.to(device_for(config.training.accelerator)), dataset.items())
     print(f"model: {checkpoint}")
+    for note in recommender.rules(ranking).notes:
+        print(f"note: {note}")
     if inference.users is not None or inference.users_file is not None:
         sequences, last = _few_users(config, dataset, recommender)
         if (moment := moment_asked(inference, model, last)) is not None:
@@ -91,7 +93,7 @@ def _show_users(recommender: Recommender, sequences: Sequences, ranked: list[Ran
         print(f"\nuser {user}, {len(history)} interaction{plural}" + ("; the last:" if len(history) > 1 else ":"))
         for token in history[-SHOWN_HISTORY:]:
             print(f"{'':>4}{ids[token - 1]!s:>10}  {title_of[ids[token - 1]]}")
-        print("  recommended:" if user in rows else "  recommended: nothing, as every item is seen or of a later year")
+        print("  recommended:" if user in rows else "  recommended: nothing, as the rules leave no item")
         _show_table("score", [(item, title_of[item], score) for item, score in rows.get(user, [])])
 
 

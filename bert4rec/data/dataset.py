@@ -158,24 +158,23 @@ class Sequences:
     def __len__(self) -> int:
         return len(self.users)
 
-    def asked_at(self, moment: int) -> Self:
-        """The same histories, whose next items are asked for at `moment`, Unix seconds; `last_year` is then its year.
+    def asked_at(self, moment: int | np.ndarray) -> Self:
+        """The same histories, whose next items are asked for at `moment`, Unix seconds, one for all or [N] int64;
+        `last_year` is then its year.
 
         Raises
         ------
         InputError
             If that is before the last interaction of a user.
         """
+        asked = np.broadcast_to(np.asarray(moment, np.int64), len(self)).copy()
         if self.times is not None:
-            ends = self.offsets[1:][self.lengths > 0]
-            check_is_after(moment, int(self.times[ends - 1].max(initial=moment)))
-        year = np.int16(moment_text(moment)[:4])
-        return replace(
-            self,
-            asked=np.full(len(self), moment),
-            last_year=np.full(len(self), year),
-            has_last_year=np.ones(len(self), bool),
-        )
+            some = self.lengths > 0
+            last = self.times[self.offsets[1:][some] - 1]
+            if (early := np.flatnonzero(asked[some] < last)).size:
+                check_is_after(int(asked[some][early[0]]), int(last[early].max()))
+        year = (asked.astype("datetime64[s]").astype("datetime64[Y]").astype(np.int64) + 1970).astype(np.int16)
+        return replace(self, asked=asked, last_year=year, has_last_year=np.ones(len(self), bool))
 
     @property
     def lengths(self) -> np.ndarray:
@@ -338,6 +337,7 @@ class PreparedDataset:
             for number, low in enumerate(range(0, self.manifest.num_users, size))
         ]
 
+    @storage.patient
     def read_part(self, part: "Part", with_times: bool = False) -> Sequences:
         """Read the histories of one part, and the times of their items only if asked to."""
         tables = []
@@ -350,6 +350,7 @@ class PreparedDataset:
                     tables.append(parquet.read_row_group(group, columns).slice(low, high - low))
         return Sequences.from_table(pa.concat_tables(tables), self.manifest.time_origin or 0)
 
+    @storage.patient
     def time_span(self) -> tuple[int, int]:
         """Unix times, in whole seconds, of the first and the last interaction.
 
@@ -371,6 +372,7 @@ class PreparedDataset:
         return self.manifest.time_origin, self.manifest.time_origin + last
 
     @cached_property
+    @storage.patient
     def _row_groups(self) -> list[tuple[str, int, int, int]]:
         """For each row group of the sequences: its file, its number there, its first user and its number of users."""
         found, first = [], 0
@@ -399,6 +401,7 @@ class PreparedDataset:
                 "dataset; run the same command again"
             ) from None
 
+    @storage.patient
     def _check_files(self, verify: bool) -> None:
         for name, size in self.manifest.files.items():
             filesystem, inner = storage.open_store(storage.inside(self.path, name))
@@ -433,11 +436,17 @@ def _read_manifest(path: str) -> Manifest:
         raise InputError(f"{path}: prepared by another version ({error}); run `python -m jobs.prepare` again") from None
 
 
+@storage.patient
 def read_items(path: str, sizes: dict[str, int] | None = None) -> ItemTable:
-    """Read the catalogue in an items.parquet. Without the `sizes` of the vocabularies, it has no features."""
+    """Read the catalogue in an items.parquet. Without the `sizes` of vocabularies, they follow from the indices."""
     filesystem, inner = storage.open_store(path)
     table = pq.read_table(inner, filesystem=filesystem).combine_chunks()
     year = _one_chunk(table["year"])
+    listed = {
+        name: Ragged.from_column(_one_chunk(table[feature.column]))
+        for name, feature in FEATURES.items()
+        if (feature.column in table.column_names if sizes is None else name in sizes)
+    }
     return ItemTable(
         ids=_one_chunk(table["item"]),
         count=table["count"].to_numpy(),
@@ -445,8 +454,8 @@ def read_items(path: str, sizes: dict[str, int] | None = None) -> ItemTable:
         has_year=year.is_valid().to_numpy(zero_copy_only=False),
         title=_one_chunk(table["title"]),
         listed={
-            name: (size, Ragged.from_column(_one_chunk(table[FEATURES[name].column])))
-            for name, size in (sizes or {}).items()
+            name: (int(ragged.values.max(initial=-1)) + 1 if sizes is None else sizes[name], ragged)
+            for name, ragged in listed.items()
         },
     )
 

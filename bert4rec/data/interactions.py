@@ -319,6 +319,7 @@ def _parquet_kind(path: str, column: str, kind: pa.DataType) -> Literal["integer
     raise InputError(f"{path}: column {column} is {kind}; expected integers or strings")
 
 
+@storage.patient
 def _read_parquet(chunk: Chunk, types: dict[str, pa.DataType]) -> pa.Table:
     filesystem, inner = storage.open_store(chunk.path)
     with filesystem.open_input_file(inner) as file:

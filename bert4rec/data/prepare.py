@@ -163,7 +163,8 @@ def _write(
         )
 
     report(f"writing {core.num_users:,} users")
-    version = f"data-{storage.fingerprint([[file.model_dump() for file in identities], data_identity(data)])[:8]}"
+    made_of = [Manifest.model_fields["format_version"].default, *(file.model_dump() for file in identities)]
+    version = f"data-{storage.fingerprint([*made_of, data_identity(data)])[:8]}"
     fixed = (token_of_code, cutoffs, time_origin)
     ranges = [(path, version, number, table, *fixed) for number, table in enumerate(core.tables)]
     written = [*_results_of(_write_range, ranges, "writing"), _write_parquet(path, f"{version}/{ITEMS}", items)]

@@ -12,6 +12,7 @@ import os
 import tempfile
 import warnings
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 
 import torch
@@ -22,6 +23,8 @@ from bert4rec import storage
 from bert4rec.data.dataset import PADDING, ItemTable
 from bert4rec.errors import InputError
 from bert4rec.inference.ranking import NO_RULES, Ranking
+from bert4rec.inference.rules import Rules
+from bert4rec.inference.selection import Selection, list_of
 from bert4rec.model.network import BERT4Rec
 from bert4rec.model.times import phases
 
@@ -42,12 +45,31 @@ class ScoringFunction(nn.Module):
     topk
         Return only this many best items, instead of the scores of all items.
     ranking
-        The ranking rules. The program ignores exclude_future, because it knows no years. It uses exclude_seen only with
-        `topk`.
+        The ranking rules. The program ignores exclude_future, because it knows no years. It uses exclude_seen, and all
+        rules of a `Selection`, only with `topk`.
+    items
+        The catalogue, if a rule looks at it.
+
+    Raises
+    ------
+    InputError
+        If a rule has a list for each user, of whom a program knows nothing.
     """
 
-    def __init__(self, model: BERT4Rec, topk: int | None = None, ranking: Ranking = NO_RULES) -> None:
+    def __init__(
+        self,
+        model: BERT4Rec,
+        topk: int | None = None,
+        ranking: Ranking = NO_RULES,
+        items: ItemTable | None = None,
+    ) -> None:
         super().__init__()
+        for given in ranking.item_lists:
+            if not given.is_for_all:
+                raise InputError(
+                    f"{given.source}: has a list for each user, and a program knows no users; export without "
+                    f"{given.key}, or with a list for all"
+                )
         self.num_heads, self.max_len = model.config.num_heads, model.config.max_len
         self.mask_token = model.num_items + 1
         self.topk, self.exclude_seen = topk, ranking.exclude_seen
@@ -55,6 +77,14 @@ class ScoringFunction(nn.Module):
             every = torch.arange(model.num_items + 2, device=model.output_bias.device)
             vectors = model.items(every).clone()
             weights, bias = (tensor.detach() for tensor in ranking.output_weights(model))
+        self.selection: Selection | None = None
+        if items is not None:
+            rules = Rules(ranking, items, bias.device)
+            self.selection = rules.selection
+            bias = bias if rules.forbidden is None else bias.masked_fill(rules.forbidden, -torch.inf)
+            if self.selection.values is not None:
+                self.register_buffer("feature_values", self.selection.values)
+                self.register_buffer("caps", self.selection.caps)
         self.register_buffer("vectors", vectors)  # [V+2, D]
         self.register_buffer("bias", bias.clone())  # [V]
         self.is_tied = torch.equal(weights, vectors[1:-1])
@@ -129,8 +159,27 @@ class ScoringFunction(nn.Module):
             seen = torch.zeros(scores.shape[0], self.mask_token, dtype=torch.bool, device=scores.device)
             seen = seen.scatter(1, history, torch.ones_like(history, dtype=torch.bool))  # column 0 is padding's
             scores = scores.masked_fill(seen[:, 1:], -torch.inf)
-        best = scores.topk(self.topk, dim=1)
-        return best.values, best.indices + 1
+        if self.selection is None:
+            best = scores.topk(self.topk, dim=1)
+            return best.values, best.indices + 1
+        selection = self.selection
+        if selection.values is not None:
+            selection = replace(selection, values=self.get_buffer("feature_values"), caps=self.get_buffer("caps"))
+        # With caps, a list may have to look at every item.
+        num_items = scores.shape[1]
+        depth = (
+            num_items if selection.values is not None else min(max(self.topk, selection.depth(self.topk)), num_items)
+        )
+        best = scores.topk(depth, dim=1)
+        values, chosen = list_of(
+            best.values,
+            best.indices,
+            scores.logsumexp(1),
+            self.topk,
+            selection,
+            lambda items: F.normalize(F.embedding(items + 1, self.get_buffer("vectors")), dim=-1),
+        )
+        return values, chosen + 1
 
     def _with_times(self, x: Tensor, keep: Tensor, times: Tensor) -> Tensor:
         """`x` [B, L, D] with the embeddings of times [B, L]; `keep` [B, 1, 1, L] is false at what is not read."""

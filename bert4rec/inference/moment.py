@@ -3,7 +3,7 @@
 import time
 
 from bert4rec.config import InferenceConfig
-from bert4rec.data.dataset import PreparedDataset, check_is_after
+from bert4rec.data.dataset import Part, PreparedDataset, Sequences, check_is_after
 from bert4rec.model.network import BERT4Rec
 
 
@@ -20,8 +20,8 @@ def moment_asked(inference: InferenceConfig, model: BERT4Rec, last: int | None) 
     return inference.at if inference.at is not None or not model.config.time_parts else last
 
 
-def moment_asked_of_all(inference: InferenceConfig, model: BERT4Rec, dataset: PreparedDataset) -> int | None:
-    """The same for all users of a dataset.
+def settled(inference: InferenceConfig, model: BERT4Rec, dataset: PreparedDataset) -> InferenceConfig:
+    """The same settings with the moment itself in `at`, for all users of a dataset.
 
     Raises
     ------
@@ -32,4 +32,12 @@ def moment_asked_of_all(inference: InferenceConfig, model: BERT4Rec, dataset: Pr
     moment = moment_asked(inference, model, last)
     if moment is not None and last is not None:
         check_is_after(moment, last)
-    return moment
+    return inference.model_copy(update={"at": moment})
+
+
+def read_asked(dataset: PreparedDataset, part: Part, model: BERT4Rec, inference: InferenceConfig) -> Sequences:
+    """The histories of a part, asked for their next items at the `settled` moment; with times if the model reads
+    them."""
+    sequences = dataset.read_part(part, with_times=bool(model.config.time_parts))
+    assert inference.at != "now", "workers do not look at the clock"
+    return sequences if inference.at is None else sequences.asked_at(inference.at)

@@ -22,10 +22,11 @@ import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
 from bert4rec import storage
-from bert4rec.config import Config, QueryTime
+from bert4rec.config import Config, InferenceConfig, QueryTime
 from bert4rec.config_docs import all_keys
 from bert4rec.data.dataset import ItemTable, PreparedDataset, Ragged, moment_text
 from bert4rec.evaluation.protocols import ASKED, MODEL, OTHER_QUERY
+from bert4rec.report.effects import Effects
 from bert4rec.runs import REPORT
 
 SHOWN_USERS = 24
@@ -87,6 +88,7 @@ def render(
     run: dict[str, Any] | None,
     evaluation: dict[str, Any] | None,
     recommendations: Recommendations | str,
+    effects: Effects | str | None = None,
 ) -> str:
     """Render the page.
 
@@ -100,6 +102,8 @@ def render(
         Results of `jobs.evaluate`: metrics by protocol and system, in groups of users, and beyond accuracy.
     recommendations : Recommendations or str
         The recommendations, or a string that says why there are none.
+    effects : Effects, str or None
+        What the rules change, or a string that says why the page cannot show it. None: not asked for.
     """
     items = dataset.items()
     given = recommendations if isinstance(recommendations, Recommendations) else None
@@ -113,6 +117,7 @@ def render(
         _metrics_section(evaluation),
         _recommended_section(dataset, items, given, recommended, str(recommendations)),
         _filter_section(items, users, settings),
+        *_rules_section(settings, effects),
     ]
     environment = jinja2.Environment(
         autoescape=True, loader=jinja2.FileSystemLoader(Path(__file__).parent), undefined=jinja2.StrictUndefined
@@ -122,7 +127,7 @@ def render(
         summary=_summary(config, dataset, run),
         sections=sections,
         charts=[chart["figure"] for section in sections for chart in section.charts],
-        browser=_browser(dataset, items, users, given),
+        browser=_browser(dataset, items, users, given, effects if isinstance(effects, Effects) else None),
         without_recommendations="" if given else str(recommendations),
         settings=_settings(config),
         plotly_js=plotly.offline.get_plotlyjs(),
@@ -188,6 +193,7 @@ def _count_recommended(dataset: PreparedDataset, items: ItemTable, given: Recomm
     return counts
 
 
+@storage.patient
 def _read_part(given: Recommendations, number: int) -> pa.Table:
     filesystem, inner = storage.open_store(storage.join(given.parts_path, f"part-{number:05d}.parquet"))
     return pq.read_table(inner, filesystem=filesystem)
@@ -498,13 +504,67 @@ def _filter_section(items: ItemTable, users: _Users, settings: dict[str, Any]) -
     return section
 
 
+_RULES = (
+    "candidates",
+    "candidates_default",
+    "exclude",
+    "max_per",
+    "diversity",
+    "diversity_pool",
+    "min_score",
+    "scores",
+)
+
+
+def _rules_section(settings: dict[str, Any], effects: Effects | str | None) -> list[Section]:
+    """The rules that are set, and what each of them changes; nothing where none is set."""
+    default = InferenceConfig().model_dump()
+    set_here = {name: settings[name] for name in _RULES if name in settings and settings[name] != default[name]}
+    if not set_here:
+        return []
+    text = "; ".join(f"inference.{name}={_plain(_listed(value))}" for name, value in set_here.items())
+    section = Section("What the rules change", f"The rules of the lists: {text}.")
+    if isinstance(effects, Effects):
+        columns = ["", "users with another list", "taken away", "come instead", "places moved by what stays"]
+        rows = [
+            [
+                each.rule,
+                f"{each.num_users:,} ({each.num_users / effects.num_users:.0%})",
+                f"{each.num_taken:,}",
+                f"{each.num_added:,}",
+                f"{each.moved:.2f}",
+            ]
+            for each in effects.rules
+        ]
+        caption = (
+            f"recommendations of {effects.num_users:,} users of all lengths of history, with this rule and without any"
+        )
+        section.tables.append({"title": "Each rule alone", "caption": caption, "columns": columns, "rows": rows})
+    elif effects is not None:
+        section.missing.append(effects)
+    return [section]
+
+
+def _listed(value: Any) -> Any:  # noqa: ANN401 - a YAML value
+    return list(value) if isinstance(value, tuple) else value
+
+
+def spread(lengths: np.ndarray, count: int) -> np.ndarray:
+    """Ascending places of `count` users, from the shortest history to the longest, given lengths [N]."""
+    by_length = np.argsort(lengths, kind="stable")
+    places = np.linspace(0, len(by_length) - 1, min(count, len(by_length))).round().astype(np.int64)
+    return np.sort(by_length[places])
+
+
 def _browser(
-    dataset: PreparedDataset, items: ItemTable, users: _Users, given: Recommendations | None
+    dataset: PreparedDataset,
+    items: ItemTable,
+    users: _Users,
+    given: Recommendations | None,
+    effects: Effects | None = None,
 ) -> dict[str, Any]:
     """Sample users from the shortest to the longest history, and by index the items of their histories and top-k."""
-    by_length = np.argsort(users.length, kind="stable")
-    places = np.linspace(0, len(by_length) - 1, min(SHOWN_USERS, len(by_length))).round().astype(np.int64)
-    sample = np.sort(by_length[places])
+    sample = spread(users.length, SHOWN_USERS)
     names, genre_names = _titles(items), dataset.manifest.vocabularies["genre"]
     _, genres = items.listed["genre"]
     shown: list[dict[str, Any]] = []
@@ -527,13 +587,20 @@ def _browser(
                     for token, score in zip(tokens, mine["score"].to_pylist(), strict=True)
                     if token is not None
                 ]
-            for item in (*history, *(item for item, _ in top)):
+            before: list[tuple[int, float]] = []
+            if effects is not None:
+                listed = effects.before.get(sequences.users[row].as_py(), [])
+                tokens = pc.index_in(pa.array([item for item, _ in listed], items.ids.type), items.ids).to_pylist()
+                before = [(token, round(score, 4)) for token, (_, score) in zip(tokens, listed, strict=True)]
+            for item in (*history, *(item for item, _ in (*top, *before))):
                 year = int(items.year[item]) if items.has_year[item] else None
                 its_genres = genres.values[genres.offsets[item] : genres.offsets[item + 1]].tolist()
                 known[item] = [names[item], year, [genre_names[genre] for genre in its_genres]]
             user = str(sequences.users[row].as_py())
             year = int(sequences.last_year[row]) if sequences.has_last_year[row] else None
             shown.append({"user": user, "length": int(high - low), "year": year, "history": history[::-1], "top": top})
+            if effects is not None:
+                shown[-1]["before"] = before
     shown.sort(key=lambda user: user["length"])
     return {"users": shown, "items": known}
 

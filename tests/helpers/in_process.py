@@ -19,6 +19,7 @@ def without_ray(monkeypatch, *modules):
     for module in modules:
         monkeypatch.setattr(module, "map_parts", map_parts)
         monkeypatch.setattr(module, "begin", lambda config, meanwhile=(): None)
+        monkeypatch.setattr(module, "sort_lists", lambda ranking, dataset: (ranking, []))
         monkeypatch.setattr(module, "for_scoring", lambda config: (False, 1))
         monkeypatch.setattr(module, "Progress", lambda *arguments: contextlib.nullcontext(Quiet()))
 

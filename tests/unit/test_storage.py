@@ -139,3 +139,44 @@ def test_a_manifest_never_leads_out_of_its_folder(tmp_path, name):
     storage.write_json(str(run / "run.json"), {"best_checkpoint": name})
     with pytest.raises(InputError, match="which is not in this directory"):
         checkpoint_and_output(load_config(None, [f"run.storage_path={tmp_path}/runs", "run.name=r"]))
+
+
+# Object stores that do not answer for a while
+
+BUSY = "AWS Error SLOW_DOWN during GetObject operation: Please reduce your request rate."
+
+
+def test_a_store_that_is_busy_is_asked_again_but_not_for_ever(monkeypatch):
+    now, asked = [0.0], []
+    monkeypatch.setattr(storage.time, "monotonic", lambda: now[0])
+    monkeypatch.setattr(storage.time, "sleep", lambda seconds: now.__setitem__(0, now[0] + seconds))
+
+    @storage.patient
+    def read(name, error, times):
+        """Fail so many times."""
+        asked.append(now[0])
+        if len(asked) <= times:
+            raise OSError(error)
+        return f"content of {name}"
+
+    assert read("a", BUSY, times=3) == "content of a"
+    assert asked == pytest.approx([0, 0.1, 0.3, 0.7])
+    asked.clear()
+    with pytest.raises(OSError, match="SLOW_DOWN"):
+        read("a", BUSY, times=1000)
+    assert 25 < asked[-1] - asked[0] <= 30
+    asked.clear()
+    with pytest.raises(OSError, match="ACCESS_DENIED"):
+        read("a", "AWS Error ACCESS_DENIED during GetObject operation", times=1000)
+    assert len(asked) == 1
+
+
+def test_a_listing_that_lags_is_waited_for_and_one_that_never_comes_is_told(tmp_path, monkeypatch):
+    (tmp_path / "a").touch()
+    (tmp_path / "stale").touch()
+    monkeypatch.setattr(storage, "_SECONDS_TO_LIST", 1.0)
+    monkeypatch.setattr(storage.time, "sleep", lambda seconds: (tmp_path / "stale").rename(tmp_path / "b"))
+    storage.wait_until_listed(str(tmp_path), ["a", "b"])
+    monkeypatch.setattr(storage.time, "sleep", lambda seconds: None)
+    with pytest.raises(InputError, match=r"shows other files than were written \(b, c\); its listing lags, or another"):
+        storage.wait_until_listed(str(tmp_path), ["a", "c"])

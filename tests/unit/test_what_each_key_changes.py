@@ -112,6 +112,7 @@ CHANGES = {
     "training.min_workers": Key("1", NOTHING, TWO),
     "training.cpus_per_worker": Key("2", NOTHING),
     "training.precision": Key("bf16-mixed", TRAINED),
+    "training.checkpoint_minutes": Key("7", NOTHING),
     "training.max_failures": Key("7", NOTHING),
     "evaluation.exclude_seen": Key("false", {MODEL, EVALUATION}),
     "evaluation.split": Key("validation", {EVALUATION}, ("data.holdout=2",)),
@@ -119,6 +120,7 @@ CHANGES = {
     "evaluation.query_time": Key("target", {MODEL, EVALUATION}, ("model.time_encoding=gap",)),
     "evaluation.seed": Key("7", {EVALUATION}, ("evaluation.protocols=[uniform-100]",)),
     "evaluation.baselines": Key("[popularity-7-days]", {EVALUATION}),
+    "evaluation.candidates": Key("true", {EVALUATION}, ("inference.candidates=FOR_ALL",)),
     "evaluation.max_baseline_items": Key("7", {EVALUATION}, ("evaluation.baselines=[ease]",)),
     "embedding.method": Key("bert-mean", {VECTORS}),
     "embedding.model_name": Key("OTHER_MODEL", {VECTORS}),
@@ -139,6 +141,16 @@ CHANGES = {
     "inference.exclude_future": Key("false", {RECOMMENDATIONS}),
     "inference.at": Key("2026-01-01", {RECOMMENDATIONS}),
     "inference.popularity_discount": Key("0.5", {RECOMMENDATIONS, EVALUATION, PROGRAM}),
+    "inference.candidates": Key("FOR_ALL", {RECOMMENDATIONS, PROGRAM}),
+    "inference.candidates_default": Key("all", {RECOMMENDATIONS}),
+    "inference.exclude": Key("FOR_ALL", {RECOMMENDATIONS, PROGRAM}),
+    "inference.max_per": Key("{genre: 1}", {RECOMMENDATIONS, EVALUATION, PROGRAM}, ("export.topk=3",)),
+    "inference.diversity": Key("0.9", {RECOMMENDATIONS, EVALUATION, PROGRAM}, ("export.topk=3",)),
+    "inference.diversity_pool": Key(
+        "5", {RECOMMENDATIONS, EVALUATION, PROGRAM}, ("export.topk=3", "inference.diversity=0.9")
+    ),
+    "inference.min_score": Key("3", {RECOMMENDATIONS, EVALUATION, PROGRAM}, ("export.topk=3",)),
+    "inference.scores": Key("probability", {RECOMMENDATIONS, PROGRAM}, ("export.topk=3",)),
     "inference.formats": Key("[csv]", {RECOMMENDATIONS}),
     "inference.output_path": Key("other", NOTHING),
     "inference.users": Key("[1]", NOTHING),
@@ -174,14 +186,17 @@ class Deciders:
         before = {name: [1] * 60 for name in ("recent_validation", "recent_test", "recent_last")}
         before |= {"validation": [min(3, len(h)) for h in histories.values()]}
         before |= {"test": [min(5, len(h)) for h in histories.values()]}
-        times = random_times(histories)
-        self.dataset = PreparedDataset(write_dataset(root / "d", histories, 130, before=before, times=times))
+        genres, times = [[token % 3] for token in range(130)], random_times(histories)
+        path = write_dataset(root / "d", histories, 130, before=before, genres=genres, times=times)
+        self.dataset = PreparedDataset(path)
         model = make_model(130, time_encoding="gap")
         model.item_counts += torch.arange(130, 0, -1)
         self.names = {"MODEL": str(root / "m"), "OTHER_MODEL": str(root / "o")}
         model.save_pretrained(self.names["MODEL"])
+        self.names["FOR_ALL"] = str(root / "list.csv")
+        (root / "list.csv").write_text("item\n" + "".join(f"{item}\n" for item in range(101, 231, 3)))
         make_model(130, max_len=9).save_pretrained(self.names["OTHER_MODEL"])
-        for path in self.names.values():
+        for path in (self.names["MODEL"], self.names["OTHER_MODEL"]):
             shutil.copy(f"{self.dataset.path}/items.parquet", path)
         (root / "titles.tsv").write_text("item\ttitle\n1\tOne\n")
         (root / "genres.tsv").write_text("item\tgenre\n1\tWar\n")
@@ -239,7 +254,8 @@ def test_a_key_changes_what_its_entry_says(key, deciders):
         pytest.skip("told by the test above")
     entry = CHANGES[key]
     value = deciders.names.get(entry.other, entry.other)
-    base, other = (load_config(None, [*entry.beside, *overrides]) for overrides in ([], [f"{key}={value}"]))
+    beside = [each.replace("FOR_ALL", deciders.names["FOR_ALL"]) for each in entry.beside]
+    base, other = (load_config(None, [*beside, *overrides]) for overrides in ([], [f"{key}={value}"]))
     assert base != other
     before, after = deciders.what(base), deciders.what(other)
     changed = {what for what in before if before[what] != after[what]}

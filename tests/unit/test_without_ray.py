@@ -16,6 +16,7 @@ WITH_RAY = {
     "bert4rec.embedding.embed",
     "bert4rec.evaluation.evaluate",
     "bert4rec.inference.recommend",
+    "bert4rec.inference.vectors",
     "bert4rec.progress",
     "bert4rec.training.train",
     "bert4rec.training.trainer",
