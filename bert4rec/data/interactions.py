@@ -20,6 +20,7 @@ import pyarrow.csv as pacsv
 import pyarrow.parquet as pq
 
 from bert4rec import storage
+from bert4rec.config import LARGEST_TIME
 from bert4rec.data.dataset import InputFile
 from bert4rec.data.files import READ_BYTES, hash_file, is_compressed, read_header, readable, require_columns
 from bert4rec.data.ids import are_ints
@@ -30,7 +31,6 @@ SAMPLE_EVERY = 4096
 _QUOTE = ord('"')
 _MAY_STAND_BESIDE = np.isin(np.arange(256), list(b'",\r\n'))  # [256] bool, by byte
 _TEXT = pa.dictionary(pa.int32(), pa.string())
-_LARGEST_TIME = 1e11  # the year 5138 in seconds, but 1973 in milliseconds, so it tells the two units apart
 
 
 @dataclass(frozen=True)
@@ -364,7 +364,7 @@ def _bad_rows(table: pa.Table) -> dict[str, np.ndarray]:
     ids = {name: table[name].combine_chunks() for name in ("user", "item")}
     bad = {name: pc.equal(each.dictionary, "").take(each.indices).to_numpy(False) for name, each in ids.items()}
     if "time" in table.column_names:
-        bad["time"] = ~(np.abs(table["time"].to_numpy()) <= _LARGEST_TIME)
+        bad["time"] = ~(np.abs(table["time"].to_numpy()) <= LARGEST_TIME)
     return bad
 
 
@@ -397,7 +397,7 @@ def _csv_problems(chunk: Chunk, text: TextIO) -> Iterator[tuple[str, str, str]]:
             if not value.isascii() and any("\udc80" <= character <= "\udcff" for character in value):
                 yield where, f"column {column} is not UTF-8 text", ""
             elif (column in ("user", "item") and not value) or (
-                column == "time" and not abs(_seconds(value)) <= _LARGEST_TIME
+                column == "time" and not abs(_seconds(value)) <= LARGEST_TIME
             ):
                 yield where, _describe(column, value), column
 

@@ -23,11 +23,21 @@ import pyarrow.compute as pc
 from bert4rec import lease, storage
 from bert4rec.config import DataConfig, data_identity
 from bert4rec.data import files, interactions
-from bert4rec.data.dataset import ITEMS, InputFile, Manifest, PreparedDataset
+from bert4rec.data.dataset import ITEMS, InputFile, Manifest, PreparedDataset, moment_text
 from bert4rec.data.ids import ascending
 from bert4rec.data.interactions import Chunk, ChunkSummary
 from bert4rec.data.metadata import catalogue_fingerprint, item_table, new_items, read_metadata
-from bert4rec.data.ranges import Vocabulary, build, count_before, encode, leave_out, total, write, write_parquet
+from bert4rec.data.ranges import (
+    Vocabulary,
+    between,
+    build,
+    count_before,
+    encode,
+    leave_out,
+    total,
+    write,
+    write_parquet,
+)
 from bert4rec.errors import InputError
 from bert4rec.progress import track
 
@@ -116,12 +126,18 @@ def _write(
     source = storage.join(data_dir, data.data_file)
     if data.split == "temporal" and not has_time:
         raise InputError(f"{source}: no column time, which data.split=temporal needs")
+    has_limits = data.since is not None or data.until is not None
+    if has_limits and not has_time:
+        raise InputError(f"{source}: no column time, which data.since and data.until need")
     checked = _check(source, chunks)
     item_ids = checked.vocabulary.item_ids
 
     report(f"sorting {sum(checked.rows):,} interactions with {len(item_ids):,} items")
     sequences = _shuffle(chunks, checked)
     everything = _totals(sequences, len(item_ids))
+    num_unique = int(everything.counts.sum())
+    if has_limits:
+        sequences, everything = _between(sequences, everything, data, source)
     sequences, core = _k_core(sequences, everything, data.min_item_interactions)
     counts = core.counts
     num_interactions = int(counts.sum())
@@ -139,10 +155,12 @@ def _write(
     items, vocabularies, notes = item_table(ids, item_counts, metadata)
     if not has_time:
         notes.append("no column time: the order of rows is the order of interactions, and no interaction has a year")
-    if num_duplicates := sum(checked.rows) - int(everything.counts.sum()):
+    if num_duplicates := sum(checked.rows) - num_unique:
         notes.append(f"exact duplicates of an interaction dropped: {num_duplicates:,}")
+    if num_outside := num_unique - int(everything.counts.sum()):
+        notes.append(f"interactions before data.since or from data.until on left out: {num_outside:,}")
     left_out = {
-        "num_core_items": len(counts) - len(order),
+        "num_core_items": np.count_nonzero(everything.counts) - len(order),
         "num_core_users": everything.num_users - core.num_users,
         "num_core_interactions": int(everything.counts.sum()) - num_interactions,
     }
@@ -166,6 +184,7 @@ def _write(
         num_items=len(items),
         num_new_items=len(items) - len(order),
         identity=data_identity(data),
+        num_outside=num_outside,
         **left_out,
         cutoffs=cutoffs,
         num_interactions=num_interactions,
@@ -323,6 +342,26 @@ def _totals(sequences: Any, num_items: int) -> _Totals:  # noqa: ANN401
         num_users += pc.sum(table["num_users"]).as_py()
         first, last = min(first, pc.min(table["first"]).as_py()), max(last, pc.max(table["last"]).as_py())
     return _Totals(counts, num_users, first, last)
+
+
+def _between(sequences: Any, totals: _Totals, data: DataConfig, source: str) -> tuple[Any, _Totals]:  # noqa: ANN401
+    """Leave out interactions before data.since or from data.until on, and users who then have none.
+
+    Raises
+    ------
+    InputError
+        If no interaction is left.
+    """
+    since, until = -math.inf if data.since is None else data.since, math.inf if data.until is None else data.until
+    kept = _map(sequences, between, since=since, until=until).materialize()
+    left = _totals(kept, len(totals.counts))
+    if not left.num_users:
+        first, last = (moment_text(math.floor(time)) for time in (totals.first, totals.last))
+        raise InputError(
+            f"{source}: data.since={data.since} and data.until={data.until} (Unix times) leave no interaction; the "
+            f"times run from {first} to {last}"
+        )
+    return kept, left
 
 
 def _k_core(sequences: Any, totals: _Totals, k: int) -> tuple[Any, _Totals]:  # noqa: ANN401

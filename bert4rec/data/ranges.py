@@ -136,10 +136,21 @@ def _is_duplicate(user: np.ndarray, time: np.ndarray, code: np.ndarray) -> np.nd
 def leave_out(ranges: pa.Table, common: np.ndarray, k: int) -> pa.Table:
     """Keep only the `common` [V] codes, and only users with `k` of them."""
     whole = _Ranges.of(ranges)
-    kept = common[whole.code]
+    return _keep(whole, common[whole.code], k)
+
+
+def between(ranges: pa.Table, since: float, until: float) -> pa.Table:
+    """Keep only interactions from `since` on and before `until`, and only users who have one."""
+    whole = _Ranges.of(ranges)
+    assert whole.time is not None
+    return _keep(whole, (since <= whole.time) & (whole.time < until), 1)
+
+
+def _keep(whole: _Ranges, kept: np.ndarray, k: int) -> pa.Table:
+    """Keep only the interactions `kept` [T], and only users with `k` of them."""
     lengths = _sums(kept, whole.length)
     enough = lengths >= k
-    kept &= np.repeat(enough, whole.length)
+    kept = kept & np.repeat(enough, whole.length)
     time = None if whole.time is None else whole.time[kept]
     user, num_users = whole.user.filter(pa.array(enough)), _sums(enough, whole.num_users)
     return _Ranges(whole.number, num_users, user, lengths[enough], whole.code[kept], time).table()
