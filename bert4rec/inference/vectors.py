@@ -65,11 +65,14 @@ def export_vectors(config: Config, dataset: PreparedDataset, checkpoint: str, ou
     with Progress("computing vectors", dataset.manifest.num_users, "users") as reporter:
         opened = (dataset.path, dataset.manifest.fingerprint)
         arguments = (inference, *opened, checkpoint, work, use_gpu, reporter)
-        for _ in map_parts(dataset.parts(), _UserVectors, arguments, num_workers, use_gpu):
+        parts = dataset.parts()
+        for _ in map_parts(parts, _UserVectors, arguments, num_workers, use_gpu):
             pass
     users = storage.join(output_path, USER_VECTORS)
     storage.remove(users)
-    storage.move(work, users)
+    names = [_name_of(part) for part in parts]
+    storage.move(work, users, names)
+    storage.wait_until_listed(users, names)
     return notes
 
 
@@ -116,7 +119,7 @@ class _UserVectors:
                 user_vectors(self.model, windows.users(users).to(self.model.output_bias.device)).cpu().numpy()
             )
             self.reporter.advance(len(users))
-        path = storage.join(self.work, f"part-{part.number:05d}.parquet")
+        path = storage.join(self.work, _name_of(part))
         _write(path, "user", sequences.users, np.concatenate(vectors))
         return {"num_users": [len(windows)]}
 
@@ -126,3 +129,7 @@ def _write(path: str, name: str, ids: pa.Array, vectors: np.ndarray) -> None:
     sink = pa.BufferOutputStream()
     pq.write_table(pa.table({name: ids, "vector": column}), sink)
     storage.write_bytes(path, sink.getvalue())
+
+
+def _name_of(part: Part) -> str:
+    return f"part-{part.number:05d}.parquet"

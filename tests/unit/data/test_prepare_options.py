@@ -1,6 +1,4 @@
-"""Every option of the prepared dataset has its effect; Ray's tasks run in this process."""
-
-import sys
+"""Every option of the prepared dataset has its effect; Ray Data's part runs in this process."""
 
 import pytest
 
@@ -8,7 +6,6 @@ from bert4rec.config import DATASET_KEYS, DataConfig, data_identity, load_config
 from bert4rec.data.dataset import PreparedDataset
 from bert4rec.data.prepare import prepare
 from bert4rec.errors import InputError
-from tests.helpers.in_process import LocalRay
 
 pytestmark = pytest.mark.unit
 
@@ -23,8 +20,7 @@ OTHER = {
 
 
 @pytest.fixture
-def data_dir(tmp_path, monkeypatch):
-    monkeypatch.setattr(sys.modules[prepare.__module__], "ray", LocalRay())
+def data_dir(tmp_path, local_ray_data):
     rows = [f"{user},{item},{10**9 + 1000 * user + item}" for user in range(1, 12) for item in range(1, user + 1)]
     (tmp_path / "train_ratings.csv").write_text("\n".join(["user,item,time", *rows]) + "\n")
     (tmp_path / "titles.tsv").write_text("item\ttitle\n3\tThird\n77\tNew\n")
