@@ -129,7 +129,7 @@ def main() -> None:
                 "model.time_encoding": encoding,
                 "training.num_epochs": args.epochs,
                 "training.val_check_interval": args.validate_every,
-                "training.checkpoint_minutes": "null",
+                "training.checkpoint_minutes": 1_000_000,
             }
             config = load_config(args.config, [f"{key}={value}" for key, value in overrides.items()])
             sequences = PreparedDataset(config.prepared_path).sequences(with_times=bool(config.model.time_parts))
