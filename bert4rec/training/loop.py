@@ -20,6 +20,7 @@ from bert4rec.inference.ranking import Exclusions, rank_of_target, score_next
 from bert4rec.model.batches import Step, iter_steps, steps_ahead
 from bert4rec.model.network import BERT4Rec
 from bert4rec.training.muon import muon_for
+from bert4rec.training.rowwise import RowwiseAdam
 
 DDP_OPTIONS = {"broadcast_buffers": False, "gradient_as_bucket_view": True}
 """The model's tables never change, and a gradient need not lie in memory twice."""
@@ -51,7 +52,7 @@ def learning_rate(training: TrainingConfig, epochs_done: float) -> float:
     return training.lr * (1 - share if training.scheduler == "linear" else (1 + math.cos(math.pi * share)) / 2)
 
 
-def make_optimizers(model: nn.Module, training: TrainingConfig) -> list[torch.optim.Optimizer]:
+def make_optimizers(model: BERT4Rec, training: TrainingConfig) -> list[torch.optim.Optimizer]:
     """The configured optimiser, or optimisers, of all parameters of `model`."""
     muon = [
         p
@@ -59,8 +60,8 @@ def make_optimizers(model: nn.Module, training: TrainingConfig) -> list[torch.op
         if training.optimizer == "muon" and p.ndim == 2 and ("blocks." in name or "output_transform." in name)
     ]
     by_muon = {id(p) for p in muon}
-    matrices = [p for p in model.parameters() if p.ndim > 1 and id(p) not in by_muon]
-    vectors = [p for p in model.parameters() if p.ndim == 1]  # biases and norms are not decayed
+    matrices = [p for p in model.parameters() if p.requires_grad and p.ndim > 1 and id(p) not in by_muon]
+    vectors = [p for p in model.parameters() if p.requires_grad and p.ndim == 1]  # biases and norms are not decayed
     kind = torch.optim.Adam if training.optimizer == "adam" else torch.optim.AdamW
     groups = [{"params": matrices, "weight_decay": training.weight_decay}, {"params": vectors, "weight_decay": 0.0}]
     optimizers: list[torch.optim.Optimizer] = [kind(groups, lr=training.lr, fused=True)]
@@ -69,6 +70,8 @@ def make_optimizers(model: nn.Module, training: TrainingConfig) -> list[torch.op
         decay, scaled = training.weight_decay, "match_rms_adamw"
         kind_of_muon = muon_for(muon[0].device, min(min(p.shape) for p in muon))
         optimizers.append(kind_of_muon(muon, lr=training.lr, weight_decay=decay, adjust_lr_fn=scaled))
+    if model.row_tables:
+        optimizers.append(RowwiseAdam(model.row_tables, training.lr, training.weight_decay))
     return optimizers
 
 
@@ -98,10 +101,13 @@ def train_step(
                 loss = model(batch)
             scaler.scale(loss * (world_size / max(step.num_targets, 1))).backward()
         sums += torch.stack([loss.detach(), (batch.labels > 0).sum()])
+    of_rows = [own for each in optimizers if isinstance(each, RowwiseAdam) for own in each.collect(world_size)]
     if training.gradient_clip_val is not None:
         for optimizer in optimizers:
             scaler.unscale_(optimizer)
-        nn.utils.clip_grad_norm_(model.parameters(), training.gradient_clip_val)
+        gradients = [p.grad for p in model.parameters() if p.grad is not None] + of_rows
+        norm = nn.utils.get_total_norm(gradients)
+        torch._foreach_mul_(gradients, (training.gradient_clip_val / (norm + 1e-6)).clamp(max=1))
     for optimizer in optimizers:
         scaler.step(optimizer)
     scaler.update()
@@ -163,6 +169,9 @@ def train_epoch(
         by_step.append(train_step(model, step, optimizers, scaler, training, worker.world_size))
         num_tokens += step.num_tokens
         on_step(index + 1, num_steps, num_tokens / (time.monotonic() - began))
+    for optimizer in optimizers:
+        if isinstance(optimizer, RowwiseAdam):
+            optimizer.catch_up()
     sums = torch.stack(by_step)  # [steps, 2]; looked at only now, since every look waits for the device
     _all_reduce(sums)
     seconds = time.monotonic() - began

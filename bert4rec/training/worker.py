@@ -101,6 +101,8 @@ def run_epochs(
         begin_from(model, training.start_from, dataset.items().ids)
     model.get_buffer("item_counts").copy_(counts)
 
+    if training.item_optimizer == "rowwise":
+        model.train_by_rows()
     wrapped = wrap(model)
     optimizers = make_optimizers(model, training)
     scaler = torch.amp.GradScaler(device.type, enabled=training.precision == "16-mixed")  # type: ignore[attr-defined]

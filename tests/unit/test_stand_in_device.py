@@ -45,6 +45,7 @@ TRAININGS = {
     "sampled-softmax": SAMPLED,
     "by popularity": [*SAMPLED, "training.negative_sampling=popularity"],
     "gbce": ["training.loss=gbce", "training.num_negatives=16"],
+    "rows alone": [*SAMPLED, "training.item_optimizer=rowwise", "training.weight_decay=0.1"],
     "muon": ["training.optimizer=muon"],
     "clipped": ["training.optimizer=adam", "training.gradient_clip_val=0.5"],
 }
@@ -92,6 +93,8 @@ def trained(config, dataset, waits=None):
     by_popularity = config.training.negative_sampling == "popularity"
     model.loss = make_loss(config.training, counts.float() if by_popularity else None)
     device = torch.device("cpu") if waits is None else DEVICE
+    if config.training.item_optimizer == "rowwise":
+        model.train_by_rows()
     model = model if waits is None else moved(model)
     optimizers = make_optimizers(model, config.training)
     scaler = torch.amp.GradScaler("cpu", enabled=False)
@@ -112,7 +115,13 @@ def weights_of(model):
 @pytest.mark.parametrize(
     "settings",
     [pytest.param(each, id=name) for name, each in (NETWORKS | TRAININGS).items()]
-    + [pytest.param([*NETWORKS["fused output"], *SAMPLED], id="fused output, sampled-softmax")],
+    + [
+        pytest.param([*NETWORKS["fused output"], *SAMPLED, *more], id=f"fused output, {name}")
+        for name, more in {
+            "sampled-softmax": [],
+            "rows alone": ["training.item_optimizer=rowwise", "training.gradient_clip_val=0.5"],
+        }.items()
+    ],
 )
 def test_a_training_is_that_of_the_cpu_and_no_step_waits(dataset, settings, monkeypatch):
     monkeypatch.setattr(loop, "muon_for", lambda device, width: BFloat16Muon)

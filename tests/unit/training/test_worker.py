@@ -21,7 +21,7 @@ from bert4rec.training.loop import Worker
 from bert4rec.training.tensorboard import TensorBoardLog
 from bert4rec.training.worker import load_checkpoint, run_epochs
 from tests.helpers.datasets import random_histories, write_dataset
-from tests.helpers.trainer import Kept, Quiet, WorkerKilledError, run
+from tests.helpers.trainer import Kept, Quiet, WorkerKilledError, every_item_as_negative, run
 
 pytestmark = pytest.mark.unit
 
@@ -276,6 +276,10 @@ TWO = {
     "alike": ["model.dropout_rate=0", "model.position_encoding=rotary"],
     "dropout": ["training.optimizer=muon", "training.num_epochs=6", "training.early_stopping=false"],
     "temporal": ["data.split=temporal", "training.num_epochs=1", "model.dropout_rate=0"],
+    "rowwise": [
+        *["training.loss=sampled-softmax", "training.item_optimizer=rowwise", "training.weight_decay=0.1"],
+        *["training.gradient_clip_val=0.5", "model.dropout_rate=0"],
+    ],
 }
 
 
@@ -284,6 +288,7 @@ def two_workers(rank, root, dataset_path):
     torch.set_num_threads(1)
     torch.distributed.init_process_group("gloo", init_method=f"file://{root}/meet", rank=rank, world_size=2)
     dataset = PreparedDataset(dataset_path)
+    models = {}
 
     def train(name, path, stop_after=None, resume=None):
         kept = Kept(path, stop_after)
@@ -301,16 +306,23 @@ def two_workers(rank, root, dataset_path):
             if told[0]:
                 raise WorkerKilledError
 
-        return run_epochs(
-            config_for(*TWO[name]),
-            dataset,
-            dataset.sequences(),
-            report=report,
-            progress=Quiet(),
-            worker=Worker(rank, 2),
-            resume_from=resume,
-            wrap=lambda model: torch.nn.parallel.DistributedDataParallel(model, broadcast_buffers=False),
-        )
+        def wrap(model):
+            models[name] = model
+            return torch.nn.parallel.DistributedDataParallel(model, broadcast_buffers=False)
+
+        with pytest.MonkeyPatch.context() as patch:
+            if name == "rowwise":  # each worker draws its own negatives, two others than one
+                patch.setattr("bert4rec.training.worker.make_loss", every_item_as_negative)
+            return run_epochs(
+                config_for(*TWO[name]),
+                dataset,
+                dataset.sequences(),
+                report=report,
+                progress=Quiet(),
+                worker=Worker(rank, 2),
+                resume_from=resume,
+                wrap=wrap,
+            )
 
     histories = {name: train(name, root / name) for name in TWO}
     try:
@@ -319,6 +331,7 @@ def two_workers(rank, root, dataset_path):
         torch.distributed.barrier()
     histories["stopped"] = train("dropout", root / "stopped", resume=Kept(root / "stopped").last)
     torch.save(histories, root / f"histories-{rank}.pt")
+    torch.save(models["rowwise"].state_dict(), root / f"rowwise-{rank}.pt")
     torch.distributed.barrier()  # a process that leaves while another still talks to it is aborted
     torch.distributed.destroy_process_group()
 
@@ -337,15 +350,28 @@ def of_two(tmp_path_factory):
     return path, root, [torch.load(root / f"histories-{rank}.pt") for rank in (0, 1)]
 
 
-@pytest.mark.parametrize("name", ["alike", "temporal"])
-def test_one_worker_and_two_learn_the_same(of_two, tmp_path, name):
+@pytest.mark.parametrize("name", ["alike", "temporal", "rowwise"])
+def test_one_worker_and_two_learn_the_same(of_two, tmp_path, name, monkeypatch):
     """Without dropout only the order of additions differs."""
     path, _, histories = of_two
+    if name == "rowwise":
+        monkeypatch.setattr("bert4rec.training.worker.make_loss", every_item_as_negative)
     history, _ = run(config_for(*TWO[name]), path, tmp_path)
     for one, two in zip(history, histories[0][name], strict=True):
         assert one["train_loss"] == pytest.approx(two["train_loss"], rel=1e-4)
         assert one["val_mrr"] == pytest.approx(two["val_mrr"], abs=2e-2)  # near ties may change places
     assert len(history) == 1 or history[-1]["train_loss"] < history[0]["train_loss"]
+
+
+def test_both_workers_have_the_same_rows_and_about_those_of_one(of_two, tmp_path, monkeypatch):
+    path, root, _ = of_two
+    monkeypatch.setattr("bert4rec.training.worker.make_loss", every_item_as_negative)
+    _, kept = run(config_for(*TWO["rowwise"]), path, tmp_path)
+    first, second = (torch.load(root / f"rowwise-{rank}.pt") for rank in (0, 1))
+    alone = BERT4Rec.from_pretrained(kept.last).state_dict()
+    for name in ("items.embedding.weight", "output_bias"):
+        assert torch.equal(first[name], second[name]), name
+        assert (first[name] - alone[name]).norm() < 2e-3 * alone[name].norm(), name
 
 
 def test_both_workers_have_the_same_history_and_a_resumed_one_too(of_two):
