@@ -9,13 +9,13 @@ import hashlib
 import os
 import time
 from collections.abc import Sequence
-from contextlib import ExitStack
+from contextlib import ExitStack, nullcontext
 from dataclasses import asdict, dataclass
 from typing import TYPE_CHECKING, Any
 
 import ray
 
-from bert4rec import storage
+from bert4rec import lease, storage
 from bert4rec.cluster import resources
 from bert4rec.config import Config, EvaluationConfig
 from bert4rec.data.dataset import Manifest, PreparedDataset
@@ -72,6 +72,8 @@ def train(
     dataset_path: str,
     callbacks: Sequence["UserCallback"] = (),
     sequences: ray.ObjectRef | None = None,
+    fingerprint: str | None = None,
+    is_held: bool = False,
 ) -> TrainResult:
     """Train to the end, going on from the last checkpoint of a run of the same name, if there is one.
 
@@ -81,16 +83,20 @@ def train(
         Told of each report, in Ray Train's controller.
     sequences : ObjectRef
         The dataset's `Sequences`, where they were read already for several trainings.
+    fingerprint : str
+        The dataset's, where the caller has opened it before.
+    is_held : bool
+        Whether the caller holds the run's directory: a sweep holds those of its trials.
 
     Raises
     ------
     InputError
-        If the run's name belongs to a training with other settings or data, training diverges, or the cluster lacks
-        what was asked for.
+        If the run's name belongs to a training with other settings or data, another job trains it, training diverges,
+        or the cluster lacks what was asked for.
     ray.train.TrainingFailedError
         If workers fail more than training.max_failures times.
     """
-    dataset = PreparedDataset(dataset_path, verify=True)
+    dataset = PreparedDataset(dataset_path, verify=True, fingerprint=fingerprint)
     manifest = dataset.manifest
     config = with_features(config, manifest)
     if config.training.start_from is not None:
@@ -99,11 +105,24 @@ def train(
         check_start(config, manifest)
     name = run_name(config, manifest)
     run_path = storage.join(storage.absolute(config.run.storage_path), name)
-    finished = _open_run(config, manifest, run_path)
-    if finished is not None:
+    if storage.exists(storage.join(run_path, RUN)) and (finished := _open_run(config, manifest, run_path)) is not None:
         print(f"run {name} is already trained")
         return finished
+    with nullcontext() if is_held else lease.held(run_path):
+        if (finished := _open_run(config, manifest, run_path)) is not None:
+            return finished  # another job has trained it since the line before
+        return _train(config, dataset, run_path, callbacks, sequences)
 
+
+def _train(
+    config: Config,
+    dataset: PreparedDataset,
+    run_path: str,
+    callbacks: Sequence["UserCallback"],
+    sequences: ray.ObjectRef | None,
+) -> TrainResult:
+    """Train in `run_path`, which is open."""
+    manifest, name = dataset.manifest, os.path.basename(run_path)
     resources.begin(config, meanwhile=HEAVY)
     places = resources.for_training(config)
     cores = f"{places.cpus_per_worker} CPU core{'s' * (places.cpus_per_worker > 1)}"
@@ -123,7 +142,8 @@ def train(
             unless_trained.callback(mlflow.close, None)
         loop = {
             "config": config,
-            "dataset_path": dataset_path,
+            "dataset_path": dataset.path,
+            "fingerprint": manifest.fingerprint,
             "reporter": reporter,
             "sequences": sequences,
             "num_threads": places.cpus_per_worker,
@@ -206,7 +226,8 @@ def train_worker(loop: dict[str, Any]) -> list[dict[str, float]] | str:
     if device.type == "cuda":  # a node's workers see all of its GPUs; each sums up on its own
         torch.cuda.set_device(device)
     try:
-        config, dataset = loop["config"], PreparedDataset(loop["dataset_path"])
+        config = loop["config"]
+        dataset = PreparedDataset(loop["dataset_path"], fingerprint=loop["fingerprint"])
         shared = loop["sequences"]
         with ExitStack() as stack:
             return run_epochs(

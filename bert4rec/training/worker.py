@@ -226,7 +226,7 @@ def _report(
     with tempfile.TemporaryDirectory() as directory:
         model.save_pretrained(directory)
         # The catalogue and the card make the directory one that can be handed over.
-        storage.write_bytes(storage.join(directory, ITEMS), storage.read_bytes(storage.join(dataset.path, ITEMS)))
+        storage.write_bytes(storage.join(directory, ITEMS), storage.read_bytes(dataset.items_file))
         card = model_card(model, config, dataset.manifest, dataset.items(), metrics, name)
         storage.write_bytes(storage.join(directory, CARD), card.encode())
         states = [optimizer.state_dict() for optimizer in optimizers]

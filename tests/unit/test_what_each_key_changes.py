@@ -202,7 +202,8 @@ class Deciders:
             patch.setattr(evaluate, "map_parts", map_parts)
             counts = evaluate._item_counts(self.dataset, config, 1)
         ranking = Ranking.of(config.inference)
-        arguments = (config, self.dataset.path, self.names["MODEL"], ranking, systems, counts, {}, False, Quiet())
+        opened = (self.dataset.path, self.dataset.manifest.fingerprint)
+        arguments = (config, *opened, self.names["MODEL"], ranking, systems, counts, {}, False, Quiet())
         worker = evaluate._Evaluator(*arguments)
         counted = [{k: v.tolist() for k, v in worker(part).items()} for part in self.dataset.parts()]
         return names, notes, evaluate.evaluated_protocols(config), evaluate.evaluated_split(config), counted
