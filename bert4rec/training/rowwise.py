@@ -79,8 +79,8 @@ class RowwiseAdam(torch.optim.Optimizer):
     def _state_of(self, table: Tensor, group: dict[str, Any]) -> dict[str, Tensor]:
         state: dict[str, Tensor] = self.state[table]
         if not state:
-            for name in ("exp_avg", "exp_avg_sq"):  # calloc: memory is taken where something is written
-                state[name] = torch.zeros(table.shape, dtype=table.dtype, device=table.device)
+            # Written at once: torch.zeros would take a page of memory whenever a row is the first to be touched there.
+            state |= {"exp_avg": torch.zeros_like(table), "exp_avg_sq": torch.zeros_like(table)}
             state["touched"] = torch.zeros(len(table), dtype=torch.int32, device=table.device)
             if group["weight_decay"]:
                 state["log_decay"] = torch.zeros(len(table), dtype=torch.float64, device=table.device)
