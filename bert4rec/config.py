@@ -190,6 +190,9 @@ class TrainingConfig(_Group):
     """Validations without improvement before training stops."""
     val_check_interval: int = Field(1, ge=1)
     """Validate and write a checkpoint every so many epochs, and after the last epoch."""
+    checkpoint_minutes: float = Field(10, gt=0)
+    """Save in the middle of an epoch too, every so many minutes, or more rarely where saving would take more than 1% of
+    the time. A run that goes on from there ends with the same result."""
     accelerator: Literal["auto", "cpu", "gpu"] = "auto"
     """Hardware for training and scoring. auto gives each worker a GPU if the cluster has enough of them."""
     num_workers: int | None = Field(None, ge=1)

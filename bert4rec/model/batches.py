@@ -75,6 +75,8 @@ class Step(NamedTuple):
     """Targets of the whole step, over all workers."""
     num_tokens: int
     """Real tokens of the whole step, over all workers."""
+    drawn: Tensor
+    """State of the epoch's random generator after this step; the same on all workers."""
 
 
 def last_items(windows: Windows, max_len: int) -> Tensor:
@@ -236,6 +238,7 @@ def iter_steps(
     max_tokens: int,
     device: torch.device,
     num_new_items: int = 0,
+    after: tuple[int, Tensor] | None = None,
 ) -> Iterator[Step]:
     """Yield this worker's part of every step of an epoch.
 
@@ -247,10 +250,16 @@ def iter_steps(
     ----------
     max_tokens : int
         Most tokens in one forward pass.
+    after : (int, Tensor)
+        Go on after that many steps, with the `Step.drawn` of the last one.
     """
     generator = torch.Generator().manual_seed(data.seed * 1_000_003 + epoch)
-    shuffled = torch.randperm(len(windows), generator=generator)
-    for users in torch.split(shuffled, data.batch_size):
+    parts = torch.split(torch.randperm(len(windows), generator=generator), data.batch_size)
+    num_done = 0
+    if after is not None:
+        num_done, drawn = after
+        generator.set_state(drawn)
+    for users in parts[num_done:]:
         chosen = windows.users(users)
         match data.sampling_strategy:
             case "recent":
@@ -272,7 +281,7 @@ def iter_steps(
             length = int(lengths[0])
             none = torch.zeros_like(labels[:1, -length:])
             batches = [pack(masked[:1, -length:], none, device, model.uses_metadata)]
-        yield Step(batches, int((labels != PADDING).sum()), int(lengths.sum()))
+        yield Step(batches, int((labels != PADDING).sum()), int(lengths.sum()), generator.get_state())
 
 
 def steps_ahead(steps: Iterator[Step], start: Callable[[], object] = lambda: None) -> Iterator[Step]:

@@ -197,6 +197,8 @@ class _Sweep:
                 trial.add(metrics)
             self.end(ray_id, result["outcome"], result["reason"])
             return False
+        if "epoch" not in result:  # a checkpoint in the middle of an epoch
+            return False
         if trial.add({key: value for key, value in result.items() if key in METRICS or key.startswith("val_")}):
             if self._is_stopped_at(trial):
                 self.end(ray_id, "stopped")

@@ -196,7 +196,7 @@ def test_input_counts_tokens_and_what_a_device_waits(monkeypatch):
     def steps():
         while True:
             clock.sleep(1)
-            yield Step([], 1, 6)
+            yield Step([], 1, 6, torch.empty(0))
 
     assert input_benchmark._waiting(steps(), rate=2, seconds=11) == pytest.approx(0.25)
     assembled = input_benchmark._assembled(steps(), seconds=5)

@@ -83,6 +83,17 @@ def model_of(config, dataset):
     return BERT4Rec(config.model, NUM_ITEMS, "test", metadata)
 
 
+class Watch:
+    """A `loop.Saver` that notes after each step how often the device was waited for until then."""
+
+    def __init__(self, waits):
+        self.waits, self.by_step = waits, [Counter()]
+
+    def is_due(self, place):
+        self.by_step.append(Counter(self.waits))
+        return False
+
+
 def trained(config, dataset, waits=None):
     """The trained model, the metrics of an epoch, and what made each step wait. With `waits`: on the device."""
     read = dataset.sequences()
@@ -98,14 +109,10 @@ def trained(config, dataset, waits=None):
     model = model if waits is None else moved(model)
     optimizers = make_optimizers(model, config.training)
     scaler = torch.amp.GradScaler("cpu", enabled=False)
-    by_step = [Counter()]
-
-    def on_step(step, num_steps, tokens_per_second):
-        by_step.append(Counter(waits or {}))
-
-    found = train_epoch(model, windows, config, 0, optimizers, scaler, Worker(device=device), on_step)
+    watch = Watch(waits or {})
+    found = train_epoch(model, windows, config, 0, optimizers, scaler, Worker(device=device), watch)
     metrics = validate(model, Windows.from_sequences(read), config, Worker(device=device))
-    return model, {"train_loss": found["train_loss"], **metrics}, by_step
+    return model, {"train_loss": found["train_loss"], **metrics}, watch.by_step
 
 
 def weights_of(model):
@@ -180,10 +187,11 @@ def test_an_evaluation_is_that_of_the_cpu(dataset, exclude_seen, tmp_path, monke
     model = model_of(config, dataset)
     model.item_counts += torch.arange(NUM_ITEMS, 0, -1)
     model.save_pretrained(str(tmp_path))
-    fitted = {name: evaluate._fit(name, config, dataset.path) for name in evaluate.FITTED}
+    opened = (dataset.path, dataset.manifest.fingerprint)
+    fitted = {name: evaluate._fit(name, config, *opened) for name in evaluate.FITTED}
     counts = (torch.arange(NUM_ITEMS), torch.arange(NUM_ITEMS).flip(0))
     systems = [evaluate.MODEL, *config.evaluation.baselines]
-    arguments = (config, dataset.path, str(tmp_path), Ranking.of(config.inference), systems, counts, fitted, False)
+    arguments = (config, *opened, str(tmp_path), Ranking.of(config.inference), systems, counts, fitted, False)
     counted = []
     with stand_in_device():
         for device in (torch.device("cpu"), DEVICE):

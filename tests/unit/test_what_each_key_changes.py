@@ -110,6 +110,7 @@ CHANGES = {
     "training.min_workers": Key("1", NOTHING, TWO),
     "training.cpus_per_worker": Key("2", NOTHING),
     "training.precision": Key("bf16-mixed", TRAINED),
+    "training.checkpoint_minutes": Key("7", NOTHING),
     "training.max_failures": Key("7", NOTHING),
     "evaluation.exclude_seen": Key("false", {MODEL, EVALUATION}),
     "evaluation.split": Key("validation", {EVALUATION}, ("data.holdout=2",)),
