@@ -233,6 +233,10 @@ class TrainingConfig(_Group):
     optimizer: Literal["adam", "adamw", "muon"] = "adamw"
     """Optimiser. adam and adamw use torch's fused kernels. muon updates the transformer's matrices by Muon (Jordan et
     al. 2024, scaled as in arXiv 2502.16982) and all other weights by adamw."""
+    item_optimizer: Literal["dense", "rowwise"] = "dense"
+    """How to update the item embedding and the output layer's weights and biases. dense: each step updates all rows.
+    rowwise: a step updates only the rows that it looked up, by AdamW, and its time hardly depends on the number of
+    items; a row that no step touches keeps its place. rowwise needs a loss that samples items."""
     scheduler: Literal["constant", "cosine", "linear"] = "constant"
     """Course of the learning rate after the warm-up. cosine and linear fall to zero at num_epochs."""
     warmup_epochs: float = Field(0.0, ge=0)
@@ -281,6 +285,26 @@ class TrainingConfig(_Group):
     def _negatives_suit_the_loss(self) -> Self:
         if self.negative_sampling == "popularity" and self.loss != "sampled-softmax":
             raise ValueError("training.negative_sampling=popularity is for training.loss=sampled-softmax")
+        return self
+
+    @model_validator(mode="after")
+    def _rows_can_be_updated_alone(self) -> Self:
+        if self.item_optimizer == "rowwise":
+            if self.loss == "cross-entropy":
+                raise ValueError(
+                    "training.item_optimizer=rowwise needs training.loss=sampled-softmax or gbce; cross-entropy "
+                    "changes every item in each step"
+                )
+            if self.optimizer == "adam" and self.weight_decay:
+                raise ValueError(
+                    f"training.item_optimizer=rowwise with training.optimizer=adam needs training.weight_decay=0, not "
+                    f"{self.weight_decay:g}: its L2 penalty changes every item in each step; adamw has no such limit"
+                )
+            if self.precision == "16-mixed":
+                raise ValueError(
+                    "training.item_optimizer=rowwise needs training.precision=32-true or bf16-mixed, whose gradients "
+                    "are not scaled"
+                )
         return self
 
     @model_validator(mode="after")

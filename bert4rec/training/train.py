@@ -42,6 +42,7 @@ LEFT_OUT_AT_DEFAULT = (
     "data.until",
     "model.position_encoding",
     "model.time_encoding",
+    "training.item_optimizer",
     "training.num_workers",
     "evaluation.query_time",
 )

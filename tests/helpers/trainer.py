@@ -13,6 +13,7 @@ import torch
 
 from bert4rec.data.dataset import PreparedDataset
 from bert4rec.errors import InputError
+from bert4rec.model.losses import gbce, sampled_softmax
 from bert4rec.training.worker import read_sequences, run_epochs
 
 SNAPSHOT = "snapshot.json"
@@ -32,6 +33,19 @@ class Quiet:
 
     def skip(self, amount):
         self.skipped += amount
+
+
+def every_item_as_negative(training, counts=None):
+    """What `make_loss` gives, but for the negatives: each item once, in every step and on every worker."""
+
+    def loss(hidden, weights, bias, labels):
+        items = torch.arange(len(weights), device=hidden.device)
+        if training.loss == "gbce":
+            return gbce(hidden, weights, bias, labels, items, training.gbce_t)
+        log_q = -torch.log(torch.full_like(items, len(weights), dtype=torch.float32))
+        return sampled_softmax(hidden, weights, bias, labels, items, log_q)
+
+    return loss
 
 
 class WorkerKilledError(Exception):

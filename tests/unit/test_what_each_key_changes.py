@@ -96,6 +96,7 @@ CHANGES = {
     "training.lr": Key("0.5", TRAINED),
     "training.weight_decay": Key("0.5", TRAINED),
     "training.optimizer": Key("muon", TRAINED),
+    "training.item_optimizer": Key("rowwise", TRAINED, SAMPLED),
     "training.scheduler": Key("cosine", TRAINED),
     "training.warmup_epochs": Key("2", TRAINED),
     "training.loss": Key("gbce", TRAINED),
