@@ -61,7 +61,7 @@ def _few_users(config: Config, dataset: PreparedDataset, recommender: Recommende
     users, path = config.inference.users, config.inference.users_file
     if path is None:
         return users_of_dataset(dataset, users or ())
-    sequences, notes = users_of_file(path, recommender.items)
+    sequences, notes = users_of_file(path, recommender.items, config.data)
     for note in notes:
         print(f"note: {path}: {note}")
     return sequences if users is None else choose_users(sequences, users, path)

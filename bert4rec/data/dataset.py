@@ -62,11 +62,16 @@ class Manifest(BaseModel):
     num_interactions: int
     """Interactions without exact duplicates and without those that the k-core left out."""
     num_duplicates: int
+    dropped: dict[str, int] = {}
+    """Number of other rows, values or files that `prepare` dropped or changed, by kind."""
     cutoffs: dict[str, int] = {}
     """Unix times by name. A temporal split has validation and test, and recent_validation and recent_test seven days
     before them. Other data with times have recent_last, seven days before the last interaction."""
     time_origin: int | None
     """Unix time of the first interaction, in whole seconds; None if the data have no times."""
+    time_unit: str = ""
+    """What the times of the input are: a `config.TimeUnit`, or clock for dates and timestamps; empty without times. An
+    order has no years, and its times are not Unix times."""
     catalogue: str
     """`metadata.catalogue_fingerprint`."""
     vocabularies: dict[str, list[str]]

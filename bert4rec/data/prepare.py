@@ -12,9 +12,8 @@ long on 1M.
 
 import hashlib
 import math
-from collections import Counter
 from collections.abc import Callable, Iterable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -29,8 +28,8 @@ from bert4rec.config import DataConfig, data_identity
 from bert4rec.data import files, interactions
 from bert4rec.data.dataset import InputFile, Manifest, PreparedDataset
 from bert4rec.data.ids import ascending
-from bert4rec.data.interactions import Chunk, ChunkSummary
-from bert4rec.data.metadata import catalogue_fingerprint, item_table, new_items, read_metadata
+from bert4rec.data.interactions import Chunk, Settled
+from bert4rec.data.metadata import catalogue_fingerprint, check_items, item_table, new_items, read_all_metadata
 from bert4rec.errors import InputError
 from bert4rec.progress import track
 
@@ -91,7 +90,7 @@ def prepare(data: DataConfig, path: str, report: Callable[[str], None] = lambda 
     data_dir = storage.absolute(data.data_dir)
     names = files.find_interactions(data_dir, data.data_file)
     metadata_names = files.find_metadata(data_dir)
-    scans = _scan(data_dir, names)
+    scans = _scan(data_dir, names, data)
     identities = [identity for identity, _ in scans]
     identities += [files.hash_file(data_dir, name) for name in metadata_names.values()]
     if (present := _up_to_date(path, identities, data)) is not None:
@@ -101,16 +100,19 @@ def prepare(data: DataConfig, path: str, report: Callable[[str], None] = lambda 
 
     megabytes = sum(identity.size for identity in identities) / 1e6
     report(f"reading {len(identities)} file{'s' * (len(identities) > 1)}, {megabytes:,.1f} MB")
-    metadata = {key: read_metadata(data_dir, name, files.METADATA[key]) for key, name in metadata_names.items()}
-    chunks = [chunk for _, chunks in scans for chunk in chunks]
-    has_time = _has_time(chunks)
+    metadata, dropped = read_all_metadata(data_dir, metadata_names, data.list_separator)
+    has_time = _has_time([chunk for _, chunks in scans for chunk in chunks])
     source = storage.join(data_dir, data.data_file)
     if data.split == "temporal" and not has_time:
         raise InputError(f"{source}: no column time, which data.split=temporal needs")
-    summary = _check(source, chunks)
+    summary, settled = _check(source, [chunks for _, chunks in scans])
+    dropped |= settled.dropped
+    if settled.times:
+        report(f"times: {settled.times}")
+    few = check_items(data_dir, metadata_names, metadata, summary.item_ids)
 
     report(f"sorting {summary.num_rows:,} interactions with {len(summary.item_ids):,} items")
-    all_users = _shuffle(chunks, summary)
+    all_users = _shuffle(settled.chunks, summary)
     core = _k_core(all_users, data.min_item_interactions)
     counts = core.counts
     num_interactions = int(counts.sum())
@@ -126,7 +128,8 @@ def prepare(data: DataConfig, path: str, report: Callable[[str], None] = lambda 
     if data.include_new_items:
         new = new_items(summary.item_ids, metadata)
         ids, item_counts = pa.concat_arrays([ids, new]), np.append(item_counts, np.zeros(len(new), np.int64))
-    items, vocabularies, notes = item_table(ids, item_counts, metadata)
+    items, vocabularies, notes = item_table(ids, item_counts, metadata, metadata_names, dropped)
+    notes = [*settled.notes, *few, *files.unread_metadata(data_dir), *notes]
     if not has_time:
         notes.append("no column time: the order of rows is the order of interactions, and no interaction has a year")
     if num_duplicates := summary.num_rows - int(all_users.counts.sum()):
@@ -145,7 +148,10 @@ def prepare(data: DataConfig, path: str, report: Callable[[str], None] = lambda 
 
     report(f"writing {core.num_users:,} users")
     storage.begin(path)
-    ranges = [(path, number, table, token_of_code, cutoffs, time_origin) for number, table in enumerate(core.tables)]
+    has_year = settled.time_unit != "order"
+    ranges = [
+        (path, number, table, token_of_code, cutoffs, time_origin, has_year) for number, table in enumerate(core.tables)
+    ]
     written = [*_results_of(_write_range, ranges, "writing"), _write_parquet(path, "items.parquet", items)]
     manifest = Manifest(
         num_users=core.num_users,
@@ -157,6 +163,8 @@ def prepare(data: DataConfig, path: str, report: Callable[[str], None] = lambda 
         num_interactions=num_interactions,
         num_duplicates=num_duplicates,
         time_origin=time_origin,
+        time_unit=settled.time_unit,
+        dropped=dropped,
         catalogue=catalogue_fingerprint(items, vocabularies),
         vocabularies=vocabularies,
         notes=notes,
@@ -185,11 +193,11 @@ def _chunk_size_for(total: float, smallest: int, shard: int) -> int:
     return max(smallest, int((total * shard) ** 0.5))
 
 
-def _scan(data_dir: str, names: list[str]) -> list[tuple[InputFile, list[Chunk]]]:
+def _scan(data_dir: str, names: list[str], data: DataConfig) -> list[tuple[InputFile, list[Chunk]]]:
     sizes = [files.size_of(data_dir, name) for name in names]
     chunk_bytes = _chunk_size_for(sum(sizes), CHUNK_BYTES, _SHARD_ROWS * _ROW_BYTES)
     return list(
-        _results_of(interactions.scan_interactions, [(data_dir, name, chunk_bytes) for name in names], "scanning")
+        _results_of(interactions.scan_interactions, [(data_dir, name, chunk_bytes, data) for name in names], "scanning")
     )
 
 
@@ -209,7 +217,7 @@ def _has_time(chunks: list[Chunk]) -> bool:
     return with_time is not None
 
 
-def _check(path: str, chunks: list[Chunk]) -> _Summary:
+def _check(path: str, chunks_of_files: list[list[Chunk]]) -> tuple[_Summary, Settled]:
     """Read and check every chunk.
 
     Raises
@@ -217,25 +225,19 @@ def _check(path: str, chunks: list[Chunk]) -> _Summary:
     InputError
         If a row is unusable: the error of the first such row.
     """
-    num_rows, int_users, int_items, bad = 0, True, True, Counter[str]()
-    items, users = pa.array([], pa.string()), []
-    first: tuple[Chunk, ChunkSummary] | None = None
-    checked = _results_of(interactions.check_chunk, [(chunk,) for chunk in chunks], "checking")
-    for chunk, summary in zip(chunks, checked, strict=True):
-        if first is None and (summary.error or summary.bad):
-            first = chunk, summary
-        bad += summary.bad
+    num_rows, int_users, int_items = 0, True, True
+    items, users, light = pa.array([], pa.string()), [], []
+    arguments = [(chunk,) for chunks in chunks_of_files for chunk in chunks]
+    for summary in _results_of(interactions.check_chunk, arguments, "checking"):
         num_rows += summary.num_rows
         int_users, int_items = int_users and summary.int_users, int_items and summary.int_items
         items = pa.concat_arrays([items, summary.items]).unique()
         users.append(summary.user_sample)
-    if first is not None:
-        raise next(_results_of(interactions.explain, [(*first, bad)], "explaining"))
-    if not num_rows:
-        raise InputError(f"{path}: no data rows; expected interactions below the header")
+        light.append(replace(summary, items=items[:0], user_sample=items[:0]))
+    settled = interactions.settle(path, chunks_of_files, light)
     item_ids = items.cast(pa.int64()) if int_items else items
     sample = pa.concat_arrays(users).cast(pa.int64() if int_users else pa.string())
-    return _Summary(num_rows, ascending(item_ids), int_users, _boundaries(ascending(sample), num_rows))
+    return _Summary(num_rows, ascending(item_ids), int_users, _boundaries(ascending(sample), num_rows)), settled
 
 
 def _boundaries(sample: pa.Array, num_rows: int) -> pa.Array:
@@ -436,6 +438,7 @@ def _write_range(
     token_of_code: np.ndarray,
     cutoffs: dict[str, int],
     time_origin: int | None,
+    has_year: bool,
 ) -> InputFile:
     """Write a range of users as a file of sequences in final tokens."""
     codes = sequences["items"].combine_chunks()
@@ -449,7 +452,8 @@ def _write_range(
         times = sequences["times"].combine_chunks().values.to_numpy()
         since_origin = np.floor(times).astype(np.int64) - time_origin
         columns["times"] = pa.ListArray.from_arrays(codes.offsets, pa.array(since_origin))
-        columns["last_year"] = pa.array(interactions.year_of(times[offsets[1:] - 1]))
+        if has_year:
+            columns["last_year"] = pa.array(interactions.year_of(times[offsets[1:] - 1]))
         for name, cutoff in cutoffs.items():
             count = np.diff(np.append(0, np.cumsum(times < cutoff))[offsets])
             columns[f"before_{name}"] = pa.array(count, pa.int32())

@@ -29,7 +29,10 @@ from bert4rec.training.tensorboard import TensorBoardLog
 if TYPE_CHECKING:
     from ray.train import UserCallback
 
-LEFT_OUT_AT_DEFAULT = ("model.position_encoding", "training.num_workers")
+LEFT_OUT_AT_DEFAULT = (
+    *("data.columns", "data.delimiter", "data.header", "data.time_unit", "data.list_separator"),
+    *("model.position_encoding", "training.num_workers"),
+)
 """Keys that count only where they are set: those that came after the first version, whose runs keep their names, and
 the number of workers, which the machine chooses: the same command goes on with its run on another one."""
 WORKER_ENVIRONMENT = {

@@ -12,6 +12,11 @@ from tests.helpers.in_process import LocalRay
 pytestmark = pytest.mark.unit
 
 OTHER = {
+    "columns": ({"item": "other"}, {}),
+    "delimiter": (";", {"columns": {"user": "1", "item": "2"}, "header": False, "data_file": "both.csv"}),
+    "header": (False, {"columns": {"user": "1", "item": "2", "time": "3"}, "data_file": "numbers.csv"}),
+    "time_unit": ("ms", {}),
+    "list_separator": ("&", {}),
     "include_new_items": (True, {}),
     "min_item_interactions": (3, {}),
     "split": ("temporal", {}),
@@ -23,8 +28,13 @@ OTHER = {
 def data_dir(tmp_path, monkeypatch):
     monkeypatch.setattr(sys.modules[prepare.__module__], "ray", LocalRay())
     rows = [f"{user},{item},{10**9 + 1000 * user + item}" for user in range(1, 12) for item in range(1, user + 1)]
-    (tmp_path / "train_ratings.csv").write_text("\n".join(["user,item,time", *rows]) + "\n")
-    (tmp_path / "titles.tsv").write_text("item\ttitle\n3\tThird\n77\tNew\n")
+    (tmp_path / "train_ratings.csv").write_text(
+        "\n".join(["user,item,time,other", *(f"{row},7" for row in rows)]) + "\n"
+    )
+    (tmp_path / "both.csv").write_text("1;2,3;4\n1;3,5;6\n")
+    (tmp_path / "numbers.csv").write_text("\n".join(["1,2,3", *rows]) + "\n")
+    (tmp_path / "titles.tsv").write_text("item\ttitle\n3\tThird\n7\tSeventh\n77\tNew\n")
+    (tmp_path / "genres.tsv").write_text("item\tgenre\n7\tA|B&C&D\n")
     return str(tmp_path)
 
 
