@@ -308,6 +308,23 @@ class PreparedDataset:
         sizes = {name: len(values) for name, values in self.manifest.vocabularies.items()}
         return read_items(storage.join(self.path, ITEMS), sizes)
 
+    def descriptions(self) -> list[str]:
+        """[num_items] what people know an item by: its title, or else its genres in brackets; empty without both."""
+        items, names = self.items(), self.manifest.vocabularies["genre"]
+        _, genres = items.listed["genre"]
+        return [
+            title or (f"({', '.join(names[genre] for genre in own)})" if len(own) else "")
+            for title, own in zip(
+                items.title.to_pylist(), np.split(genres.values, genres.offsets[1:-1].tolist()), strict=True
+            )
+        ]
+
+    def names(self) -> list[str]:
+        """[num_items] title of each item; the id, and genres in brackets, of one without a title."""
+        items = self.items()
+        known = zip(items.ids.to_pylist(), items.title.to_pylist(), self.descriptions(), strict=True)
+        return [title or f"{item} {description}".strip() for item, title, description in known]
+
     def _check_files(self, verify: bool) -> None:
         for name, size in self.manifest.files.items():
             filesystem, inner = storage.open_store(storage.inside(self.path, name))

@@ -115,7 +115,7 @@ def evaluate(config: Config, dataset_path: str, checkpoint: str) -> Evaluation:
     keys = _keys(systems, protocols)
     num_groups = len(HISTORY_LENGTHS) * len(THIRDS)
     sizes = [dataset.num_items if protocol is None else num_groups * (dataset.num_items + 1) for protocol, _ in keys]
-    totals = [np.zeros(size, np.int64) for size in [*sizes, len(protocols)]]
+    totals = [np.zeros(size, np.int64) for size in [*sizes, len(protocols), 2]]
     with Progress("evaluating", dataset.manifest.num_users, "users") as reporter:
         counts = (popularity, recent)
         arguments = (config, dataset_path, checkpoint, ranking, systems, counts, fitted, use_gpu, reporter)
@@ -123,7 +123,7 @@ def evaluate(config: Config, dataset_path: str, checkpoint: str) -> Evaluation:
             for key, total in enumerate(totals):
                 of_key = counted["key"] == key
                 np.add.at(total, counted["value"][of_key], counted["count"][of_key])
-    *totals, short = totals
+    *totals, short, repeated = totals
     ranks, recommended = {}, {}
     for (protocol, system), total in zip(keys, totals, strict=True):
         if protocol is None:
@@ -142,6 +142,8 @@ def evaluate(config: Config, dataset_path: str, checkpoint: str) -> Evaluation:
         for protocol, count in zip(protocols, short.tolist(), strict=True)
         if count and (drawn := PROTOCOLS[protocol].drawn)
     ]
+
+    notes += _note_on_repeats(int(repeated[1]), num_users, protocols)
 
     def by(dimension: int, groups: tuple[str, ...]) -> dict[str, dict[str, dict[str, Metrics]]]:
         return {
@@ -199,6 +201,18 @@ def _check_is_held_out(config: Config, dataset: PreparedDataset, model: BERT4Rec
             "checkpoint; train with data.holdout=2, or a set number of epochs with training.monitor_metric=train_loss"
         )
     model.check_is_held_out(split, data, dataset.manifest.cutoffs, checkpoint)
+
+
+def _note_on_repeats(num_repeats: int, num_users: int, protocols: list[Protocol]) -> list[str]:
+    """A line where a protocol can not rank most targets, because the user has had them before."""
+    blind = [protocol for protocol in protocols if not PROTOCOLS[protocol].drawn and not PROTOCOLS[protocol].ranks_seen]
+    if not blind or num_repeats <= num_users / 2:
+        return []
+    return [
+        f"WARNING {num_repeats:,} of {num_users:,} targets ({num_repeats / num_users:.0%}) repeat an item that the user "
+        f"has had before. Protocol {blind[0]} leaves such items out, so that they count as missed. "
+        "evaluation.exclude_seen=false ranks them, and inference.exclude_seen=false recommends them"
+    ]
 
 
 def _usable_baselines(config: Config, dataset: PreparedDataset) -> tuple[list[Baseline], list[str]]:
@@ -271,13 +285,16 @@ class _Evaluator:
         histories, targets = held_out(everyone, self.config.data, split, sequences.before)
         index = held_out_users(everyone, self.config.data, split, sequences.before)
         keys = _keys(self.systems, self.protocols)
-        values: list[list[Tensor]] = [[] for _ in range(len(keys) + 1)]  # the last: protocols short of negatives
+        values: list[list[Tensor]] = [
+            [] for _ in range(len(keys) + 2)
+        ]  # the last: protocols short of negatives, repeats
         for users in torch.split(torch.arange(len(histories)), self.config.inference.batch_size):
             history, target = histories.users(users), targets[users]
             length = torch.bucketize(history.lengths, torch.tensor([*HISTORY_LENGTHS.values()][:-1]), right=True)
             group = length * len(THIRDS) + self.thirds[target - 1]
             negatives = self._negatives(everyone.users(index[users]), target, part.low + index[users].numpy())
-            values[-1] += [
+            values[-1].append(_is_in(history, target[:, None] - 1, self.model.num_items).flatten().long())
+            values[-2] += [
                 torch.full((int((drawn < 0).any(1).sum()),), self.protocols.index(protocol))
                 for protocol, drawn in negatives.items()
             ]
