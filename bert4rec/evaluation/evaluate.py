@@ -209,8 +209,8 @@ def _note_on_repeats(num_repeats: int, num_users: int, protocols: list[Protocol]
     if not blind or num_repeats <= num_users / 2:
         return []
     return [
-        f"WARNING {num_repeats:,} of {num_users:,} targets ({num_repeats / num_users:.0%}) repeat an item that the user "
-        f"has had before. Protocol {blind[0]} leaves such items out, so that they count as missed. "
+        f"WARNING {num_repeats:,} of {num_users:,} targets ({num_repeats / num_users:.0%}) repeat an item that the "
+        f"user has had before. Protocol {blind[0]} leaves them out, so that they count as missed. "
         "evaluation.exclude_seen=false ranks them, and inference.exclude_seen=false recommends them"
     ]
 
