@@ -5,6 +5,7 @@ The worker's own loop, in this process with one thread, with the environment tha
 
 import argparse
 import os
+import shutil
 import sys
 from pathlib import Path
 
@@ -51,7 +52,11 @@ def main() -> None:
         def skip(self, amount: float) -> None:
             """Nothing to skip."""
 
-    run_epochs(config, dataset, dataset.sequences(), report=lambda *_: None, progress=Watch())
+    def report(metrics: dict[str, float], name: str, directory: str | None, in_background: bool) -> None:
+        if directory is not None:
+            shutil.rmtree(directory)
+
+    run_epochs(config, dataset, dataset.sequences(), report=report, progress=Watch())
     curve.append(held())
     after = curve[1]
     shown = sorted({1, 2, 3, 5, 10, 20, 30, len(curve)})

@@ -195,6 +195,11 @@ class ModelConfig(_Group):
     vectors with metadata, which can also rank items without interactions (data.include_new_items). fused needs
     share_embeddings."""
 
+    @property
+    def uses_metadata(self) -> bool:
+        """Whether items have more than their id."""
+        return any((self.use_genre_emb, self.use_director_emb, self.use_writer_emb, self.use_title_emb))
+
     @model_validator(mode="after")
     def _parts_fit_together(self) -> Self:
         if self.hidden_units % self.num_heads:
@@ -251,6 +256,9 @@ class TrainingConfig(_Group):
     """Validations without improvement before training stops."""
     val_check_interval: int = Field(1, ge=1)
     """Validate and write a checkpoint every so many epochs, and after the last epoch."""
+    checkpoint_minutes: float = Field(10, gt=0)
+    """Save in the middle of an epoch too, every so many minutes, or more rarely where saving would take more than 1% of
+    the time. A run that goes on from there ends with the same result."""
     accelerator: Literal["auto", "cpu", "gpu"] = "auto"
     """Hardware for training and scoring. auto gives each worker a GPU if the cluster has enough of them."""
     num_workers: int | None = Field(None, ge=1)

@@ -26,17 +26,38 @@ def checkpoint_name(metrics: dict[str, float], monitor: str) -> str:
     return f"bert4rec-{int(metrics['epoch']):02d}-{metrics[monitor]:.4f}"
 
 
+UNFINISHED = "unfinished-"
+"""How the name of a checkpoint in the middle of an epoch begins."""
+_SNAPSHOT = "checkpoint_manager_snapshot.json"
+"""Ray Train's own record of the checkpoints that it keeps, from which it resumes."""
+
+
+def unfinished_name(epoch: int, step: int) -> str:
+    """Name of the checkpoint after `step` steps of an epoch, from 1, such as unfinished-05-000120."""
+    return f"{UNFINISHED}{epoch:02d}-{step:06d}"
+
+
+def remove_abandoned(run_path: str) -> None:
+    """Remove checkpoints in the middle of epochs that Ray Train does not know: uploads that were cut off."""
+    filesystem, inner = storage.open_store(run_path)
+    found = filesystem.get_file_info(pafs.FileSelector(inner, allow_not_found=True))
+    known = {each["checkpoint_dir_name"] for each in _kept(run_path)}
+    for name in (info.base_name for info in found):
+        if name.startswith(UNFINISHED) and name not in known:
+            storage.remove(storage.join(run_path, name))
+
+
+def _kept(run_path: str) -> list[dict[str, Any]]:
+    snapshot = storage.join(run_path, _SNAPSHOT)
+    return storage.read_json(snapshot)["checkpoint_results"] if storage.exists(snapshot) else []
+
+
 def kept_metrics(run_path: str) -> list[dict[str, float]]:
     """Metrics of the epochs whose checkpoints a run has kept: the best and the last. The run may be unfinished."""
-    snapshot = storage.join(
-        run_path, "checkpoint_manager_snapshot.json"
-    )  # Ray Train's own record, from which it resumes
-    if not storage.exists(snapshot):
-        return []
-    kept = [{**result["metrics"]} for result in storage.read_json(snapshot)["checkpoint_results"]]
+    kept = [{**result["metrics"]} for result in _kept(run_path)]
     for metrics in kept:
         metrics.pop("improvement", None)
-    return kept
+    return [metrics for metrics in kept if metrics]  # in the middle of an epoch there are none
 
 
 def begin_directory(path: str, config: Config, identity: dict[str, Any]) -> bool:

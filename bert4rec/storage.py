@@ -1,12 +1,13 @@
 """All access to filesystems: local paths, and any URI that pyarrow knows (s3://, gs://, hdfs://).
 
-A directory is complete if it holds ``manifest.json``. Writers remove this file first and write it last, because object
-stores have no atomic rename. Readers refuse a directory without it.
+A directory is complete if it holds ``manifest.json``. Writers write this file last, because object stores have no
+atomic rename, and remove it first where they write over files that it names. Readers refuse a directory without it.
 """
 
 import hashlib
 import json
 import os
+import uuid
 from typing import Any
 
 import pyarrow as pa
@@ -59,6 +60,11 @@ def open_store(path: str) -> tuple[pafs.FileSystem, str]:
     return filesystem, inner
 
 
+def is_local(path: str) -> bool:
+    """Whether `path` is on a disk of this machine, or one that is mounted as if it were."""
+    return isinstance(open_store(path)[0], pafs.LocalFileSystem)
+
+
 def exists(path: str) -> bool:
     """Whether a file or a directory exists at `path`."""
     filesystem, inner = open_store(path)
@@ -86,7 +92,8 @@ def write_bytes(path: str, content: bytes | pa.Buffer) -> None:
     """Write a small file so that a reader sees all of it or none: by a rename, or on object stores by one put."""
     filesystem, inner = open_store(path)
     filesystem.create_dir(os.path.dirname(inner), recursive=True)
-    target = f"{inner}.tmp" if isinstance(filesystem, pafs.LocalFileSystem) else inner
+    # Each writer has its own name for what is not yet whole, or two of them would rename each other's.
+    target = f"{inner}.{uuid.uuid4().hex[:8]}.tmp" if isinstance(filesystem, pafs.LocalFileSystem) else inner
     with filesystem.open_output_stream(target, compression=None) as stream:
         stream.write(content)
     if target != inner:
@@ -160,19 +167,12 @@ def move(source: str, target: str) -> None:
         filesystem.move(info.path, join(inner_target, info.base_name))
 
 
-def begin(path: str) -> None:
-    """Make `path` an empty directory without a manifest, ready for a writer.
-
-    Raises
-    ------
-    InputError
-        If it is not writable.
-    """
-    check_writable(path)
-    remove(join(path, MANIFEST))  # first, so that no reader takes a half-written directory for complete
-    remove(path)
+def remove_all_but(path: str, names: set[str]) -> None:
+    """Remove what the directory `path` holds, except files and directories of these names."""
     filesystem, inner = open_store(path)
-    filesystem.create_dir(inner, recursive=True)
+    for info in filesystem.get_file_info(pafs.FileSelector(inner)):
+        if info.base_name not in names:
+            remove(join(path, info.base_name))
 
 
 def check_writable(path: str) -> None:
@@ -186,7 +186,7 @@ def check_writable(path: str) -> None:
     try:
         filesystem, inner = open_store(path)
         filesystem.create_dir(inner, recursive=True)
-        probe = join(inner, ".writable")
+        probe = join(inner, f".writable-{uuid.uuid4().hex[:8]}")
         with filesystem.open_output_stream(probe) as stream:
             stream.write(b"1")
         filesystem.delete_file(probe)

@@ -5,7 +5,7 @@ from typing import Literal, assert_never
 
 import torch
 
-from bert4rec import storage
+from bert4rec import lease, storage
 from bert4rec.cli import run_job
 from bert4rec.config import Config
 from bert4rec.errors import InputError
@@ -36,9 +36,10 @@ def export_model(config: Config) -> str:
         raise InputError(f"export.topk={topk} is larger than the catalogue, which has {num_items} items")
     program = export_program(ScoringFunction(recommender.model, topk, Ranking.of(config.inference)))
     print(f"model: {checkpoint}\nhistory [users, length] int64 -> " + _outputs(topk, num_items))
-    for form in config.export.formats:
-        print(f"{form}: {_write(form, program, output_path)}")
-    print(f"tokens of items: {write_catalogue(recommender.items, output_path)}")
+    with lease.held(output_path):
+        for form in config.export.formats:
+            print(f"{form}: {_write(form, program, output_path)}")
+        print(f"tokens of items: {write_catalogue(recommender.items, output_path)}")
     return output_path
 
 

@@ -4,6 +4,7 @@ import importlib
 import json
 import logging
 import os
+import socket
 import threading
 import uuid
 from collections.abc import Iterator
@@ -11,8 +12,10 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, NamedTuple
 
+import grpc
 import ray
 import ray.util
+from ray._private.services import canonicalize_bootstrap_address
 from ray._raylet import ActorID, PlacementGroupID
 from ray.core.generated.gcs_pb2 import PlacementGroupTableData
 from ray.exceptions import RayError
@@ -70,10 +73,73 @@ def _start_ray() -> None:
         only_here = {"include_dashboard": False, "num_cpus": usable_cores()}
         os.environ.setdefault("RAY_TRAIN_ENABLE_PREEMPTION_WATCHER", "0")  # nobody takes this machine's nodes away
         os.environ.setdefault("RAY_worker_niceness", "0")  # with Ray's 15 its other processes interrupt the work's
+    else:
+        _check_answers(address)
     try:
         ray.init(address=address, log_to_driver=_shows_messages, logging_level=_level(), **only_here)
-    except ConnectionError as error:
-        raise InputError(f"RAY_ADDRESS={address}: no Ray cluster answers there ({error})") from None
+    except (ConnectionError, RuntimeError) as error:
+        if address == "local":
+            raise
+        raise InputError(f"RAY_ADDRESS={address}: no Ray cluster of this version answers there ({error})") from None
+
+
+ANSWER_SECONDS = 3.0
+"""How long a cluster's head may take to answer at first. `ray.init` itself tries for minutes, without a word."""
+
+
+def _check_answers(address: str) -> None:
+    """Check that RAY_ADDRESS is one that jobs take, and that its port answers.
+
+    Raises
+    ------
+    InputError
+        If not, within about ten seconds.
+    """
+    expected = "expected HOST:PORT of a cluster's head, such as 10.0.0.5:6379"
+    where = f"RAY_ADDRESS={address}"
+    if address.startswith(("http://", "https://")):
+        raise InputError(f"{where}: an address for `ray job submit` (its RAY_API_SERVER_ADDRESS); {expected}")
+    if address.startswith("ray://"):
+        raise InputError(
+            f"{where}: a job's own process reads and writes the run, so it must run in the cluster, not behind Ray "
+            f"Client; submit it (`ray job submit`), or run it on a node with RAY_ADDRESS=HOST:6379"
+        )
+    if address == "auto":
+        try:
+            found = canonicalize_bootstrap_address(address)
+        except ConnectionError:
+            raise InputError(f"{where}: no Ray cluster runs on this machine; {expected}") from None
+    else:
+        found = address
+    host, colon, port = str(found).rpartition(":")
+    if not (colon and host and port.isdecimal() and 0 < int(port) < 65536):
+        raise InputError(f"{where}: not an address; {expected}")
+    result: list[str] = []
+    # In a thread, because a name server that does not answer holds it up for longer.
+    looking = threading.Thread(target=lambda: result.append(_look_at(host.strip("[]"), int(port))), daemon=True)
+    looking.start()
+    looking.join(2 * ANSWER_SECONDS)
+    problem = result[0] if result else f"{host} is not found in {2 * ANSWER_SECONDS:g} s"
+    if problem:
+        raise InputError(f"{where}: no Ray cluster answers there ({problem}); {expected}")
+
+
+def _look_at(host: str, port: int) -> str:
+    """What keeps us from the head, or an empty string. A head speaks gRPC; whoever does not is something else."""
+    try:
+        socket.create_connection((host, port), ANSWER_SECONDS).close()
+    except OSError as error:
+        return error.strerror or str(error)
+    if os.environ.get("RAY_USE_TLS", "0").lower() in ("1", "true"):  # its handshake needs the cluster's certificates
+        return ""
+    channel = grpc.insecure_channel(f"[{host}]:{port}" if ":" in host else f"{host}:{port}")
+    try:
+        grpc.channel_ready_future(channel).result(timeout=ANSWER_SECONDS)
+    except grpc.FutureTimeoutError:
+        return f"what listens on port {port} does not answer as a head does"
+    finally:
+        channel.close()
+    return ""
 
 
 USERS_A_WORKER = 8

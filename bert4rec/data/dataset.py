@@ -1,20 +1,23 @@
 """The prepared dataset on disk, read side.
 
-sequences/*.parquet: one row per user, sorted by user id, with the files in the order of their names.
+data-VERSION/sequences/*.parquet: one row per user, sorted by user id, with the files in the order of their names.
     user, items list<int32> in time order, last_year int16 or null
     times list<int64>, if the data have times: whole seconds from the manifest's time_origin, one for each item
     before_NAME int32, one column per cut-off of the manifest: how many of the items came before the cut-off
-items.parquet: one row per item, in token order.
+data-VERSION/items.parquet: one row per item, in token order.
     index int32, item, count int64, year int16 or null, title or null,
     and one column per feature (`features.py`): list<int32>, or int32 or null
-manifest.json: `Manifest`, written last.
+manifest.json: `Manifest`, written last. It names the files. A new version of a dataset has a folder of its own, so a
+    reader never meets files of two versions; the old folder goes once the new manifest is there.
 
 Tokens: 0 is padding, 1..num_items are items, num_items+1 is [MASK]. The indices of a feature point into its vocabulary
 in the manifest, from 0. Ids are int64 or strings, as in the input.
 """
 
+import os
 import tempfile
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from functools import cached_property
 from typing import Any, Literal, NamedTuple, Self
@@ -204,33 +207,31 @@ class PreparedDataset:
     verify
         Read all files once and compare their hashes. The driver of a job does this before any work; its workers need
         not do it again.
+    fingerprint
+        That of the dataset with which the job began.
 
     Raises
     ------
     InputError
-        If there is no dataset, it has another format, or a file is missing or has another size. With `verify`, also if
-        the content of a file has changed.
+        If there is no dataset, it has another format or fingerprint, or a file is missing or has another size. With
+        `verify`, also if the content of a file has changed.
     """
 
-    def __init__(self, path: str, verify: bool = False) -> None:
+    def __init__(self, path: str, verify: bool = False, fingerprint: str | None = None) -> None:
         self.path = path
-        if not storage.is_complete(path):
-            raise InputError(
-                f"{path}: no prepared dataset ({storage.MANIFEST} is missing); "
-                "run `python -m jobs.prepare` with the same data options first"
-            )
-        content = storage.read_sealed(storage.join(path, storage.MANIFEST))
-        if (version := content.get("format_version")) in (1, 2):
-            raise InputError(
-                f"{path}: prepared by an earlier version (format {version}); `python -m jobs.prepare` makes it again"
-            )
+        self.manifest = _read_manifest(path)
         try:
-            self.manifest = Manifest.model_validate(content)
-        except ValidationError as error:
+            self._check_files(verify)
+        except InputError:
+            if (now := _read_manifest(path)) == self.manifest:
+                raise
+            self.manifest = now  # another job has replaced the dataset since the line before
+            self._check_files(verify)
+        if fingerprint not in (None, self.manifest.fingerprint):
             raise InputError(
-                f"{path}: prepared by another version ({error}); run `python -m jobs.prepare` again"
-            ) from None
-        self._check_files(verify)
+                f"{path}: another job has replaced this dataset (fingerprint {self.manifest.fingerprint}; this job "
+                f"began with {fingerprint}); run the same command again"
+            )
 
     @property
     def num_items(self) -> int:
@@ -240,7 +241,14 @@ class PreparedDataset:
     @property
     def sequence_files(self) -> list[str]:
         """Paths of sequences/*.parquet, in order of user ids."""
-        return [storage.join(self.path, name) for name in sorted(self.manifest.files) if name.startswith("sequences/")]
+        names = sorted(name for name in self.manifest.files if os.path.basename(name) != ITEMS)
+        return [storage.join(self.path, name) for name in names]
+
+    @property
+    def items_file(self) -> str:
+        """Path of items.parquet."""
+        (name,) = (name for name in self.manifest.files if os.path.basename(name) == ITEMS)
+        return storage.join(self.path, name)
 
     def sequences(self, memory_mb: int | None = None) -> Sequences:
         """Read every user, sorted by id.
@@ -285,7 +293,7 @@ class PreparedDataset:
             low, high = max(part.low - first, 0), min(part.high - first, rows)
             if low < high:
                 filesystem, inner = storage.open_store(file)
-                with pq.ParquetFile(inner, filesystem=filesystem) as parquet:
+                with self._still_there(), pq.ParquetFile(inner, filesystem=filesystem) as parquet:
                     columns = [name for name in parquet.schema_arrow.names if name != "times"]
                     tables.append(parquet.read_row_group(group, columns).slice(low, high - low))
         return Sequences.from_table(pa.concat_tables(tables))
@@ -296,7 +304,7 @@ class PreparedDataset:
         found, first = [], 0
         for file in self.sequence_files:
             filesystem, inner = storage.open_store(file)
-            with pq.ParquetFile(inner, filesystem=filesystem) as parquet:
+            with self._still_there(), pq.ParquetFile(inner, filesystem=filesystem) as parquet:
                 for group in range(parquet.num_row_groups):
                     rows = parquet.metadata.row_group(group).num_rows
                     found.append((file, group, first, rows))
@@ -306,7 +314,18 @@ class PreparedDataset:
     def items(self) -> ItemTable:
         """Read the catalogue."""
         sizes = {name: len(values) for name, values in self.manifest.vocabularies.items()}
-        return read_items(storage.join(self.path, ITEMS), sizes)
+        with self._still_there():
+            return read_items(self.items_file, sizes)
+
+    @contextmanager
+    def _still_there(self) -> Iterator[None]:
+        try:
+            yield
+        except FileNotFoundError as error:
+            raise InputError(
+                f"{self.path}: a file is gone since this job began ({error}); another job has replaced or deleted the "
+                "dataset; run the same command again"
+            ) from None
 
     def descriptions(self) -> list[str]:
         """[num_items] what people know an item by: its title, or else its genres in brackets; empty without both."""
@@ -340,6 +359,23 @@ class PreparedDataset:
                     f"{storage.join(self.path, name)}: its content is not what was written (SHA-256); the prepared "
                     "dataset is damaged or was altered, delete it and run `python -m jobs.prepare` again"
                 )
+
+
+def _read_manifest(path: str) -> Manifest:
+    if not storage.is_complete(path):
+        raise InputError(
+            f"{path}: no prepared dataset ({storage.MANIFEST} is missing); "
+            "run `python -m jobs.prepare` with the same data options first"
+        )
+    content = storage.read_sealed(storage.join(path, storage.MANIFEST))
+    if (version := content.get("format_version")) in (1, 2):
+        raise InputError(
+            f"{path}: prepared by an earlier version (format {version}); `python -m jobs.prepare` makes it again"
+        )
+    try:
+        return Manifest.model_validate(content)
+    except ValidationError as error:
+        raise InputError(f"{path}: prepared by another version ({error}); run `python -m jobs.prepare` again") from None
 
 
 def read_items(path: str, sizes: dict[str, int] | None = None) -> ItemTable:

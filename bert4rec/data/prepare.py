@@ -23,10 +23,10 @@ import pyarrow.parquet as pq
 import ray
 from ray.exceptions import RayTaskError
 
-from bert4rec import storage
+from bert4rec import lease, storage
 from bert4rec.config import DataConfig, data_identity
 from bert4rec.data import files, interactions
-from bert4rec.data.dataset import InputFile, Manifest, PreparedDataset
+from bert4rec.data.dataset import ITEMS, InputFile, Manifest, PreparedDataset
 from bert4rec.data.ids import ascending
 from bert4rec.data.interactions import Chunk, Settled
 from bert4rec.data.metadata import catalogue_fingerprint, check_items, item_table, new_items, read_all_metadata
@@ -78,28 +78,40 @@ def prepare(data: DataConfig, path: str, report: Callable[[str], None] = lambda 
     data
         Names the input files.
     path
-        Directory of the dataset. Its content is replaced once the input has proved usable.
+        Directory of the dataset. What it holds stays usable until the new files are all there.
     report
         Called with a line at each stage.
 
     Raises
     ------
     InputError
-        If an input file is missing or unusable, or `path` is not writable.
+        If an input file is missing or unusable, `path` is not writable, or another job is writing it.
     """
     data_dir = storage.absolute(data.data_dir)
     names = files.find_interactions(data_dir, data.data_file)
     metadata_names = files.find_metadata(data_dir)
     scans = _scan(data_dir, names, data)
-    identities = [identity for identity, _ in scans]
-    identities += [files.hash_file(data_dir, name) for name in metadata_names.values()]
+    metadata_files = {key: files.hash_file(data_dir, name) for key, name in metadata_names.items()}
+    identities = [*(identity for identity, _ in scans), *metadata_files.values()]
     if (present := _up_to_date(path, identities, data)) is not None:
         report("up to date: the input files have not changed")
         return present
-    storage.check_writable(path)
+    with lease.held(path):
+        return _write(data, path, scans, metadata_files, report)
 
+
+def _write(
+    data: DataConfig,
+    path: str,
+    scans: list[tuple[InputFile, list[Chunk]]],
+    metadata_files: dict[str, InputFile],
+    report: Callable[[str], None],
+) -> Manifest:
+    data_dir = storage.absolute(data.data_dir)
+    identities = [*(identity for identity, _ in scans), *metadata_files.values()]
     megabytes = sum(identity.size for identity in identities) / 1e6
     report(f"reading {len(identities)} file{'s' * (len(identities) > 1)}, {megabytes:,.1f} MB")
+    metadata_names = {key: file.name for key, file in metadata_files.items()}
     metadata, dropped = read_all_metadata(data_dir, metadata_names, data.list_separator)
     has_time = _has_time([chunk for _, chunks in scans for chunk in chunks])
     source = storage.join(data_dir, data.data_file)
@@ -147,12 +159,10 @@ def prepare(data: DataConfig, path: str, report: Callable[[str], None] = lambda 
         )
 
     report(f"writing {core.num_users:,} users")
-    storage.begin(path)
-    has_year = settled.time_unit != "order"
-    ranges = [
-        (path, number, table, token_of_code, cutoffs, time_origin, has_year) for number, table in enumerate(core.tables)
-    ]
-    written = [*_results_of(_write_range, ranges, "writing"), _write_parquet(path, "items.parquet", items)]
+    version = f"data-{storage.fingerprint([[file.model_dump() for file in identities], data_identity(data)])[:8]}"
+    fixed = (token_of_code, cutoffs, time_origin, settled.time_unit != "order")
+    ranges = [(path, version, number, table, *fixed) for number, table in enumerate(core.tables)]
+    written = [*_results_of(_write_range, ranges, "writing"), _write_parquet(path, f"{version}/{ITEMS}", items)]
     manifest = Manifest(
         num_users=core.num_users,
         num_items=len(items),
@@ -173,6 +183,7 @@ def prepare(data: DataConfig, path: str, report: Callable[[str], None] = lambda 
         sha256={file.name: file.sha256 for file in written},
     )
     storage.commit(path, manifest.model_dump())
+    storage.remove_all_but(path, {storage.MANIFEST, lease.HOLDER, version})
     return manifest
 
 
@@ -203,10 +214,12 @@ def _scan(data_dir: str, names: list[str], data: DataConfig) -> list[tuple[Input
 
 def _up_to_date(path: str, identities: list[InputFile], data: DataConfig) -> Manifest | None:
     try:
-        manifest = PreparedDataset(path, verify=True).manifest
+        manifest = PreparedDataset(path).manifest
+        if manifest.inputs == identities and manifest.identity == data_identity(data):
+            return PreparedDataset(path, verify=True).manifest
     except InputError:
         return None
-    return manifest if manifest.inputs == identities and manifest.identity == data_identity(data) else None
+    return None
 
 
 def _has_time(chunks: list[Chunk]) -> bool:
@@ -433,6 +446,7 @@ def _is_duplicate(user: np.ndarray, time: np.ndarray, code: np.ndarray) -> np.nd
 
 def _write_range(
     path: str,
+    version: str,
     number: int,
     sequences: pa.Table,
     token_of_code: np.ndarray,
@@ -457,7 +471,7 @@ def _write_range(
         for name, cutoff in cutoffs.items():
             count = np.diff(np.append(0, np.cumsum(times < cutoff))[offsets])
             columns[f"before_{name}"] = pa.array(count, pa.int32())
-    return _write_parquet(path, f"sequences/part-{number:05d}.parquet", pa.table(columns))
+    return _write_parquet(path, f"{version}/sequences/part-{number:05d}.parquet", pa.table(columns))
 
 
 def _write_parquet(path: str, name: str, table: pa.Table) -> InputFile:

@@ -16,7 +16,7 @@ import pyarrow.parquet as pq
 import ray
 import torch
 
-from bert4rec import storage
+from bert4rec import lease, storage
 from bert4rec.cluster.resources import begin
 from bert4rec.cluster.users import map_parts
 from bert4rec.config import Config, EmbeddingConfig
@@ -98,14 +98,21 @@ def embed_titles(config: Config, texts: pa.Table) -> EmbedResult:
     ------
     InputError
         If the model is not available, the texts share no words (tfidf-svd), embedding.device=gpu but there is no GPU,
-        or the file is not writable or was not written by this job.
+        or the file is not writable, was not written by this job, or is being written by another one.
     """
     began = time.monotonic()
     embedding, path = config.embedding, config.embeddings_path
     folder = find_model(embedding)
     if not path.endswith(".parquet"):
         raise InputError(f"embedding.output_path={embedding.output_path}: expected a name that ends in .parquet")
-    storage.check_writable(os.path.dirname(path))
+    with lease.held(os.path.dirname(path), f"{os.path.basename(path)}.{lease.HOLDER}"):
+        num_items, width, num_new = _embed(config, folder, texts)
+    return EmbedResult(path, num_items, width, num_new, time.monotonic() - began)
+
+
+def _embed(config: Config, folder: str | None, texts: pa.Table) -> tuple[int, int, int]:
+    """Write the files. Return the number of items, the width, and how many items are new."""
+    embedding, path = config.embedding, config.embeddings_path
     work = f"{path}.unfinished"
     all_texts = texts["text"].to_pylist()
     identity = identify(embedding, folder, all_texts)
@@ -130,8 +137,7 @@ def embed_titles(config: Config, texts: pa.Table) -> EmbedResult:
     if embedding.write_tsv:
         write_tsv(f"{path.removesuffix('.parquet')}.tsv", texts["item"].combine_chunks(), vectors)
     storage.remove(work)
-    num_new = pc.sum(is_new).as_py()
-    return EmbedResult(path, len(table), len(vectors[0]), num_new, time.monotonic() - began)
+    return len(table), len(vectors[0]), pc.sum(is_new).as_py()
 
 
 class Embedder:

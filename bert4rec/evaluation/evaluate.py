@@ -105,7 +105,9 @@ def evaluate(config: Config, dataset_path: str, checkpoint: str) -> Evaluation:
     names, notes = _usable_baselines(config, dataset)
     popularity, recent = _item_counts(dataset, config, num_workers)
     fitted: dict[str, ray.ObjectRef] = {
-        name: ray.remote(_fit).remote(name, config, dataset_path) for name in names if name in FITTED
+        name: ray.remote(_fit).remote(name, config, dataset.path, dataset.manifest.fingerprint)
+        for name in names
+        if name in FITTED
     }
     if fitted:
         print(f"fitting {', '.join(fitted)} on {dataset.num_items:,} items", flush=True)
@@ -118,7 +120,8 @@ def evaluate(config: Config, dataset_path: str, checkpoint: str) -> Evaluation:
     totals = [np.zeros(size, np.int64) for size in [*sizes, len(protocols), 2]]
     with Progress("evaluating", dataset.manifest.num_users, "users") as reporter:
         counts = (popularity, recent)
-        arguments = (config, dataset_path, checkpoint, ranking, systems, counts, fitted, use_gpu, reporter)
+        opened = (dataset_path, dataset.manifest.fingerprint)
+        arguments = (config, *opened, checkpoint, ranking, systems, counts, fitted, use_gpu, reporter)
         for counted in map_parts(dataset.parts(), _Evaluator, arguments, num_workers, use_gpu):
             for key, total in enumerate(totals):
                 of_key = counted["key"] == key
@@ -261,6 +264,7 @@ class _Evaluator:
         self,
         config: Config,
         dataset_path: str,
+        fingerprint: str,
         checkpoint: str,
         ranking: Ranking,
         systems: list[System],
@@ -272,7 +276,7 @@ class _Evaluator:
         self.config, self.checkpoint, self.ranking, self.reporter = config, checkpoint, ranking, reporter
         self.systems = systems
         self.device = torch.device("cuda" if use_gpu else "cpu")
-        self.dataset = PreparedDataset(dataset_path)
+        self.dataset = PreparedDataset(dataset_path, fingerprint=fingerprint)
         self.model = BERT4Rec.from_pretrained(checkpoint).to(self.device)
         self.popularity, self.recent = item_counts
         self.thirds = metrics.popularity_thirds(self.popularity)
@@ -410,8 +414,8 @@ def _counted(values: list[np.ndarray]) -> dict[str, np.ndarray]:
 class _Counter:
     """Counts the items of a part's training windows, and of the recent ones."""
 
-    def __init__(self, config: Config, dataset_path: str) -> None:
-        self.config, self.dataset = config, PreparedDataset(dataset_path)
+    def __init__(self, config: Config, dataset_path: str, fingerprint: str) -> None:
+        self.config, self.dataset = config, PreparedDataset(dataset_path, fingerprint=fingerprint)
 
     def __call__(self, part: Part) -> dict[str, np.ndarray]:
         sequences, data = self.dataset.read_part(part), self.config.data
@@ -425,13 +429,14 @@ class _Counter:
 def _item_counts(dataset: PreparedDataset, config: Config, num_workers: int) -> tuple[Tensor, Tensor]:
     """[V] int64 interactions of each item in the training data, and of the last seven days before the cut-off."""
     total = np.zeros((2, dataset.num_items), dtype=np.int64)
-    for counted in map_parts(dataset.parts(), _Counter, (config, dataset.path), num_workers, use_gpu=False):
+    arguments = (config, dataset.path, dataset.manifest.fingerprint)
+    for counted in map_parts(dataset.parts(), _Counter, arguments, num_workers, use_gpu=False):
         np.add.at(total, (counted["key"], counted["value"] - 1), counted["count"])
     return torch.from_numpy(total[0]), torch.from_numpy(total[1])
 
 
-def _fit(baseline: Baseline, config: Config, dataset_path: str) -> baselines.ItemWeights:
-    dataset = PreparedDataset(dataset_path)
+def _fit(baseline: Baseline, config: Config, dataset_path: str, fingerprint: str) -> baselines.ItemWeights:
+    dataset = PreparedDataset(dataset_path, fingerprint=fingerprint)
     sequences = dataset.sequences(config.data.memory_mb)
     training = training_windows(Windows.from_sequences(sequences), config.data, sequences.before)
     return FITTED[baseline](training, dataset.num_items)

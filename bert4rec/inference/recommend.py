@@ -14,7 +14,7 @@ import pyarrow.csv
 import pyarrow.fs as pafs
 import pyarrow.parquet as pq
 
-from bert4rec import storage
+from bert4rec import lease, storage
 from bert4rec.cluster.resources import begin, for_scoring
 from bert4rec.cluster.users import map_parts
 from bert4rec.config import Config, InferenceConfig
@@ -53,7 +53,8 @@ def recommend(config: Config, dataset_path: str, checkpoint: str, output_path: s
     Raises
     ------
     InputError
-        If the model belongs to another catalogue, topk is larger than it, or `output_path` cannot be written.
+        If the model belongs to another catalogue, topk is larger than it, or `output_path` cannot be written or is
+        being written by another job.
     """
     began = time.monotonic()
     inference, ranking = config.inference, Ranking.of(config.inference)
@@ -65,19 +66,29 @@ def recommend(config: Config, dataset_path: str, checkpoint: str, output_path: s
     if counted is not None:
         print(f"{output_path} is up to date")
     else:
-        begin(config, meanwhile=("ray.data",))
-        work = _open_work(output_path, identity)
-        use_gpu, num_workers = for_scoring(config)
-        parts = dataset.parts()
-        missing = [part for part in parts if not _is_done(work, part, inference)]
-        with Progress("scoring", dataset.manifest.num_users, "users") as reporter:
-            reporter.skip(dataset.manifest.num_users - sum(part.high - part.low for part in missing))
-            arguments = (inference, ranking, dataset_path, checkpoint, work, use_gpu, reporter)
-            for _ in map_parts(missing, _Recommender, arguments, num_workers, use_gpu) if missing else ():
-                pass
-        counted = _publish(work, output_path, parts, inference)
-        _commit(output_path, identity, checkpoint, counted)
+        with lease.held(output_path):
+            counted = _score(config, dataset, checkpoint, output_path, identity)
     return RecommendResult(output_path=output_path, seconds=time.monotonic() - began, **counted)
+
+
+def _score(
+    config: Config, dataset: PreparedDataset, checkpoint: str, output_path: str, identity: dict[str, Any]
+) -> dict[str, int]:
+    """Score the parts that are missing, and publish all; totals of their counts."""
+    begin(config, meanwhile=("ray.data",))
+    inference, work = config.inference, _open_work(output_path, identity)
+    use_gpu, num_workers = for_scoring(config)
+    parts = dataset.parts()
+    missing = [part for part in parts if not _is_done(work, part, inference)]
+    with Progress("scoring", dataset.manifest.num_users, "users") as reporter:
+        reporter.skip(dataset.manifest.num_users - sum(part.high - part.low for part in missing))
+        opened = (dataset.path, dataset.manifest.fingerprint)
+        arguments = (inference, Ranking.of(inference), *opened, checkpoint, work, use_gpu, reporter)
+        for _ in map_parts(missing, _Recommender, arguments, num_workers, use_gpu) if missing else ():
+            pass
+    counted = _publish(work, output_path, parts, inference)
+    _commit(output_path, identity, checkpoint, counted)
+    return counted
 
 
 def write_few(
@@ -87,11 +98,12 @@ def write_few(
     began = time.monotonic()
     users = [batch.table["user"].to_pylist() for batch in ranked]
     identity = {"users": users, **_identity(checkpoint, inference, ranking)}
-    work = _open_work(output_path, identity)
     part = Part(0, 0, sum(batch.num_users for batch in ranked))
-    _write_part(work, part, ranked, inference)
-    counted = _publish(work, output_path, [part], inference)
-    _commit(output_path, identity, checkpoint, counted)
+    with lease.held(output_path):
+        work = _open_work(output_path, identity)
+        _write_part(work, part, ranked, inference)
+        counted = _publish(work, output_path, [part], inference)
+        _commit(output_path, identity, checkpoint, counted)
     return RecommendResult(output_path=output_path, seconds=time.monotonic() - began, **counted)
 
 
@@ -162,13 +174,14 @@ class _Recommender:
         inference: InferenceConfig,
         ranking: Ranking,
         dataset_path: str,
+        fingerprint: str,
         checkpoint: str,
         work: str,
         use_gpu: bool,
         reporter: Reporter,
     ) -> None:
         self.inference, self.ranking, self.work, self.reporter = inference, ranking, work, reporter
-        self.dataset = PreparedDataset(dataset_path)
+        self.dataset = PreparedDataset(dataset_path, fingerprint=fingerprint)
         model = BERT4Rec.from_pretrained(checkpoint).to("cuda" if use_gpu else "cpu")
         self.recommender = Recommender(model, self.dataset.items())
 

@@ -56,6 +56,9 @@ class Batch(NamedTuple):
     """[N] int64 places in `query` that have a label. They are computed here so that nothing waits for a GPU to count
     them."""
     groups: list[Group]
+    distinct: tuple[Tensor, Tensor] | None = None
+    """[U] int64 the distinct tokens, ascending, and [S] int64 which of them each token is, if `pack` was asked for it.
+    """
 
     def rectangles(self) -> list[Tensor]:
         """Each group's tokens [B, L]."""
@@ -72,6 +75,8 @@ class Step(NamedTuple):
     """Targets of the whole step, over all workers."""
     num_tokens: int
     """Real tokens of the whole step, over all workers."""
+    drawn: Tensor
+    """State of the epoch's random generator after this step; the same on all workers."""
 
 
 def last_items(windows: Windows, max_len: int) -> Tensor:
@@ -164,7 +169,7 @@ def by_length(lengths: Tensor, max_tokens: int) -> Iterator[Tensor]:
     yield from torch.split(order, torch.unique_consecutive(part, return_counts=True)[1].tolist())
 
 
-def pack(tokens: Tensor, labels: Tensor | None, device: torch.device) -> Batch:
+def pack(tokens: Tensor, labels: Tensor | None, device: torch.device, finds_distinct: bool = False) -> Batch:
     """Lay rows end to end in groups of similar length, so that layers do almost no work for padding.
 
     Only attention needs rectangles. A row is therefore padded only to the longest row of its group, and a group ends
@@ -176,6 +181,8 @@ def pack(tokens: Tensor, labels: Tensor | None, device: torch.device) -> Batch:
         [B, L] int64, padded on the left, longest row first, with at least one token per row.
     labels : Tensor or None
         [B, L] true token at targets, 0 at other places. With None, the last position of each row is queried.
+    finds_distinct : bool
+        Whether to find the distinct tokens of the batch. On a GPU, the model would have to wait for their number.
     """
     lengths = (tokens != PADDING).sum(1).tolist()
     assert lengths == sorted(lengths, reverse=True)
@@ -199,13 +206,15 @@ def pack(tokens: Tensor, labels: Tensor | None, device: torch.device) -> Batch:
     flat = [torch.cat(part) for part in zip(*parts, strict=True)]
     wanted = torch.arange(len(flat[3]), device=tokens.device) if labels is None else torch.nonzero(flat[3]).flatten()
     flat = [F.pad(part, (0, full_size(len(part), device.type) - len(part))) for part in flat]
-    tensors = [*flat, wanted]
+    distinct = torch.unique(flat[0], return_inverse=True) if finds_distinct else ()
+    tensors = [*flat, wanted, *distinct]
     if device.type == "cuda" and tokens.device.type == "cpu":
         tensors = [
             part.pin_memory() for part in tensors
         ]  # otherwise each copy waits until the GPU has done all its work
     tensors = [part.to(device, non_blocking=True) for part in tensors]
-    return Batch(tensors[0], tensors[1], tensors[2], tensors[3], tensors[4], groups)
+    found = (tensors[5], tensors[6]) if finds_distinct else None
+    return Batch(tensors[0], tensors[1], tensors[2], tensors[3], tensors[4], groups, found)
 
 
 def _group_ends(lengths: np.ndarray, group_tokens: int) -> Iterator[int]:
@@ -229,6 +238,7 @@ def iter_steps(
     max_tokens: int,
     device: torch.device,
     num_new_items: int = 0,
+    after: tuple[int, Tensor] | None = None,
 ) -> Iterator[Step]:
     """Yield this worker's part of every step of an epoch.
 
@@ -240,10 +250,16 @@ def iter_steps(
     ----------
     max_tokens : int
         Most tokens in one forward pass.
+    after : (int, Tensor)
+        Go on after that many steps, with the `Step.drawn` of the last one.
     """
     generator = torch.Generator().manual_seed(data.seed * 1_000_003 + epoch)
-    shuffled = torch.randperm(len(windows), generator=generator)
-    for users in torch.split(shuffled, data.batch_size):
+    parts = torch.split(torch.randperm(len(windows), generator=generator), data.batch_size)
+    num_done = 0
+    if after is not None:
+        num_done, drawn = after
+        generator.set_state(drawn)
+    for users in parts[num_done:]:
         chosen = windows.users(users)
         match data.sampling_strategy:
             case "recent":
@@ -258,12 +274,14 @@ def iter_steps(
         lengths = (tokens != PADDING).sum(1)
         rows = torch.argsort(lengths, descending=True, stable=True)[rank::world_size]
         batches = [
-            pack(masked[rows[part]], labels[rows[part]], device) for part in by_length(lengths[rows], max_tokens)
+            pack(masked[rows[part]], labels[rows[part]], device, model.uses_metadata)
+            for part in by_length(lengths[rows], max_tokens)
         ]
         if not batches:  # fewer users than workers: DDP still needs a forward pass, so make one without targets
             length = int(lengths[0])
-            batches = [pack(masked[:1, -length:], torch.zeros_like(labels[:1, -length:]), device)]
-        yield Step(batches, int((labels != PADDING).sum()), int(lengths.sum()))
+            none = torch.zeros_like(labels[:1, -length:])
+            batches = [pack(masked[:1, -length:], none, device, model.uses_metadata)]
+        yield Step(batches, int((labels != PADDING).sum()), int(lengths.sum()), generator.get_state())
 
 
 def steps_ahead(steps: Iterator[Step], start: Callable[[], object] = lambda: None) -> Iterator[Step]:

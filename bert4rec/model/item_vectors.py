@@ -57,6 +57,7 @@ class ItemVectors(nn.Module):
         self.embedding = nn.Embedding(num_items + 2, width, padding_idx=PADDING)
         self.dropout = Dropout(config.metadata_dropout)
         self.listed = nn.ModuleDict()
+        self._most_values: dict[str, int] = {}  # of an item, by feature
         for feature in FEATURES:
             if feature in shape:
                 size, num_values = shape[feature]
@@ -79,6 +80,7 @@ class ItemVectors(nn.Module):
 
     def set_tables(self, metadata: Metadata) -> None:
         """Fill the tables. The first and the last token, padding and [MASK], get no values."""
+        self._most_values.clear()
         for feature, (_, ragged) in metadata.listed.items():
             offsets = np.concatenate([[0], ragged.offsets, ragged.offsets[-1:]])
             self.get_buffer(f"{feature}_values").copy_(torch.from_numpy(ragged.values))
@@ -91,21 +93,29 @@ class ItemVectors(nn.Module):
         """[U] -> [U] bool: whether each item has any metadata."""
         return self._features(tokens)[1][:, 1:].any(1)
 
-    def forward(self, tokens: Tensor) -> Tensor:
-        """Tokens of any shape [...] -> [..., D]. Metadata are fused once per distinct token."""
+    def forward(self, tokens: Tensor, distinct: tuple[Tensor, Tensor] | None = None) -> Tensor:
+        """Tokens of any shape [...] -> [..., D]. Metadata are fused once per distinct token.
+
+        Parameters
+        ----------
+        distinct : tuple of Tensor
+            `torch.unique(tokens, return_inverse=True)`, where it is known. A GPU would have to be waited for.
+        """
         if self.features == ["item"]:
-            vectors: Tensor = self.embedding(tokens)
-            return vectors
-        distinct, place = torch.unique(tokens, return_inverse=True)
-        return F.embedding(place, self._fuse(distinct))
+            return self.fuse(tokens)
+        found, place = distinct or torch.unique(tokens, return_inverse=True)
+        return F.embedding(place, self.fuse(found))
 
     def gates(self, tokens: Tensor) -> Tensor:
         """[U] -> [U, F]: the weight of each feature. The weights sum to 1; a feature that the item lacks has weight
         0."""
         return self._gates(*self._features(tokens))
 
-    def _fuse(self, tokens: Tensor) -> Tensor:
-        """[U] -> [U, D]."""
+    def fuse(self, tokens: Tensor) -> Tensor:
+        """[U] -> [U, D], of each token by itself."""
+        if self.features == ["item"]:
+            plain: Tensor = self.embedding(tokens)
+            return plain
         vectors, present = self._features(tokens)
         match self.fusion:
             case "concat":
@@ -122,6 +132,15 @@ class ItemVectors(nn.Module):
         logits: Tensor = self.gate(vectors.flatten(1))
         return logits.masked_fill(~present, -torch.inf).softmax(1)
 
+    def _num_values(self, feature: str, length: Tensor) -> int:
+        """How many values to read for items with `length` [U] of them. The true number would have to wait for a GPU,
+        which gets the largest possible one."""
+        if length.device.type == "cpu":
+            return int(length.sum())
+        if feature not in self._most_values:
+            self._most_values[feature] = int(self.get_buffer(f"{feature}_offsets").diff().max())
+        return len(length) * self._most_values[feature]
+
     def _features(self, tokens: Tensor) -> tuple[Tensor, Tensor]:
         """[U] -> [U, F, D] vectors, zero if an item lacks the feature, and [U, F] bool: whether it has the feature."""
         vectors = [self.embedding(tokens)]
@@ -129,12 +148,15 @@ class ItemVectors(nn.Module):
         for feature, embedding in cast(dict[str, nn.Embedding], self.listed).items():
             offsets = self.get_buffer(f"{feature}_offsets")
             start, length = offsets[tokens], offsets[tokens + 1] - offsets[tokens]
-            bags = torch.cumsum(length, 0) - length
-            row = torch.repeat_interleave(torch.arange(len(tokens), device=tokens.device), length)
-            place = (start - bags)[row] + torch.arange(len(row), device=tokens.device)
-            values = self.get_buffer(f"{feature}_values")[place]
-            pooled = F.embedding_bag(values, embedding.weight, bags, mode="mean")  # an empty bag gives zeros
-            vectors.append(self.dropout(pooled))
+            ends = torch.cumsum(length, 0)
+            number = torch.arange(self._num_values(feature, length), device=tokens.device)
+            row = torch.searchsorted(ends, number, right=True).clamp(max=len(tokens) - 1)
+            values = self.get_buffer(f"{feature}_values")
+            place = (start - (ends - length))[row] + number
+            bags = torch.cat([ends - length, ends[-1:]])  # the last one has what is beyond all items
+            # An empty bag gives zeros.
+            pooled = F.embedding_bag(values[place.clamp(max=len(values) - 1)], embedding.weight, bags, mode="mean")
+            vectors.append(self.dropout(pooled[:-1]))
             present.append(length > 0)
         if "title" in self.features:
             titles = self.get_buffer("titles")[tokens]

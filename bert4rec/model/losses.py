@@ -95,22 +95,22 @@ def make_loss(training: TrainingConfig, counts: Tensor | None = None) -> Loss:
     """
     k = training.num_negatives
 
-    def draw(num_items: int, device: torch.device) -> Tensor:
-        match training.negative_sampling:
-            case "uniform":
-                return torch.randint(num_items, (k,), device=device)
-            case "popularity":
-                assert counts is not None
-                return torch.multinomial(counts.to(device), k, replacement=True)
-            case _:
-                assert_never(training.negative_sampling)
+    def uniform(num_items: int, device: torch.device) -> Tensor:
+        return torch.randint(num_items, (k,), device=device)
 
     def sampled(hidden: Tensor, weights: Tensor, bias: Tensor, labels: Tensor) -> Tensor:
-        negatives = draw(len(weights), hidden.device)
-        log_q = hidden.new_full((k,), -math.log(len(weights)), dtype=torch.float32)
-        if training.negative_sampling == "popularity" and counts is not None:
-            log_q = (counts / counts.sum()).log().to(hidden.device, torch.float32)[negatives]
+        match training.negative_sampling:
+            case "uniform":
+                negatives = uniform(len(weights), hidden.device)
+                log_q = hidden.new_full((k,), -math.log(len(weights)), dtype=torch.float32)
+            case "popularity":
+                assert by_popularity is not None
+                negatives, log_q = by_popularity(k, hidden.device)
+            case _:
+                assert_never(training.negative_sampling)
         return sampled_softmax(hidden, weights, bias, labels, negatives, log_q)
+
+    by_popularity = None if counts is None else _ByPopularity(counts)
 
     match training.loss:
         case "cross-entropy":
@@ -119,10 +119,29 @@ def make_loss(training: TrainingConfig, counts: Tensor | None = None) -> Loss:
             return sampled
         case "gbce":
             return lambda hidden, weights, bias, labels: gbce(
-                hidden, weights, bias, labels, draw(len(weights), hidden.device), training.gbce_t
+                hidden, weights, bias, labels, uniform(len(weights), hidden.device), training.gbce_t
             )
         case _:
             assert_never(training.loss)
+
+
+class _ByPopularity:
+    """Draws items in proportion to `counts` [V]; a draw takes as long for many items as for few."""
+
+    def __init__(self, counts: Tensor) -> None:
+        counts = counts.double()
+        self.until = torch.cumsum(counts, 0)  # [V]
+        self.total = float(self.until[-1])
+        self.log_q = (counts / self.total).log().float()  # [V]
+
+    def __call__(self, k: int, device: torch.device) -> tuple[Tensor, Tensor]:
+        """[K] int64 items, counted from 0, and [K] the log probability of each."""
+        if self.until.device != device:  # once: a copy in each step would wait for the device
+            self.until, self.log_q = self.until.to(device), self.log_q.to(device)
+        place = self.total * torch.rand(k, dtype=torch.float64, device=device)
+        # The product of the largest number below 1 may round to the total.
+        drawn = torch.searchsorted(self.until, place, right=True).clamp(max=len(self.until) - 1)
+        return drawn, self.log_q[drawn]
 
 
 def sampled_softmax(

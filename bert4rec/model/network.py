@@ -188,7 +188,7 @@ class BERT4Rec(nn.Module):
 
     def encode(self, batch: Batch) -> Tensor:
         """[N, D] final hidden states at the queries that have a label, in the order of the queries."""
-        x = self.items(batch.tokens) + self.position_embedding(batch.position)  # (S, D)
+        x = self.items(batch.tokens, batch.distinct) + self.position_embedding(batch.position)  # (S, D)
         x = self.embedding_norm(self.dropout(x))
         turns = self.get_buffer("turns")[batch.position][:, None] if self.is_rotary else None
         keep = [
@@ -223,7 +223,7 @@ class BERT4Rec(nn.Module):
         if self.config.output_features == "fused":
             fused = self._fused
             if fused is None:
-                fused = self.items(torch.arange(1, self.num_items + 1, device=bias.device))
+                fused = self.items.fuse(torch.arange(1, self.num_items + 1, device=bias.device))
                 self._fused = fused if torch.is_inference_mode_enabled() else None
             # A new item without metadata has an untrained vector, so nothing can score it.
             return fused, bias.masked_fill(self.get_buffer("unrankable"), -torch.inf)

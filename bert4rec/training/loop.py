@@ -5,7 +5,8 @@ import math
 import time
 from collections.abc import Callable, Iterator
 from contextlib import nullcontext
-from typing import Any, NamedTuple, cast
+from functools import reduce
+from typing import Any, NamedTuple, Protocol, cast
 
 import torch
 import torch.distributed
@@ -38,6 +39,29 @@ class Worker(NamedTuple):
 
 
 ALONE = Worker()
+
+
+class Place(NamedTuple):
+    """How far a worker is in an epoch."""
+
+    epoch: int
+    """From 0."""
+    step: int
+    """Steps done."""
+    num_steps: int
+    num_tokens: int
+    seconds: float
+    """Spent on the epoch so far, also before the run was stopped."""
+
+
+class Saver(Protocol):
+    """Who decides after each step whether to save in the middle of the epoch, the same on all workers."""
+
+    def is_due(self, place: Place) -> bool:
+        """Whether to save after this step."""
+
+    def save(self, place: Place, state: dict[str, Any]) -> None:
+        """Save what `train_epoch` needs as its `begin_at` to go on from here."""
 
 
 def learning_rate(training: TrainingConfig, epochs_done: float) -> float:
@@ -116,7 +140,8 @@ def train_epoch(
     optimizers: list[torch.optim.Optimizer],
     scaler: Any,  # noqa: ANN401
     worker: Worker = ALONE,
-    on_step: Callable[[int, int, float], None] = lambda step, num_steps, tokens_per_second: None,
+    saver: Saver | None = None,
+    begin_at: dict[str, Any] | None = None,
 ) -> dict[str, float]:
     """Train on every user once.
 
@@ -126,8 +151,10 @@ def train_epoch(
         A `BERT4Rec`, bare or wrapped in DDP.
     epoch : int
         From 0; with the config's seed it decides all that is drawn.
-    on_step : callable
-        Told, after each step, its number, how many the epoch has, and the epoch's rate so far.
+    saver : Saver
+        Asked after each step.
+    begin_at : dict
+        What the `saver` was given in the middle of this epoch, to go on from there.
 
     Returns
     -------
@@ -143,47 +170,80 @@ def train_epoch(
     core = cast(BERT4Rec, model.module if isinstance(model, nn.parallel.DistributedDataParallel) else model)
     torch.manual_seed(data.seed + 1_000_003 * (epoch + 1) + worker.rank)  # dropout, the same in a resumed run
     began = time.monotonic()
-    by_step: list[Tensor] = []  # [2] each: loss, targets
-    num_tokens = 0
+    by_step: list[Tensor] = []  # [steps, 2] each: loss, targets
+    num_done = num_tokens = 0
+    after = None
+    if begin_at is not None:
+        began -= begin_at["seconds"]
+        num_done, num_tokens, after = begin_at["step"], begin_at["num_tokens"], (begin_at["step"], begin_at["drawn"])
+        sums = begin_at["sums"].to(worker.device)  # of all workers: one of them goes on with it
+        by_step.append(sums if worker.rank == 0 else torch.zeros_like(sums))
+        _set_random(begin_at["random"], worker)
     model.train()
     num_steps = math.ceil(len(windows) / data.batch_size)
     max_tokens = PASS_TOKENS[worker.device.type]
 
-    def steps_of(rank: int, world_size: int) -> Iterator[Step]:
+    def steps_of(rank: int, world_size: int, after: tuple[int, Tensor] | None = None) -> Iterator[Step]:
         drawn = (core.num_items, epoch, rank, world_size, max_tokens, worker.device, core.num_new_items)
-        return iter_steps(windows, data, config.model, *drawn)
+        return iter_steps(windows, data, config.model, *drawn, after)
 
-    steps = steps_of(worker.rank, worker.world_size)
+    def sum_up() -> Tensor:
+        """[steps, 2] over all workers; only now and then, since every look waits for the device."""
+        sums = _over_workers(torch.cat(by_step))
+        _check_finite(sums, steps_of, training, epoch, num_steps)
+        return sums
+
+    steps = steps_of(worker.rank, worker.world_size, after)
     if worker.device.type == "cuda":  # on a CPU, the thread would take from the model what it gives
         steps = steps_ahead(steps, lambda: torch.cuda.set_device(core.output_bias.device))
-    for index, step in enumerate(steps):
+    for index, step in enumerate(steps, num_done):
         rate = learning_rate(training, epoch + (index + 0.5) / num_steps)
         for group in (group for optimizer in optimizers for group in optimizer.param_groups):
             group["lr"] = rate
-        by_step.append(train_step(model, step, optimizers, scaler, training, worker.world_size))
+        by_step.append(train_step(model, step, optimizers, scaler, training, worker.world_size)[None])
         num_tokens += step.num_tokens
-        on_step(index + 1, num_steps, num_tokens / (time.monotonic() - began))
-    sums = torch.stack(by_step)  # [steps, 2]; looked at only now, since every look waits for the device
-    _all_reduce(sums)
+        place = Place(epoch, index + 1, num_steps, num_tokens, time.monotonic() - began)
+        if saver is not None and saver.is_due(place):
+            state = {
+                "step": place.step,
+                "num_tokens": num_tokens,
+                "seconds": place.seconds,
+                "sums": sum_up(),
+                "drawn": step.drawn,
+                "random": _from_all(_random(worker)),
+            }
+            saver.save(place, state)
+    total = sum_up().sum(0)
     seconds = time.monotonic() - began
-    total = sums.sum(0)
-    loss = float(total[0] / total[1].clamp(min=1))
-    if not math.isfinite(loss):
-        bad = int((~torch.isfinite(sums[:, 0])).to(torch.uint8).argmax())  # the first
-        batches = next(itertools.islice(steps_of(0, 1), bad, None)).batches
-        batch = storage.fingerprint([[each.tokens.tolist(), each.labels.tolist()] for each in batches])
-        raise InputError(
-            f"training diverged: the loss of epoch {epoch + 1} is {loss} at learning rate "
-            f"{learning_rate(training, epoch + (bad + 0.5) / num_steps):g}, first in step {bad + 1} of {num_steps} "
-            f"(batch {batch}); earlier checkpoints are kept; try a smaller training.lr or training.gradient_clip_val=1"
-        )
     return {
         "epoch": epoch + 1,
-        "train_loss": loss,
-        "lr": rate,
+        "train_loss": float(total[0] / total[1].clamp(min=1)),
+        "lr": learning_rate(training, epoch + (num_steps - 0.5) / num_steps),
         "tokens_per_second": num_tokens / seconds,
         "seconds": seconds,
     }
+
+
+def _check_finite(
+    sums: Tensor,
+    steps_of: Callable[[int, int], Iterator[Step]],
+    training: TrainingConfig,
+    epoch: int,
+    num_steps: int,
+) -> None:
+    """Raise an `InputError` that names the first step whose loss is no finite number, if there is one."""
+    total = sums.sum(0)
+    loss = float(total[0] / total[1].clamp(min=1))
+    if math.isfinite(loss):
+        return
+    bad = int((~torch.isfinite(sums[:, 0])).to(torch.uint8).argmax())  # the first
+    batches = next(itertools.islice(steps_of(0, 1), bad, None)).batches
+    batch = storage.fingerprint([[each.tokens.tolist(), each.labels.tolist()] for each in batches])
+    raise InputError(
+        f"training diverged: the loss of epoch {epoch + 1} is {loss} at learning rate "
+        f"{learning_rate(training, epoch + (bad + 0.5) / num_steps):g}, first in step {bad + 1} of {num_steps} "
+        f"(batch {batch}); earlier checkpoints are kept; try a smaller training.lr or training.gradient_clip_val=1"
+    )
 
 
 def validate(
@@ -226,6 +286,40 @@ def _mean_gates(model: BERT4Rec, token_counts: Tensor) -> dict[str, float]:
     weights = token_counts[tokens].double() / token_counts.sum()
     gates = model.items.gates(tokens.to(model.output_bias.device)).cpu().double()
     return {f"val_gate/{name}": float(mean) for name, mean in zip(model.items.features, weights @ gates, strict=True)}
+
+
+def _from_all(own: Any) -> list[Any]:  # noqa: ANN401
+    """What each worker gives, in the order of their ranks."""
+    if not torch.distributed.is_initialized():
+        return [own]
+    found: list[Any] = [None] * torch.distributed.get_world_size()
+    torch.distributed.all_gather_object(found, own)
+    return found
+
+
+def _over_workers(sums: Tensor) -> Tensor:
+    """The sum over all workers, on the CPU; added in the order of their ranks, so that the last digit is always the
+    same."""
+    total: Tensor = reduce(torch.add, _from_all(sums.cpu()))
+    return total
+
+
+def _random(worker: Worker) -> dict[str, Tensor]:
+    """State of the random numbers of dropout and sampled negatives, of which each worker has its own."""
+    state = {"cpu": torch.get_rng_state()}
+    if worker.device.type == "cuda":
+        state["cuda"] = torch.cuda.get_rng_state(worker.device)
+    return state
+
+
+def _set_random(states: list[dict[str, Tensor]], worker: Worker) -> None:
+    """Go on with this worker's random numbers. A worker that was not there before keeps those of its seed."""
+    if worker.rank >= len(states):
+        return
+    own = states[worker.rank]
+    torch.set_rng_state(own["cpu"])
+    if "cuda" in own and worker.device.type == "cuda":
+        torch.cuda.set_rng_state(own["cuda"], worker.device)
 
 
 def _all_reduce(sums: Tensor) -> None:

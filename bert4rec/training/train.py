@@ -7,27 +7,35 @@ last.
 
 import hashlib
 import os
+import shutil
+import signal
+import sys
+import threading
 import time
-from collections.abc import Sequence
-from contextlib import ExitStack
+import uuid
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import ExitStack, contextmanager, nullcontext
 from dataclasses import asdict, dataclass
 from typing import TYPE_CHECKING, Any
 
 import ray
+from ray.experimental import internal_kv
 
-from bert4rec import storage
+from bert4rec import lease, storage
 from bert4rec.cluster import resources
 from bert4rec.config import Config, EvaluationConfig
 from bert4rec.data.dataset import Manifest, PreparedDataset
 from bert4rec.data.features import FEATURES
 from bert4rec.errors import InputError
 from bert4rec.progress import Progress
-from bert4rec.runs import RUN, begin_directory, checkpoint_name
+from bert4rec.runs import RUN, begin_directory, checkpoint_name, remove_abandoned
 from bert4rec.training.mlflow import MLflowLog
 from bert4rec.training.tensorboard import TensorBoardLog
 
 if TYPE_CHECKING:
     from ray.train import UserCallback
+
+    from bert4rec.training.worker import Wish
 
 LEFT_OUT_AT_DEFAULT = (
     *("data.columns", "data.delimiter", "data.header", "data.time_unit", "data.list_separator"),
@@ -43,6 +51,8 @@ WORKER_ENVIRONMENT = {
     "MALLOC_MMAP_THRESHOLD_": str(256 * 2**20),
     "MALLOC_TRIM_THRESHOLD_": str(1024 * 2**20),
 }
+SECONDS_TO_SAVE = 25
+"""How long a driver that got SIGTERM waits for the last checkpoint: Kubernetes kills 30 s after it."""
 HEAVY = ("bert4rec.training.trainer",)
 """What takes seconds to import: done while Ray starts, and not at all where a run is found finished."""
 
@@ -75,6 +85,8 @@ def train(
     dataset_path: str,
     callbacks: Sequence["UserCallback"] = (),
     sequences: ray.ObjectRef | None = None,
+    fingerprint: str | None = None,
+    is_held: bool = False,
 ) -> TrainResult:
     """Train to the end, going on from the last checkpoint of a run of the same name, if there is one.
 
@@ -84,16 +96,22 @@ def train(
         Told of each report, in Ray Train's controller.
     sequences : ObjectRef
         The dataset's `Sequences`, where they were read already for several trainings.
+    fingerprint : str
+        The dataset's, where the caller has opened it before.
+    is_held : bool
+        Whether the caller holds the run's directory: a sweep holds those of its trials.
 
     Raises
     ------
     InputError
-        If the run's name belongs to a training with other settings or data, training diverges, or the cluster lacks
-        what was asked for.
+        If the run's name belongs to a training with other settings or data, another job trains it, training diverges,
+        or the cluster lacks what was asked for.
     ray.train.TrainingFailedError
         If workers fail more than training.max_failures times.
+    SystemExit
+        With 143, if this process got SIGTERM; a checkpoint is saved.
     """
-    dataset = PreparedDataset(dataset_path, verify=True)
+    dataset = PreparedDataset(dataset_path, verify=True, fingerprint=fingerprint)
     manifest = dataset.manifest
     config = with_features(config, manifest)
     if config.training.start_from is not None:
@@ -102,11 +120,24 @@ def train(
         check_start(config, manifest)
     name = run_name(config, manifest)
     run_path = storage.join(storage.absolute(config.run.storage_path), name)
-    finished = _open_run(config, manifest, run_path)
-    if finished is not None:
+    if storage.exists(storage.join(run_path, RUN)) and (finished := _open_run(config, manifest, run_path)) is not None:
         print(f"run {name} is already trained")
         return finished
+    with nullcontext() if is_held else lease.held(run_path):
+        if (finished := _open_run(config, manifest, run_path)) is not None:
+            return finished  # another job has trained it since the line before
+        return _train(config, dataset, run_path, callbacks, sequences)
 
+
+def _train(
+    config: Config,
+    dataset: PreparedDataset,
+    run_path: str,
+    callbacks: Sequence["UserCallback"],
+    sequences: ray.ObjectRef | None,
+) -> TrainResult:
+    """Train in `run_path`, which is open."""
+    manifest, name = dataset.manifest, os.path.basename(run_path)
     resources.begin(config, meanwhile=HEAVY)
     places = resources.for_training(config)
     cores = f"{places.cpus_per_worker} CPU core{'s' * (places.cpus_per_worker > 1)}"
@@ -124,17 +155,28 @@ def train(
     with ExitStack() as unless_trained, Progress("training", config.training.num_epochs, "epochs", record) as reporter:
         if mlflow is not None:
             unless_trained.callback(mlflow.close, None)
+        end_key = f"bert4rec-end-{uuid.uuid4().hex}".encode()
         loop = {
             "config": config,
-            "dataset_path": dataset_path,
+            "dataset_path": dataset.path,
+            "fingerprint": manifest.fingerprint,
             "reporter": reporter,
             "sequences": sequences,
             "num_threads": places.cpus_per_worker,
+            "end_key": end_key,
+            # Every look at it waits for all workers, so only where Ray looks itself.
+            "may_lose_nodes": os.environ.get("RAY_TRAIN_ENABLE_PREEMPTION_WATCHER") != "0",
         }
-        result = _trainer(config, name, places, loop, callbacks).fit()
+        remove_abandoned(run_path)
+        with _saving_on_sigterm(end_key):
+            result = _trainer(config, name, places, loop, callbacks).fit()
         if isinstance(result.return_value, str):
             raise InputError(result.return_value)
+        if result.return_value is None:
+            print(f"stopped by SIGTERM; a checkpoint is saved, and the same command continues run {name}")
+            sys.exit(128 + signal.SIGTERM)
         unless_trained.pop_all()
+    remove_abandoned(run_path)
     history = result.return_value
     best, _ = result.best_checkpoints[-1]
     best_name = os.path.basename(best.path)
@@ -188,8 +230,51 @@ def _trainer(
     )
 
 
-def train_worker(loop: dict[str, Any]) -> list[dict[str, float]] | str:
-    """What each of Ray Train's workers runs: the history, or the text of an `InputError`.
+@contextmanager
+def _saving_on_sigterm(end_key: bytes) -> Iterator[None]:
+    """Inside this block, the first SIGTERM asks the workers to save and to end; the next one ends this process."""
+    if threading.current_thread() is not threading.main_thread():  # a trial of a sweep
+        yield
+        return
+    before = signal.getsignal(signal.SIGTERM)  # Ray's, which exits
+
+    too_late = threading.Timer(SECONDS_TO_SAVE, os.kill, (os.getpid(), signal.SIGTERM))
+    too_late.daemon = True
+
+    def ask(number: int, frame: object) -> None:
+        signal.signal(signal.SIGTERM, before)
+        print("SIGTERM: saving a checkpoint", flush=True)
+        too_late.start()
+        internal_kv._internal_kv_put(end_key, b"1")
+
+    signal.signal(signal.SIGTERM, ask)
+    try:
+        yield
+    finally:
+        too_late.cancel()
+        signal.signal(signal.SIGTERM, before)
+
+
+def _wish(end_key: bytes, may_lose_nodes: bool) -> Callable[[], "Wish"]:
+    """What a worker is asked for: the driver got SIGTERM, or a node of the workers is drained before it goes."""
+    from bert4rec.training.worker import Wish
+
+    saved_for = None
+
+    def wish() -> Wish:
+        nonlocal saved_for
+        drained = ray.train.get_preemption_info() if may_lose_nodes else None
+        is_new = drained is not None and drained != saved_for
+        saved_for = drained
+        if internal_kv._internal_kv_exists(end_key):
+            return Wish.END
+        return Wish.SAVE if is_new else Wish.NOTHING
+
+    return wish
+
+
+def train_worker(loop: dict[str, Any]) -> list[dict[str, float]] | str | None:
+    """What each of Ray Train's workers runs: the history, the text of an `InputError`, or None if asked to end.
 
     The error is returned, not raised, so that Ray does not try again.
     """
@@ -197,11 +282,16 @@ def train_worker(loop: dict[str, Any]) -> list[dict[str, float]] | str:
     import torch
 
     from bert4rec.training.loop import DDP_OPTIONS, Worker
-    from bert4rec.training.worker import run_epochs
+    from bert4rec.training.worker import AskedToEndError, run_epochs
 
-    def report(metrics: dict[str, float], name: str, directory: str | None) -> None:
+    def report(metrics: dict[str, float], name: str, directory: str | None, in_background: bool) -> None:
         checkpoint = None if directory is None else ray.train.Checkpoint.from_directory(directory)
-        ray.train.report(metrics, checkpoint=checkpoint, checkpoint_dir_name=name)
+        mode = ray.train.CheckpointUploadMode.ASYNC if in_background else ray.train.CheckpointUploadMode.SYNC
+        try:
+            ray.train.report(metrics, checkpoint, name, mode)
+        finally:
+            if directory is not None and not in_background:  # Ray removes it behind an upload in the background
+                shutil.rmtree(directory)
 
     context, checkpoint = ray.train.get_context(), ray.train.get_checkpoint()
     device = ray.train.torch.get_device()
@@ -209,7 +299,8 @@ def train_worker(loop: dict[str, Any]) -> list[dict[str, float]] | str:
     if device.type == "cuda":  # a node's workers see all of its GPUs; each sums up on its own
         torch.cuda.set_device(device)
     try:
-        config, dataset = loop["config"], PreparedDataset(loop["dataset_path"])
+        config = loop["config"]
+        dataset = PreparedDataset(loop["dataset_path"], fingerprint=loop["fingerprint"])
         shared = loop["sequences"]
         with ExitStack() as stack:
             return run_epochs(
@@ -221,9 +312,12 @@ def train_worker(loop: dict[str, Any]) -> list[dict[str, float]] | str:
                 worker=Worker(context.get_world_rank(), context.get_world_size(), device),
                 resume_from=None if checkpoint is None else stack.enter_context(checkpoint.as_directory()),
                 wrap=lambda model: ray.train.torch.prepare_model(model, parallel_strategy_kwargs=DDP_OPTIONS),
+                wish=_wish(loop["end_key"], loop["may_lose_nodes"]),
             )
     except InputError as error:
         return str(error)
+    except AskedToEndError:
+        return None
 
 
 def with_features(config: Config, manifest: Manifest) -> Config:
@@ -262,7 +356,14 @@ def what_shapes_the_result(config: Config) -> dict[str, Any]:
         include={"data", "model", "training", "evaluation"},
         exclude={
             "data": {"data_dir", "data_file", "memory_mb"},
-            "training": {"accelerator", "cpus_per_worker", "max_failures", "min_workers", "start_from"},
+            "training": {
+                "accelerator",
+                "checkpoint_minutes",
+                "cpus_per_worker",
+                "max_failures",
+                "min_workers",
+                "start_from",
+            },
             "evaluation": set(EvaluationConfig.model_fields) - {"exclude_seen"},
         },
     )

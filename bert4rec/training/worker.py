@@ -5,14 +5,19 @@
 
 import contextlib
 import ctypes
+import math
 import os
+import shutil
 import tempfile
+import time
 from collections.abc import Callable
+from enum import IntEnum
 from typing import Any, Protocol
 
 import numpy as np
 import pyarrow as pa
 import torch
+import torch.distributed
 from torch import nn
 
 from bert4rec import storage
@@ -25,13 +30,17 @@ from bert4rec.errors import InputError
 from bert4rec.model.item_vectors import Metadata
 from bert4rec.model.losses import make_loss
 from bert4rec.model.network import BERT4Rec
-from bert4rec.runs import checkpoint_name
+from bert4rec.runs import checkpoint_name, unfinished_name
 from bert4rec.training.card import CARD, model_card
-from bert4rec.training.loop import ALONE, Worker, make_optimizers, train_epoch, validate
+from bert4rec.training.loop import ALONE, Place, Worker, make_optimizers, train_epoch, validate
 from bert4rec.training.warm_start import begin_from
 
 STATE = "training_state.pt"
 STATE_HASH = "training_state.sha256"  # as sha256sum writes and checks it
+SECONDS_BETWEEN_LOOKS = 1.0
+"""How often the workers agree on whether to save in the middle of an epoch."""
+MOST_OF_THE_TIME = 0.01
+"""The share of a training that saving in the middle of epochs may take; slow saves come more rarely."""
 
 
 class Progress(Protocol):
@@ -47,10 +56,28 @@ class Progress(Protocol):
         """`amount` epochs were done before."""
 
 
-Report = Callable[[dict[str, float], str, str | None], None]
-"""report(metrics, name, directory): keep the checkpoint `name`, which lies in `directory` until the call returns.
+class Report(Protocol):
+    """Keeps a checkpoint. Every worker calls it equally often; all but the first give no directory."""
 
-Every worker calls it equally often; all but the first give no directory."""
+    def __call__(self, metrics: dict[str, float], name: str, directory: str | None, in_background: bool) -> None:
+        """Keep the content of `directory`, which it removes, as the checkpoint `name`.
+
+        `in_background`: training goes on meanwhile.
+        """
+
+
+class Wish(IntEnum):
+    """What is asked of a training from outside."""
+
+    NOTHING = 0
+    SAVE = 1
+    """To save now and go on, as one of its nodes will go."""
+    END = 2
+    """To save now and end."""
+
+
+class AskedToEndError(Exception):
+    """The training was asked to end, and has saved."""
 
 
 def run_epochs(
@@ -63,6 +90,7 @@ def run_epochs(
     worker: Worker = ALONE,
     resume_from: str | None = None,
     wrap: Callable[[BERT4Rec], nn.Module] = lambda model: model,
+    wish: Callable[[], Wish] = lambda: Wish.NOTHING,
 ) -> list[dict[str, float]]:
     """Train to the last epoch, or until early stopping; the metrics of each validated epoch.
 
@@ -74,11 +102,15 @@ def run_epochs(
         Directory of the checkpoint to go on from.
     wrap : callable
         Puts the model on the worker's device, inside DDP where there are several workers.
+    wish : callable
+        Called by every worker at the same steps, about once a second; what it tells the first of them counts.
 
     Raises
     ------
     InputError
         If nothing is left to train on or to validate with, a checkpoint is damaged, or the loss is no number.
+    AskedToEndError
+        If `wish` asked for it.
     """
     training, device = config.training, worker.device
     torch.manual_seed(config.data.seed)
@@ -90,13 +122,15 @@ def run_epochs(
     model.loss = make_loss(training, known if training.negative_sampling == "popularity" else None)
 
     state: dict[str, Any] = {"epoch": 0, "history": [], "best": None, "improvements": 0, "validations_since_best": 0}
-    optimizer_states = scaler_state = None
+    optimizer_states = scaler_state = begin_at = None
     if resume_from is not None:
         weights, state = load_checkpoint(resume_from)
         model.load_state_dict(weights)
         optimizer_states, scaler_state = state.pop("optimizers"), state.pop("scaler")
+        begin_at = state.pop("in_epoch", None)
         if worker.rank == 0:
-            progress.skip(state["epoch"])
+            num_steps = math.ceil(len(windows) / config.data.batch_size)
+            progress.skip(state["epoch"] + (begin_at["step"] / num_steps if begin_at else 0))
     elif training.start_from is not None:
         begin_from(model, training.start_from, dataset.items().ids)
     model.get_buffer("item_counts").copy_(counts)
@@ -109,14 +143,24 @@ def run_epochs(
             optimizer.load_state_dict(saved)
         scaler.load_state_dict(scaler_state or {})
 
-    def on_step(step: int, num_steps: int, tokens_per_second: float) -> None:
+    def on_step(place: Place) -> None:
         if worker.rank == 0:
-            place = f"epoch {state['epoch'] + 1}/{training.num_epochs}, step {step}/{num_steps}"
-            progress.advance(1 / num_steps, f"{place}, {tokens_per_second:,.0f} tokens/s{last_validation}")
+            where = f"epoch {place.epoch + 1}/{training.num_epochs}, step {place.step}/{place.num_steps}"
+            rate = place.num_tokens / place.seconds
+            progress.advance(1 / place.num_steps, f"{where}, {rate:,.0f} tokens/s{last_validation}")
 
+    def save(place: Place, in_epoch: dict[str, Any]) -> None:
+        name, directory = unfinished_name(place.epoch + 1, place.step), None
+        if worker.rank == 0:
+            directory = _write_checkpoint(model, {**state, "in_epoch": in_epoch}, optimizers, scaler)
+        # Below every finished epoch, so that Ray Train keeps it only while it is the latest.
+        report({"improvement": -1}, name, directory, in_background=True)
+
+    saver = _MidEpoch(training.checkpoint_minutes, worker, wish, on_step, save)
     last_validation = ""
     while state["epoch"] < training.num_epochs and not _should_stop(config, state):
-        metrics = train_epoch(wrapped, windows, config, state["epoch"], optimizers, scaler, worker, on_step)
+        metrics = train_epoch(wrapped, windows, config, state["epoch"], optimizers, scaler, worker, saver, begin_at)
+        begin_at = None
         state["epoch"] += 1
         if state["epoch"] % training.val_check_interval and state["epoch"] < training.num_epochs:
             continue
@@ -133,6 +177,56 @@ def run_epochs(
             last_validation = _summary(metrics, config.monitor)
     history: list[dict[str, float]] = state["history"]
     return history
+
+
+class _MidEpoch:
+    """Saves in the middle of epochs when it is time, or when it is asked to. The first worker decides for all."""
+
+    def __init__(
+        self,
+        minutes: float,
+        worker: Worker,
+        wish: Callable[[], Wish],
+        on_step: Callable[[Place], None],
+        save: Callable[[Place, dict[str, Any]], None],
+    ) -> None:
+        self._worker, self._wish, self._on_step, self._save = worker, wish, on_step, save
+        self._between = 60 * minutes
+        self._looked = time.monotonic()
+        self._next_save = self._looked + self._between
+        self._until_look = self._steps_between = 1
+        self._ends = False
+
+    def is_due(self, place: Place) -> bool:
+        self._on_step(place)
+        self._until_look -= 1
+        if self._until_look:
+            return False
+        now, wished = time.monotonic(), self._wish()
+        steps = int(self._steps_between * SECONDS_BETWEEN_LOOKS / max(now - self._looked, 1e-9))
+        verdict = [int(wished != Wish.NOTHING or now >= self._next_save), int(wished == Wish.END), max(steps, 1)]
+        is_due, ends, steps = _of_the_first(verdict, self._worker)
+        self._looked, self._ends = now, bool(ends)
+        self._until_look = self._steps_between = steps
+        return bool(is_due)
+
+    def save(self, place: Place, state: dict[str, Any]) -> None:
+        began = time.monotonic()
+        self._save(place, state)
+        now = time.monotonic()
+        self._next_save = now + max(self._between, (now - began) * (1 / MOST_OF_THE_TIME - 1))
+        if self._ends:
+            raise AskedToEndError
+
+
+def _of_the_first(numbers: list[int], worker: Worker) -> list[int]:
+    """What the first worker gives."""
+    if not torch.distributed.is_initialized():
+        return numbers
+    is_nccl = torch.distributed.get_backend() == "nccl"
+    told = torch.tensor(numbers, device=worker.device if is_nccl else "cpu")
+    torch.distributed.broadcast(told, 0)
+    return told.tolist()
 
 
 def _give_memory_back() -> None:
@@ -218,21 +312,34 @@ def _report(
     name = checkpoint_name(metrics, config.monitor)
     # What Ray keeps the best checkpoint by: of equal epochs the first is best, as early stopping has it.
     metrics = {**metrics, "improvement": 0 if state["validations_since_best"] else state["improvements"]}
-    if worker.rank > 0:
-        report(metrics, name, None)
-        return
-    with tempfile.TemporaryDirectory() as directory:
-        model.save_pretrained(directory)
+    directory = None
+    if worker.rank == 0:
+        directory = _write_checkpoint(model, state, optimizers, scaler)
         # The catalogue and the card make the directory one that can be handed over.
-        storage.write_bytes(storage.join(directory, ITEMS), storage.read_bytes(storage.join(dataset.path, ITEMS)))
+        storage.write_bytes(storage.join(directory, ITEMS), storage.read_bytes(dataset.items_file))
         card = model_card(model, config, dataset.manifest, dataset.items(), metrics, name)
         storage.write_bytes(storage.join(directory, CARD), card.encode())
+    report(metrics, name, directory, in_background=False)
+
+
+def _write_checkpoint(
+    model: BERT4Rec,
+    state: dict[str, Any],
+    optimizers: list[torch.optim.Optimizer],
+    scaler: Any,  # noqa: ANN401
+) -> str:
+    """The new local directory of a checkpoint: the model, and all that `load_checkpoint` returns."""
+    directory = tempfile.mkdtemp(prefix="checkpoint-")
+    try:
+        model.save_pretrained(directory)
         states = [optimizer.state_dict() for optimizer in optimizers]
-        resume = {**state, "optimizers": states, "scaler": scaler.state_dict()}
-        torch.save(resume, os.path.join(directory, STATE))
-        digest = storage.sha256(storage.join(directory, STATE))
-        storage.write_bytes(storage.join(directory, STATE_HASH), f"{digest}  {STATE}\n".encode())
-        report(metrics, name, directory)
+        path = storage.join(directory, STATE)
+        torch.save({**state, "optimizers": states, "scaler": scaler.state_dict()}, path)
+        storage.write_bytes(storage.join(directory, STATE_HASH), f"{storage.sha256(path)}  {STATE}\n".encode())
+    except BaseException:
+        shutil.rmtree(directory, ignore_errors=True)
+        raise
+    return directory
 
 
 def load_checkpoint(directory: str) -> tuple[dict[str, torch.Tensor], dict[str, Any]]:

@@ -32,7 +32,7 @@ THE_SAME_FOR_ALL = {
     *(f"data.{name}" for name in (*DATASET_KEYS, "data_dir", "data_file", "memory_mb")),
     *(f"data.{name}" for name in ("use_full_data", "holdout", "min_interactions")),
     *(f"training.{name}" for name in ("monitor_metric", "accelerator", "num_workers", "min_workers")),
-    *(f"training.{name}" for name in ("cpus_per_worker", "max_failures")),
+    *(f"training.{name}" for name in ("checkpoint_minutes", "cpus_per_worker", "max_failures")),
 }
 MOST_DRAWS = 1000
 """Most draws for one trial. The first draw that is valid and new becomes the trial."""

@@ -29,7 +29,7 @@ from ray.tune.integration.ray_train import TuneReportCallback
 from ray.tune.schedulers import ASHAScheduler, TrialScheduler
 from ray.tune.search import Searcher
 
-from bert4rec import storage
+from bert4rec import lease, storage
 from bert4rec.cluster import errors, resources
 from bert4rec.config import Config
 from bert4rec.data.dataset import Manifest, PreparedDataset
@@ -81,8 +81,9 @@ def tune(config: Config, dataset_path: str) -> TuneResult:
     Raises
     ------
     InputError
-        If the space or the search is unusable, the name belongs to a sweep with other settings or data, the cluster is
-        too small, more than tune.max_failed_trials trials fail, or no trial reaches a validation.
+        If the space or the search is unusable, the name belongs to a sweep with other settings or data, another job
+        runs it, the cluster is too small, more than tune.max_failed_trials trials fail, or no trial reaches a
+        validation.
     """
     began = time.monotonic()
     if config.data.use_full_data:
@@ -97,40 +98,46 @@ def tune(config: Config, dataset_path: str) -> TuneResult:
     resolved = with_features(config, dataset.manifest)
     space = Space.of(resolved)
     sweep_path = storage.join(storage.absolute(config.run.storage_path), sweep_name(resolved, dataset.manifest))
-    trials = _open_sweep(resolved, dataset.manifest, sweep_path)
-    sweep = _Sweep(space, trials, sweep_path)
-    sweep.check_failures()
-    if sweep.num_left:
-        with resources.releasing_abandoned():
-            _run_trials(sweep, dataset)
+    with lease.held(sweep_path):
+        trials = _open_sweep(resolved, dataset.manifest, sweep_path)
+        sweep = _Sweep(space, trials, sweep_path)
         sweep.check_failures()
-    for trial in trials:
-        _complete_history(trial, sweep_path)
-    ranking = outputs.ranked(trials, config.monitor)
-    if not ranking:
-        raise InputError(f"{sweep_path}: no trial has been validated; run the same command to continue")
-    best = ranking[0]
-    files = [
-        *outputs.write_table(space, trials, sweep_path),
-        outputs.write_plots(space, trials, sweep_path),
-        outputs.write_hparams(space, trials, sweep_path),
-    ]
-    found = best.best(config.monitor)
-    result = TuneResult(
-        sweep_path=sweep_path,
-        trials=trials,
-        best=best,
-        best_checkpoint=storage.join(sweep_path, best.name, checkpoint_name(found, config.monitor)),
-        best_config=outputs.write_best_config(config, best, sweep_path),
-        files=[file for file in files if file is not None],
-        epochs_spared=sum(space.num_epochs(t.values) - t.epochs for t in trials if t.status == "stopped"),
-        refit=_refit(config, best, sweep_path, dataset_path) if config.tune.refit else None,
-        seconds=time.monotonic() - began,
-    )
-    checkpoint = f"{best.name}/{os.path.basename(result.best_checkpoint)}"
-    summary = {"best_trial": best.number, "best_checkpoint": checkpoint, "best_metrics": found, "values": best.values}
-    storage.write_json(storage.join(sweep_path, SWEEP), summary)
-    return result
+        if sweep.num_left:
+            with resources.releasing_abandoned():
+                _run_trials(sweep, dataset)
+            sweep.check_failures()
+        for trial in trials:
+            _complete_history(trial, sweep_path)
+        ranking = outputs.ranked(trials, config.monitor)
+        if not ranking:
+            raise InputError(f"{sweep_path}: no trial has been validated; run the same command to continue")
+        best = ranking[0]
+        files = [
+            *outputs.write_table(space, trials, sweep_path),
+            outputs.write_plots(space, trials, sweep_path),
+            outputs.write_hparams(space, trials, sweep_path),
+        ]
+        found = best.best(config.monitor)
+        result = TuneResult(
+            sweep_path=sweep_path,
+            trials=trials,
+            best=best,
+            best_checkpoint=storage.join(sweep_path, best.name, checkpoint_name(found, config.monitor)),
+            best_config=outputs.write_best_config(config, best, sweep_path),
+            files=[file for file in files if file is not None],
+            epochs_spared=sum(space.num_epochs(t.values) - t.epochs for t in trials if t.status == "stopped"),
+            refit=_refit(config, best, sweep_path, dataset) if config.tune.refit else None,
+            seconds=time.monotonic() - began,
+        )
+        checkpoint = f"{best.name}/{os.path.basename(result.best_checkpoint)}"
+        summary = {
+            "best_trial": best.number,
+            "best_checkpoint": checkpoint,
+            "best_metrics": found,
+            "values": best.values,
+        }
+        storage.write_json(storage.join(sweep_path, SWEEP), summary)
+        return result
 
 
 def table(trials: Sequence[Trial], monitor: str) -> str:
@@ -189,6 +196,8 @@ class _Sweep:
             for metrics in result["history"]:
                 trial.add(metrics)
             self.end(ray_id, result["outcome"], result["reason"])
+            return False
+        if "epoch" not in result:  # a checkpoint in the middle of an epoch
             return False
         if trial.add({key: value for key, value in result.items() if key in METRICS or key.startswith("val_")}):
             if self._is_stopped_at(trial):
@@ -346,6 +355,7 @@ def _run_trials(sweep: _Sweep, dataset: PreparedDataset) -> None:
         "config": config,
         "sweep_path": sweep.path,
         "dataset_path": dataset.path,
+        "fingerprint": dataset.manifest.fingerprint,
         "sequences": ray.put(dataset.sequences()) if is_small else None,
     }
     experiment = storage.join(sweep.path, "ray_tune")
@@ -390,6 +400,8 @@ def _run_trial(trial: dict[str, Any], shared: dict[str, Any]) -> None:
             shared["dataset_path"],
             callbacks=[TuneReportCallback()],
             sequences=shared["sequences"],
+            fingerprint=shared["fingerprint"],
+            is_held=True,
         )
         outcome["history"] = result.history
     except InputError as error:
@@ -444,14 +456,14 @@ def _complete_history(trial: Trial, sweep_path: str) -> None:
             trial.add(metrics)
 
 
-def _refit(config: Config, best: Trial, sweep_path: str, dataset_path: str) -> TrainResult:
+def _refit(config: Config, best: Trial, sweep_path: str, dataset: PreparedDataset) -> TrainResult:
     """Train the best settings on the full data, up to the best epoch of the best trial."""
     epochs = int(best.best(config.monitor)["epoch"])
     print(f"training the best settings on the full data for {epochs} epochs")
     values = {**best.values, "data.use_full_data": True, "training.num_epochs": epochs}
     values |= {"run.name": "refit", "run.storage_path": sweep_path}
     with resources.releasing_abandoned():  # the last trial may only just have been stopped
-        return train(with_values(config, values), dataset_path)
+        return train(with_values(config, values), dataset.path, fingerprint=dataset.manifest.fingerprint, is_held=True)
 
 
 def _header(monitor: str) -> str:

@@ -47,12 +47,13 @@ class Kept:
         snapshot = self.path / SNAPSHOT
         self.entries = json.loads(snapshot.read_text()) if snapshot.exists() else []
 
-    def report(self, metrics, name, directory):
+    def report(self, metrics, name, directory, in_background):
         self.reported.append(metrics)
         shutil.copytree(directory, self.path / name)
+        shutil.rmtree(directory)
         self.entries.append({"name": name, "improvement": metrics["improvement"]})
         self.entries = [entry for entry in self.entries if entry in (self.best, self.entries[-1])]
-        for found in self.path.glob("bert4rec-*"):
+        for found in [*self.path.glob("bert4rec-*"), *self.path.glob("unfinished-*")]:
             if found.name not in [entry["name"] for entry in self.entries]:
                 shutil.rmtree(found)
         (self.path / SNAPSHOT).write_text(json.dumps(self.entries))
@@ -61,7 +62,7 @@ class Kept:
 
     @property
     def best(self):
-        return max(self.entries, key=lambda entry: entry["improvement"])
+        return max(reversed(self.entries), key=lambda entry: entry["improvement"])  # of equal ones the last
 
     @property
     def last(self):

@@ -116,6 +116,42 @@ def test_a_killed_driver_goes_on_with_the_same_command(data_dir, tmp_path, repea
     assert history_of(tmp_path / "killed") == history_of(tmp_path / "whole")
 
 
+@pytest.mark.cluster
+@pytest.mark.slow
+def test_a_driver_that_gets_sigterm_saves_first(tmp_path):
+    """In the middle of an epoch of 125 steps; the rerun ends with the history of an undisturbed run."""
+    rng = np.random.default_rng(0)
+    rows = [(user, 100 + item, 9e8 + n) for user in range(2000) for n, item in enumerate(rng.permutation(50)[:12])]
+    pd.DataFrame(rows, columns=["user", "item", "time"]).to_csv(tmp_path / "train_ratings.csv", index=False)
+    settings = [*SMALL, f"data.data_dir={tmp_path}", "run.name=run", "training.num_epochs=6"]
+    settings += ["training.early_stopping=false", "training.num_workers=2"]
+
+    def history_of(root):
+        epochs = json.loads((root / "run" / "run.json").read_text())["history"]
+        return [{k: v for k, v in epoch.items() if k not in ("seconds", "tokens_per_second")} for epoch in epochs]
+
+    for root in (tmp_path / "whole", tmp_path / "ended"):
+        assert run_job("prepare", *settings, f"run.storage_path={root}").returncode == 0
+    assert run_job("train", *settings, f"run.storage_path={tmp_path / 'whole'}").returncode == 0
+
+    run = tmp_path / "ended" / "run"
+    command = [sys.executable, "-m", "jobs.train", *settings, f"run.storage_path={tmp_path / 'ended'}"]
+    driver = subprocess.Popen(command, cwd=ROOT, env=without_ray(), stdout=subprocess.PIPE, text=True)
+    while not list(run.glob("bert4rec-02-*")):
+        assert driver.poll() is None, "ended before it could be stopped"
+        time.sleep(0.05)
+    driver.terminate()
+    assert "SIGTERM: saving a checkpoint" in driver.communicate()[0]
+    assert driver.returncode == 128 + 15
+    (unfinished,) = run.glob("unfinished-*")
+    (run / "unfinished-99-000001").mkdir()  # as a cut-off upload leaves it
+    again = run_job("train", *settings, f"run.storage_path={tmp_path / 'ended'}")
+    assert again.returncode == 0, again.stderr
+    assert history_of(tmp_path / "ended") == history_of(tmp_path / "whole")
+    assert not list(run.glob("unfinished-*"))
+    assert unfinished.name.startswith("unfinished-0")
+
+
 @pytest.mark.parametrize(
     ("job", "arguments", "message"),
     [

@@ -18,19 +18,20 @@ pytestmark = pytest.mark.unit
 
 def test_a_directory_is_whole_only_after_commit(tmp_path):
     path = str(tmp_path / "d")
-    storage.begin(path)
+    storage.write_bytes(f"{path}/a/b", b"1")
+    storage.write_bytes(f"{path}/c", b"1")
     assert not storage.is_complete(path)
     storage.commit(path, {"a": 1})
     assert storage.is_complete(path)
     assert storage.read_sealed(f"{path}/manifest.json") == {"a": 1}
-    storage.begin(path)
-    assert os.listdir(path) == []
+    storage.remove_all_but(path, {"manifest.json", "c"})
+    assert sorted(os.listdir(path)) == ["c", "manifest.json"]
 
 
 def test_what_cannot_be_written_is_said_at_once(tmp_path):
     (tmp_path / "file").write_text("")
     with pytest.raises(InputError, match="cannot be written"):
-        storage.begin(str(tmp_path / "file" / "d"))
+        storage.check_writable(str(tmp_path / "file" / "d"))
     with pytest.raises(InputError, match="no filesystem"):
         storage.open_store("ftpx://a/b")
 

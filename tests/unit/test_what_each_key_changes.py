@@ -114,6 +114,7 @@ CHANGES = {
     "training.min_workers": Key("1", NOTHING, TWO),
     "training.cpus_per_worker": Key("2", NOTHING),
     "training.precision": Key("bf16-mixed", TRAINED),
+    "training.checkpoint_minutes": Key("7", NOTHING),
     "training.max_failures": Key("7", NOTHING),
     "evaluation.exclude_seen": Key("false", {MODEL, EVALUATION}),
     "evaluation.split": Key("validation", {EVALUATION}, ("data.holdout=2",)),
@@ -206,7 +207,8 @@ class Deciders:
             patch.setattr(evaluate, "map_parts", map_parts)
             counts = evaluate._item_counts(self.dataset, config, 1)
         ranking = Ranking.of(config.inference)
-        arguments = (config, self.dataset.path, self.names["MODEL"], ranking, systems, counts, {}, False, Quiet())
+        opened = (self.dataset.path, self.dataset.manifest.fingerprint)
+        arguments = (config, *opened, self.names["MODEL"], ranking, systems, counts, {}, False, Quiet())
         worker = evaluate._Evaluator(*arguments)
         counted = [{k: v.tolist() for k, v in worker(part).items()} for part in self.dataset.parts()]
         return names, notes, evaluate.evaluated_protocols(config), evaluate.evaluated_split(config), counted

@@ -2,8 +2,10 @@ import bz2
 import gzip
 import itertools
 import json
+import os
 import re
 import sys
+from pathlib import Path
 
 import numpy as np
 import pandas as pd
@@ -67,7 +69,7 @@ def times_of(dataset):
 def items_of(dataset):
     """As in PreparedTwin."""
     manifest = dataset.manifest
-    rows = pq.read_table(f"{dataset.path}/items.parquet").to_pylist()
+    rows = pq.read_table(dataset.items_file).to_pylist()
     assert [row["index"] for row in rows] == list(range(1, manifest.num_items + 1))
     return [
         (
@@ -352,10 +354,11 @@ def test_half_a_dataset_is_refused_and_repaired(tmp_path):
     (tmp_path / "out" / "manifest.json").unlink()
     with pytest.raises(InputError, match=r"manifest\.json is missing"):
         PreparedDataset(str(tmp_path / "out"))
-    (tmp_path / "out" / "sequences" / "part-99999.parquet").write_bytes(b"left behind")
+    (tmp_path / "out" / "data-0").mkdir()
+    (tmp_path / "out" / "data-0" / "part-99999.parquet").write_bytes(b"left behind")
     assert users_of(run(data, tmp_path / "out")) == users_of(whole)
-    assert not (tmp_path / "out" / "sequences" / "part-99999.parquet").exists()
-    (tmp_path / "out" / "items.parquet").write_bytes(b"short")
+    assert sorted(os.listdir(tmp_path / "out")) == [whole.items_file.split("/")[-2], "manifest.json"]
+    Path(whole.items_file).write_bytes(b"short")
     assert users_of(run(data, tmp_path / "out")) == users_of(whole)
 
 
@@ -461,7 +464,7 @@ def test_the_files_on_disk_are_what_the_contract_says(tmp_path):
     assert [schema.field(name).type for name in ("user", "last_year")] == [pa.int64(), pa.int16()]
     assert schema.field("items").type.value_type == pa.int32()
     assert schema.field("times").type.value_type == pa.int64()
-    types = {f.name: f.type for f in pq.read_schema(tmp_path / "out" / "items.parquet")}
+    types = {f.name: f.type for f in pq.read_schema(PreparedDataset(str(tmp_path / "out")).items_file)}
     assert [types[name] for name in ("index", "item", "count", "year", "title", "director")] == [
         pa.int32(), pa.int64(), pa.int64(), pa.int16(), pa.string(), pa.int32(),
     ]  # fmt: skip

@@ -4,6 +4,9 @@ What a worker does is tested in tests/unit/training/test_worker.py.
 """
 
 import json
+import os
+import signal
+import sys
 from pathlib import Path
 
 import numpy as np
@@ -116,6 +119,7 @@ def test_a_worker_has_as_many_threads_as_cores(tmp_path, dataset_path, monkeypat
     monkeypatch.setattr(ray.train, "get_checkpoint", lambda: None)
     monkeypatch.setattr("ray.train.torch.get_device", lambda: torch.device("cpu"))
     loop = {"config": config_for(tmp_path), "dataset_path": dataset_path, "reporter": None, "sequences": None}
+    loop |= {"end_key": b"key", "may_lose_nodes": False}
     before = torch.get_num_threads()
     try:
         for threads in (2, 1):
@@ -135,6 +139,41 @@ def test_a_worker_has_as_many_threads_as_cores(tmp_path, dataset_path, monkeypat
 
     monkeypatch.setattr("bert4rec.training.worker.run_epochs", fail)  # told, not raised: Ray would try again
     assert train_worker({**loop, "num_threads": before}) == "the user's problem"
+
+
+def test_the_first_sigterm_asks_the_workers_to_save_and_the_second_ends_the_driver(monkeypatch, capsys):
+    from ray.experimental import internal_kv
+
+    from bert4rec.training.worker import Wish
+
+    module = sys.modules[train.__module__]
+    wish = module._wish(b"this run", False)
+    ended = []
+    before = signal.signal(signal.SIGTERM, lambda *_: ended.append("by Ray's handler"))
+    try:
+        with module._saving_on_sigterm(b"this run"):
+            assert wish() == Wish.NOTHING
+            os.kill(os.getpid(), signal.SIGTERM)
+            assert wish() == Wish.END
+            assert module._wish(b"another run", False)() == Wish.NOTHING
+            assert capsys.readouterr().out == "SIGTERM: saving a checkpoint\n"
+            assert ended == []
+            os.kill(os.getpid(), signal.SIGTERM)
+            assert ended == ["by Ray's handler"]
+    finally:
+        signal.signal(signal.SIGTERM, before)
+        internal_kv._internal_kv_del(b"this run")
+
+
+def test_a_node_that_will_go_is_saved_for_once(monkeypatch):
+    import ray.train
+
+    from bert4rec.training.worker import Wish
+
+    told = iter([None, "node 1 goes", "node 1 goes", "nodes 1 and 2 go", None])
+    monkeypatch.setattr(ray.train, "get_preemption_info", lambda: next(told))
+    wish = sys.modules[train.__module__]._wish(b"no key", True)
+    assert [wish() for _ in range(5)] == [Wish.NOTHING, Wish.SAVE, Wish.NOTHING, Wish.SAVE, Wish.NOTHING]
 
 
 def test_only_a_ray_of_our_own_goes_without_the_cleaner_of_placement_groups(monkeypatch):

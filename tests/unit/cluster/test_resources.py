@@ -1,7 +1,11 @@
 """What a training takes of a cluster, for clusters and control groups that are made up here."""
 
 import os
+import socket
+import time
+from concurrent import futures
 
+import grpc
 import pytest
 
 from bert4rec.cluster import resources
@@ -84,3 +88,69 @@ def test_usable_cores_are_those_of_the_affinity_and_the_quota(monkeypatch, quota
     monkeypatch.setattr(os, "sched_getaffinity", lambda pid: {0, 1, 2, 5}, raising=False)
     monkeypatch.setattr(resources, "_quotas", lambda root, group: quotas)
     assert resources.usable_cores() == cores
+
+
+@pytest.mark.parametrize(
+    ("address", "message"),
+    [
+        ("http://10.0.0.5:8265", r"an address for `ray job submit` .*expected HOST:PORT .* such as 10\.0\.0\.5:6379"),
+        ("https://ray.example.org", "an address for `ray job submit`"),
+        ("ray://10.0.0.5:10001", "must run in the cluster, not behind Ray Client; submit it"),
+        ("localhost", "not an address; expected HOST:PORT"),
+        ("localhost:", "not an address; expected HOST:PORT"),
+        (":6379", "not an address; expected HOST:PORT"),
+        ("localhost:6379/", "not an address; expected HOST:PORT"),
+        ("localhost:99999", "not an address; expected HOST:PORT"),
+        ("localhost:0", "not an address; expected HOST:PORT"),
+        ("no host.invalid:6379", r"no Ray cluster answers there \(.*; expected HOST:PORT"),
+    ],
+)
+def test_an_address_that_jobs_cannot_take_is_one_line(address, message):
+    with pytest.raises(InputError, match=rf"^RAY_ADDRESS={address}: .*{message}") as told:
+        resources._check_answers(address)
+    assert "\n" not in str(told.value)
+
+
+def test_a_cluster_that_is_gone_is_told_at_once():
+    with socket.socket() as taken:
+        taken.bind(("127.0.0.1", 0))
+        address = f"127.0.0.1:{taken.getsockname()[1]}"
+    with pytest.raises(
+        InputError, match=rf"^RAY_ADDRESS={address}: no Ray cluster answers there \(Connection refused\)"
+    ):
+        resources._check_answers(address)
+
+
+@pytest.mark.parametrize(("backlog", "problem"), [(5, "does not answer as a head does"), (0, "timed out")])
+def test_what_takes_connections_and_says_nothing_is_no_cluster(monkeypatch, backlog, problem):
+    monkeypatch.setattr(resources, "ANSWER_SECONDS", 0.3)
+    with socket.socket() as silent, futures.ThreadPoolExecutor() as others:
+        silent.bind(("127.0.0.1", 0))
+        silent.listen(backlog)
+        address = silent.getsockname()
+        if not backlog:  # so that it takes no more
+            filling = [others.submit(socket.create_connection, address, 0.2) for _ in range(8)]
+            time.sleep(0.1)
+        with pytest.raises(InputError, match=problem):
+            resources._check_answers(f"127.0.0.1:{address[1]}")
+        for each in filling if not backlog else ():
+            if each.exception() is None:
+                each.result().close()
+
+
+def test_a_head_answers():
+    server = grpc.server(futures.ThreadPoolExecutor(1))
+    port = server.add_insecure_port("127.0.0.1:0")
+    server.start()
+    try:
+        resources._check_answers(f"127.0.0.1:{port}")
+        resources._check_answers(f"localhost:{port}")
+    finally:
+        server.stop(None)
+
+
+def test_a_name_server_that_does_not_answer_is_not_waited_for(monkeypatch):
+    monkeypatch.setattr(resources, "ANSWER_SECONDS", 0.1)
+    monkeypatch.setattr(socket, "create_connection", lambda *_: time.sleep(5))
+    with pytest.raises(InputError, match=r"head\.example\.org is not found in 0\.2 s"):
+        resources._check_answers("head.example.org:6379")

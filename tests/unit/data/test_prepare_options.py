@@ -31,7 +31,7 @@ def data_dir(tmp_path, monkeypatch):
     (tmp_path / "train_ratings.csv").write_text(
         "\n".join(["user,item,time,other", *(f"{row},7" for row in rows)]) + "\n"
     )
-    (tmp_path / "both.csv").write_text("1,3;7\n9;7,3\n")
+    (tmp_path / "both.csv").write_text("1,3;7\n9;7,3\n9;8,7\n")
     (tmp_path / "numbers.csv").write_text("\n".join(["1,2,3", *rows]) + "\n")
     (tmp_path / "titles.tsv").write_text("item\ttitle\n3\tThird\n7\tSeventh\n77\tNew\n")
     (tmp_path / "genres.tsv").write_text("item\tgenre\n7\tA|B&C&D\n")

@@ -94,7 +94,7 @@ def test_other_names_and_separators(run, delimiter, sign):
 
 
 def test_a_long_separator_in_a_compressed_file_and_in_quotes(run):
-    rows = "".join(f'{user}::"a::b{user % 3}"::{T0 + user}\n' for user in range(60_000))
+    rows = "".join(f'{user}::"a::b{user % 3}"::{T0 + user}\n' for user in range(15_000))
     found = run(
         {"ratings.gz": gzip.compress(rows.encode())},
         "ratings.gz",
@@ -102,8 +102,8 @@ def test_a_long_separator_in_a_compressed_file_and_in_quotes(run):
         header=False,
         columns={"user": "1", "item": "2", "time": "3"},
     )
-    assert found.users[59_999] == (59_999, ["a::b2"], 2023)
-    assert [item[:2] for item in found.items] == [("a::b0", 20_000), ("a::b1", 20_000), ("a::b2", 20_000)]
+    assert found.users[14_999] == (14_999, ["a::b2"], 2023)
+    assert [item[:2] for item in found.items] == [("a::b0", 5000), ("a::b1", 5000), ("a::b2", 5000)]
 
 
 @pytest.mark.parametrize(
@@ -426,7 +426,7 @@ def test_ids_of_warehouses(run, values):
 
 
 def test_ids_of_warehouses_that_are_text_or_none(run):
-    users = pa.array(["7".encode(), "é".encode()], pa.binary())
+    users = pa.array([b"7", "é".encode()], pa.binary())
     found = run({"r": pa.table({"user": users, "item": pa.array([b"ab", b"cd"], pa.binary(2))})}, "r")
     assert found.users == [("7", ["ab"], None), ("é", ["cd"], None)]
     huge = pa.array([Decimal(10**30)], pa.decimal128(38, 0))

@@ -231,7 +231,7 @@ def test_steps_made_ahead_are_the_same():
         assert (ahead.num_targets, ahead.num_tokens) == (plain.num_targets, plain.num_tokens)
         for batch, other in zip(ahead.batches, plain.batches, strict=True):
             assert batch.groups == other.groups
-            assert all(torch.equal(*pair) for pair in zip(batch[:-1], other[:-1], strict=True))
+            assert all(torch.equal(*pair) for pair in zip(batch[:5], other[:5], strict=True))
     assert started == [1]
 
 

@@ -17,9 +17,10 @@ from bert4rec.data.dataset import PreparedDataset
 from bert4rec.errors import InputError
 from bert4rec.model.network import BERT4Rec
 from bert4rec.runs import checkpoint_name
-from bert4rec.training.loop import Worker
+from bert4rec.training import worker as worker_module
+from bert4rec.training.loop import Place, Worker
 from bert4rec.training.tensorboard import TensorBoardLog
-from bert4rec.training.worker import load_checkpoint, run_epochs
+from bert4rec.training.worker import AskedToEndError, Wish, load_checkpoint, run_epochs
 from tests.helpers.datasets import random_histories, write_dataset
 from tests.helpers.trainer import Kept, Quiet, WorkerKilledError, run
 
@@ -70,6 +71,95 @@ def test_a_resumed_run_ends_like_an_undisturbed_one(dataset_path, tmp_path, opti
     again, kept = run(config, dataset_path, tmp_path / "stopped")
     assert again == resumed
     assert kept.reported == []
+
+
+AT_EACH_STEP = "training.checkpoint_minutes=1e-9"
+
+
+@pytest.fixture
+def no_pause(monkeypatch):
+    """Saving after each step, whatever it costs."""
+    monkeypatch.setattr(worker_module, "SECONDS_BETWEEN_LOOKS", 0)
+    monkeypatch.setattr(worker_module, "MOST_OF_THE_TIME", 1)
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [
+        ["training.optimizer=muon", "training.val_check_interval=2"],
+        ["training.loss=sampled-softmax", "data.sampling_strategy=weighted", "training.gradient_clip_val=1"],
+    ],
+    ids=["muon", "sampled"],
+)
+def test_a_run_killed_at_drawn_steps_ends_like_an_undisturbed_one(dataset_path, tmp_path, no_pause, settings):
+    """Killed again and again, right after one of its next checkpoints, most of which are in the middle of an epoch."""
+    settings = [*settings, "training.early_stopping=false", "model.max_len=6"]
+    history, whole = run(config_for(*settings), dataset_path, tmp_path / "whole")
+    rng, resumed, skipped = np.random.default_rng(0), None, []
+    while resumed is None:
+        try:
+            resumed, kept = run(
+                config_for(*settings, AT_EACH_STEP), dataset_path, tmp_path / "killed", int(rng.integers(1, 6))
+            )
+        except WorkerKilledError:
+            left = Kept(tmp_path / "killed")
+            best = [entry["name"] for entry in left.entries if entry["improvement"] >= 0]
+            assert len(left.entries) <= 2
+            assert best or len(left.entries) == 1  # the best epoch stays, whatever comes behind it
+            skipped.append(Path(left.last).name)
+    assert sum(name.startswith("unfinished-") for name in skipped) >= 2
+    assert without_times(resumed) == without_times(history)
+    assert [entry["name"] for entry in kept.entries] == [entry["name"] for entry in whole.entries]
+    for ours, theirs in zip(kept.entries, whole.entries, strict=True):
+        assert files_of(kept.path / ours["name"]) == files_of(whole.path / theirs["name"])
+
+
+def test_the_time_of_an_epoch_counts_on_and_so_does_its_progress(dataset_path, tmp_path, no_pause):
+    with pytest.raises(WorkerKilledError):
+        run(config_for(AT_EACH_STEP), dataset_path, tmp_path, 7)  # in the second epoch, of four steps
+    last = Kept(tmp_path).last
+    assert Path(last).name == "unfinished-02-000002"
+    state = torch.load(f"{last}/training_state.pt", weights_only=True)
+    assert state["in_epoch"]["sums"].shape == (2, 2)
+    state["in_epoch"]["seconds"] += 1000
+    save_state(state, Path(last))
+    history, kept = run(config_for(), dataset_path, tmp_path)
+    assert kept.progress.skipped == 1.5
+    assert kept.progress.texts[0].startswith("epoch 2/4, step 3/4, ")
+    assert history[0]["seconds"] < 1000 < history[1]["seconds"]
+
+
+def test_saving_takes_its_share_of_the_time_at_most(monkeypatch):
+    """A save of 3 s comes every 300 s, though it is asked for every minute; steps take a second each."""
+    now = [0.0]
+    monkeypatch.setattr(worker_module.time, "monotonic", lambda: now[0])
+
+    def save(*_):
+        now[0] += 3
+
+    saver = worker_module._MidEpoch(1, Worker(), lambda: Wish.NOTHING, lambda place: None, save)
+    saved = []
+    for step in range(1000):
+        now[0] += 1
+        if saver.is_due(Place(0, step, 1000, 1, 1)):
+            saved.append(now[0])
+            saver.save(None, {})
+    assert saved == [60, 60 + 300, 60 + 600, 60 + 900]
+
+
+def test_who_is_asked_to_end_saves_first_and_who_will_lose_a_node_goes_on(dataset_path, tmp_path, monkeypatch):
+    monkeypatch.setattr(worker_module, "SECONDS_BETWEEN_LOOKS", 0)
+    config, dataset = config_for("training.early_stopping=false"), PreparedDataset(dataset_path)
+    wishes = [Wish.NOTHING, Wish.SAVE, *[Wish.NOTHING] * 4, Wish.END]  # epochs of four steps
+    kept = Kept(tmp_path)
+    asked = iter(wishes)
+    with pytest.raises(AskedToEndError):
+        run_epochs(config, dataset, dataset.sequences(), report=kept.report, progress=Quiet(), wish=lambda: next(asked))
+    assert [metrics["improvement"] for metrics in kept.reported] == [-1, 1, -1]
+    assert Path(kept.last).name == "unfinished-02-000003"
+    resumed, _ = run(config, dataset_path, tmp_path)
+    whole, _ = run(config, dataset_path, tmp_path / "whole")
+    assert without_times(resumed) == without_times(whole)
 
 
 def test_a_checkpoint_is_named_after_its_epoch_and_the_best_is_that_of_early_stopping(dataset_path, tmp_path):
@@ -218,7 +308,7 @@ def test_a_loss_that_is_no_number_stops_before_a_checkpoint(last, dataset_path):
     expected = r"the loss of epoch 4 is nan at learning rate 0\.001, first in step 2 of 4 \(batch [0-9a-f]{16}\)"
     config, dataset = config_for("training.num_epochs=6"), PreparedDataset(dataset_path)
 
-    def report(*_):
+    def report(*_, **__):
         raise AssertionError("a checkpoint of weights that are no numbers")
 
     with pytest.raises(InputError, match=expected):
@@ -275,6 +365,7 @@ def test_title_embeddings_are_matched_by_id(tmp_path, dataset_path):
 TWO = {
     "alike": ["model.dropout_rate=0", "model.position_encoding=rotary"],
     "dropout": ["training.optimizer=muon", "training.num_epochs=6", "training.early_stopping=false"],
+    "drawn": ["training.early_stopping=false", "training.num_epochs=2", "data.sampling_strategy=window"],
     "temporal": ["data.split=temporal", "training.num_epochs=1", "model.dropout_rate=0"],
 }
 
@@ -285,15 +376,15 @@ def two_workers(rank, root, dataset_path):
     torch.distributed.init_process_group("gloo", init_method=f"file://{root}/meet", rank=rank, world_size=2)
     dataset = PreparedDataset(dataset_path)
 
-    def train(name, path, stop_after=None, resume=None):
+    def train(name, path, stop_after=None, resume=None, *overrides):
         kept = Kept(path, stop_after)
 
-        def report(metrics, checkpoint, directory):
+        def report(metrics, checkpoint, directory, in_background):
             assert (directory is None) == (rank == 1)
             stops = False
             if rank == 0:
                 try:
-                    kept.report(metrics, checkpoint, directory)
+                    kept.report(metrics, checkpoint, directory, in_background)
                 except WorkerKilledError:
                     stops = True
             told = [stops]
@@ -302,7 +393,7 @@ def two_workers(rank, root, dataset_path):
                 raise WorkerKilledError
 
         return run_epochs(
-            config_for(*TWO[name]),
+            config_for(*TWO[name], *overrides),
             dataset,
             dataset.sequences(),
             report=report,
@@ -318,6 +409,13 @@ def two_workers(rank, root, dataset_path):
     except WorkerKilledError:
         torch.distributed.barrier()
     histories["stopped"] = train("dropout", root / "stopped", resume=Kept(root / "stopped").last)
+    worker_module.SECONDS_BETWEEN_LOOKS, worker_module.MOST_OF_THE_TIME = 0, 1
+    for stop_after in (2, 1, 3, 99):  # behind steps 2 and 3 of the first epoch, and 2 of the second
+        try:
+            last = Kept(root / "killed").last
+            histories["killed"] = train("drawn", root / "killed", stop_after, last, AT_EACH_STEP)
+        except WorkerKilledError:
+            torch.distributed.barrier()
     torch.save(histories, root / f"histories-{rank}.pt")
     torch.distributed.barrier()  # a process that leaves while another still talks to it is aborted
     torch.distributed.destroy_process_group()
@@ -327,7 +425,7 @@ def two_workers(rank, root, dataset_path):
 def of_two(tmp_path_factory):
     """Dataset, directory and histories of two workers."""
     root = tmp_path_factory.mktemp("two")
-    for name in (*TWO, "stopped"):
+    for name in (*TWO, "stopped", "killed"):
         (root / name).mkdir()
     rng = np.random.default_rng(1)
     before = [sorted(rng.integers(0, len(items) + 1, 2).tolist()) for items in HISTORIES.values()]
@@ -352,6 +450,7 @@ def test_both_workers_have_the_same_history_and_a_resumed_one_too(of_two):
     _, root, (first, second) = of_two
     for name, history in first.items():
         assert without_times(history) == without_times(second[name]), name
-    assert without_times(first["stopped"]) == without_times(first["dropout"])
-    last = [Kept(root / name).last for name in ("dropout", "stopped")]
-    assert files_of(last[0]) == files_of(last[1])
+    for whole, resumed in (("dropout", "stopped"), ("drawn", "killed")):
+        assert without_times(first[resumed]) == without_times(first[whole])
+        last = [Kept(root / name).last for name in (whole, resumed)]
+        assert files_of(last[0]) == files_of(last[1])

@@ -1,0 +1,200 @@
+"""Everything that can lie on a GPU, on a stand-in for one: equal to the CPU, and no step waits for the device."""
+
+from collections import Counter
+
+import numpy as np
+import pandas as pd
+import pyarrow as pa
+import pytest
+import torch
+
+from bert4rec.config import InferenceConfig, load_config
+from bert4rec.data.dataset import PreparedDataset
+from bert4rec.data.windows import Windows, item_counts, training_windows
+from bert4rec.evaluation import evaluate
+from bert4rec.inference.export import ScoringFunction
+from bert4rec.inference.ranking import Ranking
+from bert4rec.inference.recommender import Recommender
+from bert4rec.model.item_vectors import Metadata
+from bert4rec.model.losses import make_loss
+from bert4rec.model.network import BERT4Rec
+from bert4rec.training import loop
+from bert4rec.training.loop import Worker, make_optimizers, train_epoch, validate
+from bert4rec.training.muon import BFloat16Muon
+from tests.helpers.datasets import random_histories, write_dataset
+from tests.helpers.stand_in_device import DEVICE, moved, stand_in_device
+from tests.helpers.trainer import Quiet
+
+pytestmark = pytest.mark.unit
+
+NUM_ITEMS = 40
+GENRES = ["model.use_genre_emb=true"]
+NETWORKS = {
+    "ids": [],
+    "rotary": ["model.position_encoding=rotary"],
+    "own output": ["model.share_embeddings=false"],
+    **{
+        f"{fusion} of genres and titles": [*GENRES, "model.use_title_emb=true", f"model.metadata_fusion={fusion}"]
+        for fusion in ("concat", "add", "gate")
+    },
+    "fused output": [*GENRES, "model.use_title_emb=true", "model.output_features=fused"],
+}
+SAMPLED = ["training.loss=sampled-softmax", "training.num_negatives=16"]
+TRAININGS = {
+    "cross-entropy": [],
+    "sampled-softmax": SAMPLED,
+    "by popularity": [*SAMPLED, "training.negative_sampling=popularity"],
+    "gbce": ["training.loss=gbce", "training.num_negatives=16"],
+    "muon": ["training.optimizer=muon"],
+    "clipped": ["training.optimizer=adam", "training.gradient_clip_val=0.5"],
+}
+
+
+@pytest.fixture(scope="module")
+def dataset(tmp_path_factory):
+    random = np.random.default_rng(0)
+    histories = random_histories(70, NUM_ITEMS, longest=20)
+    counts = [len(history) for history in histories.values()]
+    path = write_dataset(
+        tmp_path_factory.mktemp("device") / "dataset",
+        histories,
+        NUM_ITEMS,
+        years=[None if token % 7 == 0 else 1990 + token % 20 for token in range(NUM_ITEMS)],
+        last_years=[None if user % 5 == 0 else 2000 + user % 9 for user in range(70)],
+        genres=[sorted(set(random.integers(0, 7, random.integers(0, 4)).tolist())) for _ in range(NUM_ITEMS)],
+        before={"recent_last": [count // 2 for count in counts]},
+    )
+    return PreparedDataset(path)
+
+
+def config_of(*settings):
+    common = ["data.data_dir=unused", "data.batch_size=32", "model.random_mask_prob=0.4", "model.num_layers=1"]
+    network = ["model.hidden_units=16", "model.num_heads=2", "model.max_len=12", "training.num_epochs=2"]
+    no_dropout = ["model.dropout_rate=0", "model.metadata_dropout=0"]
+    return load_config(None, [*common, *network, *no_dropout, "model.use_title_emb=false", *settings])
+
+
+def model_of(config, dataset):
+    torch.manual_seed(1)
+    titles = np.random.default_rng(2).normal(size=(NUM_ITEMS, 6)).astype(np.float32)
+    titles[::3] = 0  # without a title
+    metadata = Metadata.of(config.model, dataset.items(), titles)
+    return BERT4Rec(config.model, NUM_ITEMS, "test", metadata)
+
+
+def trained(config, dataset, waits=None):
+    """The trained model, the metrics of an epoch, and what made each step wait. With `waits`: on the device."""
+    read = dataset.sequences()
+    windows = training_windows(Windows.from_sequences(read), config.data)
+    model = model_of(config, dataset)
+    counts = item_counts(windows, NUM_ITEMS)
+    model.item_counts.copy_(counts)
+    by_popularity = config.training.negative_sampling == "popularity"
+    model.loss = make_loss(config.training, counts.float() if by_popularity else None)
+    device = torch.device("cpu") if waits is None else DEVICE
+    model = model if waits is None else moved(model)
+    optimizers = make_optimizers(model, config.training)
+    scaler = torch.amp.GradScaler("cpu", enabled=False)
+    by_step = [Counter()]
+
+    def on_step(step, num_steps, tokens_per_second):
+        by_step.append(Counter(waits or {}))
+
+    found = train_epoch(model, windows, config, 0, optimizers, scaler, Worker(device=device), on_step)
+    metrics = validate(model, Windows.from_sequences(read), config, Worker(device=device))
+    return model, {"train_loss": found["train_loss"], **metrics}, by_step
+
+
+def weights_of(model):
+    return torch.cat([getattr(value, "elem", value).detach().flatten() for value in model.parameters()])
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [pytest.param(each, id=name) for name, each in (NETWORKS | TRAININGS).items()]
+    + [pytest.param([*NETWORKS["fused output"], *SAMPLED], id="fused output, sampled-softmax")],
+)
+def test_a_training_is_that_of_the_cpu_and_no_step_waits(dataset, settings, monkeypatch):
+    monkeypatch.setattr(loop, "muon_for", lambda device, width: BFloat16Muon)
+    config = config_of(*settings)
+    cpu, expected, _ = trained(config, dataset)
+    with stand_in_device() as waits:
+        model, metrics, by_step = trained(config, dataset, waits)
+    assert metrics == pytest.approx(expected, rel=1e-5)
+    before, after = weights_of(model_of(config, dataset)), weights_of(cpu)
+    # Adam divides small gradients, and their rounding, by themselves: some weights move by nothing else.
+    assert (weights_of(model) - after).norm() < 0.2 * (after - before).norm()
+    assert by_step[2] - by_step[1] == Counter(), "a step waits for the device"
+
+
+@pytest.mark.parametrize("network", NETWORKS)
+def test_a_recommender_and_its_program_are_those_of_the_cpu(dataset, network):
+    config = config_of(*NETWORKS[network], "inference.popularity_discount=0.5", "inference.score_memory_mb=1")
+    read, items = dataset.sequences(), dataset.items()
+    history = torch.randint(1, NUM_ITEMS + 1, (5, 20))
+    own = [101, 117, 109]
+    found = []
+    with stand_in_device():
+        for place in (lambda model: model, moved):
+            model = model_of(config, dataset)
+            model.item_counts += torch.arange(NUM_ITEMS, 0, -1)
+            model = place(model).eval()
+            recommender, ranking = Recommender(model, items), Ranking.of(config.inference)
+            ranked = [each.table for each in recommender.rank(read, InferenceConfig(batch_size=30), ranking)]
+            with torch.no_grad():
+                outputs = [
+                    *ScoringFunction(model, 4, ranking).eval()(history.to(model.output_bias.device)),
+                    ScoringFunction(model).eval()(history.to(model.output_bias.device)),
+                ]
+            frames = [recommender.recommend(own, 5, last_year=1999), recommender.similar(104, 3)]
+            found.append((pa.concat_tables(ranked), [output.cpu() for output in outputs], frames))
+    (table, outputs, frames), (expected, of_cpu, frames_of_cpu) = found[1], found[0]
+    assert table.num_rows == 70 * 10
+    assert table.drop(["score"]) == expected.drop(["score"])
+    np.testing.assert_allclose(table["score"], expected["score"], rtol=1e-5, atol=1e-6)
+    torch.testing.assert_close(outputs, of_cpu)
+    for frame, own_frame in zip(frames, frames_of_cpu, strict=True):
+        pd.testing.assert_frame_equal(frame, own_frame)
+
+
+@pytest.mark.parametrize("exclude_seen", ["true", "false"])
+def test_an_evaluation_is_that_of_the_cpu(dataset, exclude_seen, tmp_path, monkeypatch):
+    monkeypatch.setattr(evaluate.ray, "get", lambda fitted: fitted)
+    protocols = "[all, popularity-100, popularity-100-of-all, uniform-100, uniform-100-of-all]"
+    config = config_of(
+        *NETWORKS["fused output"],
+        f"evaluation.protocols={protocols}",
+        "evaluation.baselines=[popularity, popularity-7-days, item-knn, ease]",
+        f"evaluation.exclude_seen={exclude_seen}",
+        "inference.popularity_discount=0.3",
+    )
+    model = model_of(config, dataset)
+    model.item_counts += torch.arange(NUM_ITEMS, 0, -1)
+    model.save_pretrained(str(tmp_path))
+    fitted = {name: evaluate._fit(name, config, dataset.path) for name in evaluate.FITTED}
+    counts = (torch.arange(NUM_ITEMS), torch.arange(NUM_ITEMS).flip(0))
+    systems = [evaluate.MODEL, *config.evaluation.baselines]
+    arguments = (config, dataset.path, str(tmp_path), Ranking.of(config.inference), systems, counts, fitted, False)
+    counted = []
+    with stand_in_device():
+        for device in (torch.device("cpu"), DEVICE):
+            worker = evaluate._Evaluator(*arguments, Quiet())
+            if device == DEVICE:
+                worker.device, worker.model = device, moved(worker.model)
+            counted.append([{name: each.tolist() for name, each in worker(part).items()} for part in dataset.parts()])
+    assert counted[1] == counted[0]
+    assert len(set(counted[0][0]["key"])) > len(systems) * 5  # ranks, and recommended items, of every system
+
+
+def test_the_device_refuses_what_a_gpu_would_and_counts_what_waits_for_it():
+    here = torch.ones(3)
+    with stand_in_device() as waits:
+        there = torch.arange(3.0, device=DEVICE)
+        with pytest.raises(RuntimeError, match="tensors of two devices"):
+            there + here
+        with pytest.raises(RuntimeError, match="a CPU tensor indexed by one of the device"):
+            here[there.long()]
+        assert there.device == DEVICE
+        assert (there + torch.tensor(1.0)).sum() == 6  # a scalar may go with it; a condition waits
+        assert there[there > 1].tolist() == [2]
+        assert waits == {"aten::_local_scalar_dense": 1, "index by a mask": 1, "tolist": 1}
