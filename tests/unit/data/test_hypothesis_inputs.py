@@ -162,9 +162,9 @@ ISO = st.one_of(
 TIMES = {
     "seconds": SECONDS,
     "ordinals": st.integers(0, 10**8 - 1).map(str),
-    "ms": st.integers(10**11 + 1, 10**14).map(str),
-    "us": st.integers(10**14 + 1, 10**17).map(str),
-    "ns": st.integers(10**17 + 1, 10**20).map(str),
+    "ms": st.integers(10**11 + 1, 10**14 - 1).map(str),
+    "us": st.integers(10**14 + 1, 10**17 - 100).map(str),
+    "ns": st.integers(10**17 + 100, 10**20).map(str),
     "days": RECENT.map(lambda moment: moment.strftime("%Y%m%d")),
     "date": RECENT.map(lambda moment: moment.strftime("%Y%m%d%H%M%S")),
     "iso": ISO,
