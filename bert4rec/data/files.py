@@ -187,6 +187,7 @@ def readable(path: str) -> Iterator[None]:
         raise InputError(f"{path}: cannot be read ({error}); missing rights, or a damaged file") from None
 
 
+@storage.patient
 def form_of(path: str) -> Form:
     """What a file is, by its first bytes.
 
@@ -243,6 +244,7 @@ def open_text(path: str, form: Form) -> Iterator[pa.NativeFile]:
             assert_never(form)
 
 
+@storage.patient
 def read_head(path: str, form: Form) -> bytes:
     """The first MiB of a text file, decompressed.
 
@@ -290,7 +292,7 @@ def one_byte(delimiter: str) -> str:
     return delimiter if len(delimiter) == 1 else "\x1f"
 
 
-def read_header(path: str, delimiter: str, wanted: tuple[str, str]) -> tuple[tuple[str, ...], int, bool]:
+def read_header(path: str, delimiter: str, wanted: tuple[str, ...]) -> tuple[tuple[str, ...], int, bool]:
     """Return the column names, the header's length in bytes, and whether any data follow it.
 
     Raises

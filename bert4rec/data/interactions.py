@@ -25,7 +25,7 @@ import pyarrow.csv as pacsv
 import pyarrow.parquet as pq
 
 from bert4rec import storage
-from bert4rec.config import DataConfig, TimeUnit
+from bert4rec.config import LARGEST_TIME, DataConfig, TimeUnit
 from bert4rec.data.columns import find_columns
 from bert4rec.data.dataset import InputFile
 from bert4rec.data.files import (
@@ -44,7 +44,6 @@ from bert4rec.data.files import (
 from bert4rec.data.ids import are_ints, like_missing, trim
 from bert4rec.data.times import (
     LARGEST_NUMBER,
-    LARGEST_TIME,
     UNIT_NAMES,
     date_of,
     fits,
@@ -61,7 +60,7 @@ from bert4rec.data.times import (
 from bert4rec.errors import InputError, shown
 
 SAMPLE_EVERY = 4096
-"""One user id in this many rows is sampled, to balance the shuffle."""
+"""Rows for each user that helps `prepare` to choose ranges of users."""
 _TEXT = pa.dictionary(pa.int32(), pa.string())
 _IDS = ("user", "item")
 
@@ -112,7 +111,7 @@ class ChunkSummary:
     items: pa.Array
     """Distinct item ids, as strings."""
     user_sample: pa.Array
-    """User id in every SAMPLE_EVERYth row, as strings."""
+    """Some user ids, as strings."""
     bad: Counter[str] = field(default_factory=Counter)
     """Number of rows with an unusable value, by column."""
     error: str | None = None
@@ -228,8 +227,11 @@ def read_chunk(chunk: Chunk, int_users: bool = False, int_items: bool = False) -
         yield pa.table(columns)
 
 
-def check_chunk(chunk: Chunk) -> ChunkSummary:
+def check_chunk(chunk: Chunk, sample_every: int = SAMPLE_EVERY) -> ChunkSummary:
     """Parse and check a chunk, and summarise it.
+
+    The sample has the user of a file's first row, and of every `sample_every`-th row after it. It does not depend on
+    the chunks, unless a CSV file has blank lines or line breaks within fields.
 
     Raises
     ------
@@ -237,6 +239,7 @@ def check_chunk(chunk: Chunk) -> ChunkSummary:
         If its bytes cannot be read. Errors in its rows do not raise; the summary holds them.
     """
     num_rows, error = 0, None
+    place = chunk.line - 1 - (chunk.kind == "csv" and chunk.header)  # of the first row in the file
     are_int = {name: name not in chunk.strings for name in _IDS}
     items, sample = [pa.array([], pa.string())], [pa.array([], pa.string())]
     bad, trimmed, sizes = Counter[str](), Counter[str](), Counter[str]()
@@ -256,7 +259,7 @@ def check_chunk(chunk: Chunk) -> ChunkSummary:
                     if name == "item":
                         items.append(ids.dictionary)
                     else:
-                        sample.append(ids[-num_rows % SAMPLE_EVERY :: SAMPLE_EVERY].dictionary_decode())
+                        sample.append(ids[-(place + num_rows) % sample_every :: sample_every].dictionary_decode())
                 if "time" in chunk.columns:
                     times = _times(chunk, table["time"])
                     usable = np.abs(times) <= (LARGEST_NUMBER if _is_open(chunk) else LARGEST_TIME)
@@ -539,6 +542,7 @@ def _parquet_times(chunk: Chunk, column: pa.ChunkedArray) -> pa.ChunkedArray:
     return column.cast(pa.float64(), safe=False).fill_null(np.nan)
 
 
+@storage.patient
 def _parquet_rows(chunk: Chunk) -> pa.Table:
     """The chunk's columns user, item and time that are in the file, as the file has them."""
     own = {role: place for place, role in enumerate(chunk.columns[: len(chunk.names)]) if role in (*_IDS, "time")}

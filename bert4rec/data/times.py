@@ -18,8 +18,6 @@ UNIT_NAMES: dict[TimeUnit, str] = {
     "date": "dates",
     "order": "ordinals",
 }
-LARGEST_TIME = 1e11
-"""In seconds: the year 5138."""
 LARGEST_NUMBER = 1e20
 _SMALLEST_TIME = 1e8  # the year 1973 in seconds; what lies below in all rows is no real log's time
 _BOUNDS = (_SMALLEST_TIME, 1e11, 1e14, 1e17)  # 1e11: the year 5138 in seconds, but 1973 in milliseconds, and so on

@@ -5,7 +5,6 @@ import gzip
 import io
 import lzma
 import os
-import sys
 import zipfile
 from datetime import UTC, date, datetime
 from decimal import Decimal
@@ -22,19 +21,13 @@ from bert4rec.data.dataset import PreparedDataset
 from bert4rec.data.files import find_interactions
 from bert4rec.data.prepare import prepare
 from bert4rec.errors import InputError
-from tests.helpers.in_process import LocalRay
-from tests.integration.data.test_prepare import items_of, users_of
+from tests.unit.data.test_prepare import items_of, users_of
 
-pytestmark = pytest.mark.unit
+pytestmark = [pytest.mark.unit, pytest.mark.usefixtures("local_ray_data")]
 
 ML = {"user": "userId", "item": "movieId", "time": "timestamp"}
 DAY = 86_400
 T0 = 1_700_006_400  # 2023-11-15 00:00:00 UTC
-
-
-@pytest.fixture(autouse=True)
-def without_ray(monkeypatch):
-    monkeypatch.setattr(sys.modules[prepare.__module__], "ray", LocalRay())
 
 
 @pytest.fixture
