@@ -184,17 +184,20 @@ def write(
     token_of_code: np.ndarray,
     cutoffs: dict[str, int],
     time_origin: int | None,
+    has_year: bool,
 ) -> pa.Table:
     """Write each range as a file in the folder `version` of the dataset. Return name, size and sha256 of each."""
     written = []
     for row in range(len(ranges)):
         whole = _Ranges.of(ranges.slice(row, 1))
         name = f"{version}/sequences/part-{whole.number[0]:05d}.parquet"
-        written.append(write_parquet(path, name, _final(whole, token_of_code, cutoffs, time_origin)))
+        written.append(write_parquet(path, name, _final(whole, token_of_code, cutoffs, time_origin, has_year)))
     return pa.Table.from_pylist([file.model_dump() for file in written], _WRITTEN)
 
 
-def _final(ranges: _Ranges, token_of_code: np.ndarray, cutoffs: dict[str, int], time_origin: int | None) -> pa.Table:
+def _final(
+    ranges: _Ranges, token_of_code: np.ndarray, cutoffs: dict[str, int], time_origin: int | None, has_year: bool
+) -> pa.Table:
     """Make the rows of sequences/*.parquet, with final tokens."""
     columns = {
         "user": ranges.user,
@@ -204,7 +207,8 @@ def _final(ranges: _Ranges, token_of_code: np.ndarray, cutoffs: dict[str, int], 
     if ranges.time is not None and time_origin is not None:
         since_origin = np.floor(ranges.time).astype(np.int64) - time_origin
         columns["times"] = _lists(ranges.length, pa.array(since_origin))
-        columns["last_year"] = pa.array(interactions.year_of(ranges.time[np.cumsum(ranges.length) - 1]))
+        if has_year:
+            columns["last_year"] = pa.array(interactions.year_of(ranges.time[np.cumsum(ranges.length) - 1]))
         for name, cutoff in cutoffs.items():
             columns[f"before_{name}"] = pa.array(_sums(ranges.time < cutoff, ranges.length), pa.int32())
     return pa.table(columns)

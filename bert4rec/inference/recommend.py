@@ -44,6 +44,8 @@ class RecommendResult:
     num_rows: int
     num_short_users: int
     """Users for whom fewer than topk items remained."""
+    num_empty_users: int
+    """Users for whom no item remained."""
     seconds: float
 
 
@@ -235,6 +237,7 @@ def _write_part(work: str, part: Part, ranked: list[Ranked], inference: Inferenc
         "num_users": sum(batch.num_users for batch in ranked),
         "num_rows": len(table),
         "num_short_users": sum(batch.num_short_users for batch in ranked),
+        "num_empty_users": sum(batch.num_empty_users for batch in ranked),
     }
     storage.write_json(_part_path(work, part, "json"), counts)
     return counts

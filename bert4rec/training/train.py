@@ -38,6 +38,7 @@ if TYPE_CHECKING:
     from bert4rec.training.worker import Wish
 
 LEFT_OUT_AT_DEFAULT = (
+    *("data.columns", "data.delimiter", "data.header", "data.time_unit", "data.list_separator"),
     "data.since",
     "data.until",
     "model.position_encoding",
