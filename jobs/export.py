@@ -8,6 +8,7 @@ import torch
 from bert4rec import lease, storage
 from bert4rec.cli import run_job
 from bert4rec.config import Config
+from bert4rec.data.dataset import PreparedDataset
 from bert4rec.errors import InputError
 from bert4rec.inference.export import (
     ScoringFunction,
@@ -17,8 +18,9 @@ from bert4rec.inference.export import (
     write_onnx,
     write_torch,
 )
-from bert4rec.inference.ranking import Ranking
+from bert4rec.inference.ranking import NO_RULES, Ranking
 from bert4rec.inference.recommender import load
+from bert4rec.inference.vectors import ITEM_VECTORS, USER_VECTORS, export_vectors
 from bert4rec.runs import checkpoint_and_output
 
 
@@ -30,17 +32,34 @@ def export_model(config: Config) -> str:
     run = os.path.dirname(checkpoint.rstrip("/"))
     output_path = storage.absolute(config.export.output_path or storage.join(run, "export"))
     storage.check_writable(output_path)
+    print(f"model: {checkpoint}")
+    programs = [form for form in config.export.formats if form != "vectors"]
+    with lease.held(output_path):
+        if programs:
+            _export_programs(config, checkpoint, programs, output_path)
+        if "vectors" in config.export.formats:
+            for note in export_vectors(config, PreparedDataset(config.prepared_path), checkpoint, output_path):
+                print(f"note: {note}")
+            print(f"vectors: {output_path}/{ITEM_VECTORS}, {output_path}/{USER_VECTORS}")
+    return output_path
+
+
+def _export_programs(config: Config, checkpoint: str, forms: list[Literal["torch", "onnx"]], output_path: str) -> None:
+    """Write the scoring function in each of `forms`."""
     recommender = load(checkpoint)
     topk, num_items = config.export.topk, recommender.model.num_items
     if topk is not None and topk > num_items:
         raise InputError(f"export.topk={topk} is larger than the catalogue, which has {num_items} items")
-    program = export_program(ScoringFunction(recommender.model, topk, Ranking.of(config.inference)))
-    print(f"model: {checkpoint}\nhistory [users, length] int64 -> " + _outputs(topk, num_items))
-    with lease.held(output_path):
-        for form in config.export.formats:
-            print(f"{form}: {_write(form, program, output_path)}")
-        print(f"tokens of items: {write_catalogue(recommender.items, output_path)}")
-    return output_path
+    ranking = Ranking.of(config.inference)
+    later = ranking.identity().keys() - NO_RULES.identity().keys()
+    items = recommender.items if later else None
+    program = export_program(ScoringFunction(recommender.model, topk, ranking, items))
+    times = ", times [users, length] int64 Unix seconds, at [users] int64 Unix seconds"
+    inputs = "history [users, length] int64" + times * bool(recommender.model.config.time_parts)
+    print(f"{inputs} -> " + _outputs(topk, num_items))
+    for form in forms:
+        print(f"{form}: {_write(form, program, output_path)}")
+    print(f"tokens of items: {write_catalogue(recommender.items, output_path)}")
 
 
 def _write(form: Literal["torch", "onnx"], program: torch.export.ExportedProgram, directory: str) -> str:

@@ -6,16 +6,22 @@ import os
 import sys
 from typing import Any
 
+import numpy as np
 import pyarrow as pa
 import pyarrow.fs as pafs
 
 from bert4rec import storage
+from bert4rec.cli import print_anything
 from bert4rec.cluster.errors import first_line
-from bert4rec.config import Config, load_config
+from bert4rec.config import Config, InferenceConfig, load_config
 from bert4rec.data.dataset import PreparedDataset
 from bert4rec.errors import InputError
+from bert4rec.inference.ranking import Ranking, load_for
 from bert4rec.inference.recommend import PARQUET
-from bert4rec.report.page import Recommendations, render
+from bert4rec.inference.recommender import Recommender
+from bert4rec.inference.sort_lists import already_sorted
+from bert4rec.report.effects import SAMPLE_USERS, Effects, effects_of, has_rules
+from bert4rec.report.page import SHOWN_USERS, Recommendations, render, spread
 from bert4rec.runs import EVALUATION, REPORT, RUN, RUN_CONFIG, RUN_IDENTITY, newest_run
 
 
@@ -36,15 +42,11 @@ def report_run(
     identity = storage.read_json(storage.join(run, RUN_IDENTITY))["dataset"]
     dataset = _find_dataset(config, run, identity, prepared)
     finished, evaluation = (_read_if_there(storage.join(run, name)) for name in (RUN, EVALUATION))
-    recommendations = recommendations or config.inference.output_path or storage.join(run, "recommendations")
-    page = render(
-        config,
-        dataset,
-        os.path.basename(run.rstrip("/")),
-        finished,
-        evaluation,
-        _find_recommendations(storage.absolute(recommendations), identity),
-    )
+    path = storage.absolute(recommendations or config.inference.output_path or storage.join(run, "recommendations"))
+    found = _find_recommendations(path, identity)
+    effects = _find_effects(run, dataset, path) if isinstance(found, Recommendations) else None
+    name = os.path.basename(run.rstrip("/"))
+    page = render(config, dataset, name, finished, evaluation, found, effects)
     output = storage.absolute(output or storage.join(run, REPORT))
     storage.write_bytes(output, page.encode())
     print(f"report: {output}")
@@ -82,6 +84,29 @@ def _find_recommendations(path: str, identity: str) -> Recommendations | str:
     return Recommendations(storage.join(path, PARQUET), settings, manifest["counts"]["num_short_users"])
 
 
+def _find_effects(run: str, dataset: PreparedDataset, path: str) -> Effects | str | None:
+    """What the rules behind the recommendations at `path` change, or why the page cannot show it; None if there are
+    no rules."""
+    manifest = storage.read_json(storage.join(path, storage.MANIFEST))
+    settings, lists = manifest["identity"]["settings"], manifest.get("lists", {})
+    inference = InferenceConfig.model_validate({**settings, **lists})
+    try:
+        ranking = Ranking.of(inference)
+        if changed := [key for key in lists if getattr(ranking, key).digest != settings[key]]:
+            return f"What the rules change is not shown: the files of inference.{changed[0]} have changed since."
+        if not has_rules(ranking):
+            return None
+        checkpoint = manifest["checkpoint"]
+        if not storage.exists(checkpoint):  # the run was moved
+            checkpoint = storage.join(run, os.path.basename(checkpoint.rstrip("/")))
+        recommender = Recommender(load_for(dataset, checkpoint, ranking), dataset.items())
+        lengths = np.concatenate([dataset.read_part(part).lengths for part in dataset.parts()])
+        users = np.union1d(spread(lengths, SAMPLE_USERS), spread(lengths, SHOWN_USERS))
+        return effects_of(recommender, dataset, inference, already_sorted(ranking, dataset), users)
+    except InputError as error:
+        return f"What the rules change is not shown: {error}."
+
+
 def _read_if_there(path: str) -> dict[str, Any] | None:
     return storage.read_json(path) if storage.exists(path) else None
 
@@ -99,6 +124,7 @@ def _parser() -> argparse.ArgumentParser:
 
 def main() -> int:
     """Parse the arguments and write the report. Print an error as one line."""
+    print_anything()
     arguments = _parser().parse_args()
     try:
         report_run(arguments.run or newest_run("runs"), arguments.prepared, arguments.recommendations, arguments.output)

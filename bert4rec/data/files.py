@@ -80,7 +80,8 @@ def readable(path: str) -> Iterator[None]:
         raise InputError(f"{path}: cannot be read ({error}); missing rights, or a damaged file") from None
 
 
-def read_header(path: str, delimiter: str, wanted: tuple[str, str]) -> tuple[tuple[str, ...], int, bool]:
+@storage.patient
+def read_header(path: str, delimiter: str, wanted: tuple[str, ...]) -> tuple[tuple[str, ...], int, bool]:
     """Return the column names, the header's length in bytes, and whether any data follow it.
 
     Raises
@@ -106,7 +107,7 @@ def read_header(path: str, delimiter: str, wanted: tuple[str, str]) -> tuple[tup
     return columns, end, bool(head[end:].strip())
 
 
-def require_columns(path: str, columns: tuple[str, ...], wanted: tuple[str, str]) -> None:
+def require_columns(path: str, columns: tuple[str, ...], wanted: tuple[str, ...]) -> None:
     """Raise an InputError if `columns` does not have each `wanted` column exactly once."""
     for name in wanted:
         if columns.count(name) != 1:

@@ -219,6 +219,7 @@ def _resources(embedding: EmbeddingConfig, folder: str) -> tuple[bool, int]:
     return False, max(1, min(int(total.get("CPU", 1)), int(total["memory"] // actor_bytes)))
 
 
+@storage.patient
 def _read_previous(path: str) -> pa.Table | None:
     """Read the file of an earlier run; None if there is none."""
     if not storage.exists(path):

@@ -5,7 +5,7 @@ same. docs/evaluation.md defines the protocols, the splits and the metrics.
 """
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, Literal, assert_never
 
 import numpy as np
@@ -15,29 +15,37 @@ from torch import Tensor
 
 from bert4rec.cluster.resources import begin, for_scoring
 from bert4rec.cluster.users import map_parts
-from bert4rec.config import Baseline, Config, Protocol
+from bert4rec.config import Baseline, Config, Protocol, QueryTime
 from bert4rec.data.dataset import Part, PreparedDataset
 from bert4rec.data.windows import Windows, held_out, held_out_users, training_windows
 from bert4rec.errors import InputError
 from bert4rec.evaluation import baselines, metrics
 from bert4rec.evaluation.metrics import RankCounts
 from bert4rec.evaluation.negatives import draw_negatives
-from bert4rec.evaluation.protocols import PROTOCOLS, Drawn
+from bert4rec.evaluation.protocols import MODEL, OTHER_QUERY, PROTOCOLS, Drawn, OtherQuery
 from bert4rec.inference.ranking import (
     Exclusions,
     Ranking,
     Scorer,
     load_for,
+    masked,
     rank_among,
     rank_of_target,
     score_next,
     top_k,
 )
+from bert4rec.inference.rules import Offer, Rules, UserLists
+from bert4rec.inference.selection import best_list, item_vectors_of
+from bert4rec.inference.sort_lists import sort_lists
 from bert4rec.model.network import BERT4Rec
 from bert4rec.progress import Progress, Reporter
 
-MODEL: Literal["BERT4Rec"] = "BERT4Rec"
-System = Literal["BERT4Rec"] | Baseline
+RERANKED: Literal["re-ranked"] = "re-ranked"
+"""The model's lists by `inference.max_per`, `diversity` and `min_score`."""
+System = Literal["BERT4Rec"] | OtherQuery | Baseline
+Lister = System | Literal["re-ranked"]
+DISTANCE_STEPS = 10_000
+"""Steps of a distance of 1 in which intra-list distances are counted, so that their sum is exact."""
 RECOMMENDED = 10
 """Items a user that coverage, Gini, novelty and popularity are counted on."""
 HISTORY_LENGTHS = {"1-9": 10, "10-49": 50, "50-199": 200, "200+": None}
@@ -70,6 +78,14 @@ class Evaluation:
     split: str
     popularity_discount: float
     """Of the model's scores: `inference.popularity_discount`."""
+    query_time: QueryTime | None
+    """When `MODEL` was asked for the target: `evaluation.query_time`; None for a model that reads no times."""
+    rules: dict[str, Any]
+    """What the ranking has besides: `Ranking.identity`."""
+    is_among_candidates: bool
+    """Whether targets are ranked among what the rules allow: `evaluation.candidates`."""
+    num_excluded_targets: int
+    """Users whose target the rules exclude, which counts as missed."""
     seed: int
     """Of the drawn negatives."""
     protocols: dict[Protocol, dict[str, Metrics]]
@@ -79,7 +95,7 @@ class Evaluation:
     by_target_popularity: dict[str, dict[str, dict[str, Metrics]]]
     """The same for `THIRDS`."""
     beyond_accuracy: dict[str, Metrics]
-    """By system, of each user's first ten items under protocol all."""
+    """By system, of each user's first ten items under protocol all; also of `RERANKED`, where a rule changes lists."""
     notes: list[str]
     """What was left out, a line each."""
 
@@ -100,9 +116,13 @@ def evaluate(config: Config, dataset_path: str, checkpoint: str) -> Evaluation:
     model = load_for(dataset, checkpoint, ranking)  # a wrong model is found here, not in an actor
     split = evaluated_split(config)
     _check_is_held_out(config, dataset, model, checkpoint)
-    begin(config, meanwhile=("ray.data",))
-    use_gpu, num_workers = for_scoring(config)
+    rules = Rules(ranking, dataset.items()) if ranking.looks_at_items else None
     names, notes = _usable_baselines(config, dataset)
+    begin(config, meanwhile=("ray.data",))
+    if config.evaluation.candidates:
+        ranking, more = sort_lists(ranking, dataset)
+        notes += [*(rules.notes if rules else []), *more]
+    use_gpu, num_workers = for_scoring(config)
     popularity, recent = _item_counts(dataset, config, num_workers)
     fitted: dict[str, ray.ObjectRef] = {
         name: ray.remote(_fit).remote(name, config, dataset.path, dataset.manifest.fingerprint)
@@ -112,12 +132,14 @@ def evaluate(config: Config, dataset_path: str, checkpoint: str) -> Evaluation:
     if fitted:
         print(f"fitting {', '.join(fitted)} on {dataset.num_items:,} items", flush=True)
         ray.wait(list(fitted.values()), num_returns=len(fitted))  # before the actors take all cores
-    systems: list[System] = [MODEL, *names]
+    query_time = config.evaluation.query_time if model.config.time_parts else None
+    systems: list[System] = [MODEL, *([] if query_time is None else [OTHER_QUERY[query_time][0]]), *names]
     protocols = evaluated_protocols(config)
-    keys = _keys(systems, protocols)
+    keys, listers = _keys(systems, protocols), _listers(systems, ranking)
     num_groups = len(HISTORY_LENGTHS) * len(THIRDS)
-    sizes = [dataset.num_items if protocol is None else num_groups * (dataset.num_items + 1) for protocol, _ in keys]
-    totals = [np.zeros(size, np.int64) for size in [*sizes, len(protocols)]]
+    of_list = [dataset.num_items, RECOMMENDED + 1, 2 * DISTANCE_STEPS + 1]
+    sizes = [num_groups * (dataset.num_items + 1)] * len(keys) + of_list * len(listers) + [len(protocols), 1]
+    totals = [np.zeros(size, np.int64) for size in sizes]
     with Progress("evaluating", dataset.manifest.num_users, "users") as reporter:
         counts = (popularity, recent)
         opened = (dataset_path, dataset.manifest.fingerprint)
@@ -126,14 +148,11 @@ def evaluate(config: Config, dataset_path: str, checkpoint: str) -> Evaluation:
             for key, total in enumerate(totals):
                 of_key = counted["key"] == key
                 np.add.at(total, counted["value"][of_key], counted["count"][of_key])
-    *totals, short = totals
-    ranks, recommended = {}, {}
-    for (protocol, system), total in zip(keys, totals, strict=True):
-        if protocol is None:
-            recommended[system] = torch.from_numpy(total)
-        else:
-            shape = (len(HISTORY_LENGTHS), len(THIRDS), dataset.num_items + 1)
-            ranks[protocol, system] = torch.from_numpy(total).view(shape)
+    *totals, short, excluded = totals
+    shape = (len(HISTORY_LENGTHS), len(THIRDS), dataset.num_items + 1)
+    ranks = {key: torch.from_numpy(total).view(shape) for key, total in zip(keys, totals, strict=False)}
+    of_lists = [torch.from_numpy(total) for total in totals[len(keys) :]]
+    lists = dict(zip(listers, zip(of_lists[::3], of_lists[1::3], of_lists[2::3], strict=True), strict=True))
     num_users = int(ranks[protocols[0], MODEL].sum())
     if num_users == 0:
         raise InputError(
@@ -167,6 +186,10 @@ def evaluate(config: Config, dataset_path: str, checkpoint: str) -> Evaluation:
         },
         split=split,
         popularity_discount=ranking.popularity_discount,
+        query_time=query_time,
+        rules={name: value for name, value in ranking.identity().items() if name not in _TOLD_ELSEWHERE},
+        is_among_candidates=config.evaluation.candidates,
+        num_excluded_targets=int(excluded[0]),
         seed=config.evaluation.seed,
         protocols={
             protocol: {system: RankCounts(ranks[protocol, system].sum((0, 1))).metrics() for system in systems}
@@ -174,7 +197,9 @@ def evaluate(config: Config, dataset_path: str, checkpoint: str) -> Evaluation:
         },
         by_history_length=by(0, tuple(HISTORY_LENGTHS)),
         by_target_popularity=by(1, THIRDS),
-        beyond_accuracy={system: _beyond_accuracy(recommended[system], popularity) for system in systems},
+        beyond_accuracy={
+            lister: _beyond_accuracy(*lists[lister], popularity, RERANKED in listers) for lister in listers
+        },
         notes=notes,
     )
 
@@ -221,9 +246,18 @@ def _usable_baselines(config: Config, dataset: PreparedDataset) -> tuple[list[Ba
     return [name for name in wanted if name not in reasons], notes
 
 
-def _keys(systems: list[System], protocols: list[Protocol]) -> list[tuple[Protocol | None, System]]:
-    """What a worker counts: ranks by protocol and system, and (protocol None) the items that a system recommends."""
-    return [(protocol, system) for protocol in (*protocols, None) for system in systems]
+_TOLD_ELSEWHERE = {"exclude_seen", "exclude_future", "popularity_discount"}
+
+
+def _keys(systems: list[System], protocols: list[Protocol]) -> list[tuple[Protocol, System]]:
+    """The ranks that a worker counts. Behind them it counts, for each of `_listers`, the items in its lists, the
+    targets' places there and the intra-list distances."""
+    return [(protocol, system) for protocol in protocols for system in systems]
+
+
+def _listers(systems: list[System], ranking: Ranking) -> list[Lister]:
+    """Who makes lists: the systems and, where a rule changes the model's lists, the model with these rules."""
+    return [systems[0], *([RERANKED] if ranking.changes_lists else []), *systems[1:]]
 
 
 def _group_metrics(counts: Tensor) -> Metrics:
@@ -233,13 +267,22 @@ def _group_metrics(counts: Tensor) -> Metrics:
     return {"num_users": ranks.num_users, "hr@10": metrics.hit_rate(ranks, 10), "ndcg@10": metrics.ndcg(ranks, 10)}
 
 
-def _beyond_accuracy(recommended: Tensor, popularity: Tensor) -> Metrics:
-    return {
+def _beyond_accuracy(
+    recommended: Tensor, places: Tensor, distances: Tensor, popularity: Tensor, with_accuracy: bool
+) -> Metrics:
+    """Metrics of lists, given counts of their items [V], of the targets' places and of distances. With accuracy: also
+    hr@10 and ndcg@10 of the target in the list."""
+    accuracy = RankCounts(places)
+    found = {"hr@10": metrics.hit_rate(accuracy, RECOMMENDED), "ndcg@10": metrics.ndcg(accuracy, RECOMMENDED)}
+    if not recommended.any():  # no user may get anything
+        return found if with_accuracy else {}
+    return (found if with_accuracy else {}) | {
         "coverage": metrics.coverage(recommended),
         "gini": metrics.gini(recommended),
         "novelty": metrics.novelty(recommended, popularity),
         "popularity rank": metrics.mean_popularity_rank(recommended, popularity),
         "popularity lift": metrics.popularity_lift(recommended, popularity),
+        "intra-list distance": metrics.mean_of_steps(distances, DISTANCE_STEPS),
     }
 
 
@@ -268,36 +311,58 @@ class _Evaluator:
         self.thirds = metrics.popularity_thirds(self.popularity)
         self.fitted = {name: ray.get(reference) for name, reference in fitted.items()}
         self.protocols = evaluated_protocols(config)
+        self.listers = _listers(systems, ranking)
+        self.rules: Rules | None = None
+        if config.evaluation.candidates or RERANKED in self.listers:
+            # Protocols say themselves what becomes of seen items.
+            self.rules = Rules(replace(ranking, exclude_seen=False), self.dataset.items(), self.device)
 
     def __call__(self, part: Part) -> dict[str, np.ndarray]:
-        sequences = self.dataset.read_part(part)
+        sequences = self.dataset.read_part(part, with_times=bool(self.model.config.time_parts))
         everyone, split = Windows.from_sequences(sequences), evaluated_split(self.config)
-        histories, targets = held_out(everyone, self.config.data, split, sequences.before)
+        data, query_time = self.config.data, self.config.evaluation.query_time
+        gap = self.model.usual_gap
+        histories, targets = held_out(everyone, data, split, sequences.before, query_time, gap)
+        otherwise, _ = held_out(everyone, data, split, sequences.before, OTHER_QUERY[query_time][1], gap)
         index = held_out_users(everyone, self.config.data, split, sequences.before)
         keys = _keys(self.systems, self.protocols)
-        values: list[list[Tensor]] = [[] for _ in range(len(keys) + 1)]  # the last: protocols short of negatives
+        ranks: list[list[Tensor]] = [[] for _ in keys]
+        of_lists: list[list[Tensor]] = [[] for _ in range(3 * len(self.listers))]
+        short, excluded = [], []
+        rules = self.rules if self.config.evaluation.candidates else None
+        lists = UserLists() if rules is None else rules.lists_of(sequences)
         for users in torch.split(torch.arange(len(histories)), self.config.inference.batch_size):
             history, target = histories.users(users), targets[users]
             length = torch.bucketize(history.lengths, torch.tensor([*HISTORY_LENGTHS.values()][:-1]), right=True)
             group = length * len(THIRDS) + self.thirds[target - 1]
             negatives = self._negatives(everyone.users(index[users]), target, part.low + index[users].numpy())
-            values[-1] += [
+            short += [
                 torch.full((int((drawn < 0).any(1).sum()),), self.protocols.index(protocol))
                 for protocol, drawn in negatives.items()
             ]
-            scorers = {system: _remembered(self._scorer(system, history)) for system in self.systems}
+            asked: dict[System, Windows] = {MODEL: history, OTHER_QUERY[query_time][0]: otherwise.users(users)}
+            scorers = {system: _remembered(self._scorer(system, asked.get(system, history))) for system in self.systems}
+            if rules is not None:
+                offer = rules.offer(history.to(self.device), sequences, index[users], lists, only_some=False)
+                scorers = {system: masked(scores, offer.exclusions) for system, scores in scorers.items()}
+                missed = offer.exclusions.has((target - 1).to(self.device))
+                excluded.append(torch.zeros(int(missed.sum()), dtype=torch.int64))
+            else:
+                offer = Offer(None, self.model.num_items, Exclusions.of(None, device=self.device))
             for key, (protocol, system) in enumerate(keys):
-                if protocol is None:
-                    values[key].append(self._recommended(scorers[system], history))
-                else:
-                    rank = self._rank(protocol, scorers[system], history, target, negatives)
-                    values[key].append(group * (self.model.num_items + 1) + rank - 1)
+                rank = self._rank(protocol, scorers[system], history, target, negatives)
+                ranks[key].append(group * (self.model.num_items + 1) + rank - 1)
+            for number, lister in enumerate(self.listers):
+                best, items = self._listed(lister, scorers, history, offer)
+                for place, counted in enumerate(self._of_lists(best, items, target)):
+                    of_lists[3 * number + place].append(counted)
         self.reporter.advance(part.high - part.low)
+        values = [*ranks, *of_lists, short, excluded]
         return _counted([torch.cat([torch.empty(0, dtype=torch.int64), *each]).numpy() for each in values])
 
     def _scorer(self, system: System, history: Windows) -> Scorer:
         match system:
-            case "BERT4Rec":
+            case "BERT4Rec" | "BERT4Rec/last" | "BERT4Rec/target":
                 return score_next(self.model, history.to(self.device), self.ranking)
             case "item-knn" | "ease":
                 scores = baselines.from_history(self.fitted[system], history)
@@ -351,13 +416,30 @@ class _Evaluator:
             raise InputError(f"{self.checkpoint}: scores of this model are no numbers")
         return rank.cpu()
 
-    def _recommended(self, scores: Scorer, history: Windows) -> Tensor:
-        """[R] items, counted from 0, of all users' first ten."""
-        seen = history if self.config.evaluation.exclude_seen else None
-        exclusions = Exclusions.of(_on(seen, self.device), device=self.device)
+    def _listed(
+        self, lister: Lister, scorers: dict[System, Scorer], history: Windows, offer: Offer
+    ) -> tuple[Tensor, Tensor]:
+        """[B, K] scores, -inf behind the end of a list, and [B, K] items, counted from 0, of all users' first ten."""
         count = min(RECOMMENDED, self.model.num_items)
-        best, items = top_k(scores, exclusions, len(history), self.model.num_items, count)
-        return items[torch.isfinite(best)].cpu()
+        seen = Exclusions.of(
+            _on(history, self.device) if self.config.evaluation.exclude_seen else None, device=self.device
+        )
+        if lister != RERANKED:
+            return top_k(scorers[lister], seen, len(history), self.model.num_items, count)
+        assert self.rules is not None
+        offer = replace(offer, exclusions=offer.exclusions.and_pairs(seen.seen_row, seen.seen_item))
+        scores = score_next(self.model, history.to(self.device), self.ranking)
+        return best_list(scores, offer, count, self.rules.selection, item_vectors_of(self.model))
+
+    def _of_lists(self, best: Tensor, items: Tensor, target: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """What is counted of lists [B, K]: their items; each target's place, from 0, or RECOMMENDED where it is not in
+        the list; and the intra-list distance, in steps, of each list of two items or more."""
+        listed = torch.isfinite(best)
+        is_target = listed & (items == (target - 1).to(self.device)[:, None])
+        place = torch.where(is_target.any(1), is_target.int().argmax(1), RECOMMENDED)
+        distance = metrics.intra_list_distance(item_vectors_of(self.model)(items), listed)
+        steps = (distance * DISTANCE_STEPS).round().long().clamp(0, 2 * DISTANCE_STEPS)
+        return items[listed].cpu(), place.cpu(), steps.cpu()
 
 
 def _on(windows: Windows | None, device: torch.device) -> Windows | None:

@@ -90,6 +90,36 @@ def popularity_lift(recommended: Tensor, popularity: Tensor) -> float:
     return float((recommended * popularity).sum() / recommended.sum() / usual) - 1
 
 
+def intra_list_distance(vectors: Tensor, listed: Tensor) -> Tensor:
+    """Mean of 1 - cosine over all pairs of items of a list (Ziegler et al. 2005), for lists of at least two items.
+
+    Parameters
+    ----------
+    vectors : Tensor
+        [B, K, D], of length 1.
+    listed : Tensor
+        [B, K] bool: which places of a list hold an item.
+
+    Returns
+    -------
+    Tensor
+        [B'] float64, of the lists that have two items or more.
+    """
+    count = listed.sum(1)
+    vectors = (vectors.double() * listed[:, :, None])[count > 1]
+    count = count[count > 1]
+    # The sum over pairs follows from the length of the sum of all vectors.
+    own = vectors.square().sum((1, 2))
+    cosines = (vectors.sum(1).square().sum(1) - own) / (count * (count - 1))
+    return 1 - cosines
+
+
+def mean_of_steps(counts: Tensor, steps: int) -> float:
+    """The mean of values of which counts[v] are v / steps; 0 of none."""
+    total = int(counts.sum())
+    return float((counts * torch.arange(len(counts))).sum()) / steps / total if total else 0.0
+
+
 def popularity_thirds(popularity: Tensor) -> Tensor:
     """[V] int64: 0 (head) for the most popular items with a third of all training interactions [V], 2 (tail) for the
     least popular ones with a third, 1 for those between; an item belongs where its middle interaction lies."""

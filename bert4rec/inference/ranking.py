@@ -4,9 +4,9 @@ Scores are made and ranked on blocks of items, so that [B, V] need never be held
 Shapes: B users, V items, K top-k, S seen items of all B users.
 """
 
-from collections.abc import Callable
-from dataclasses import dataclass, fields
-from typing import Self
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field, fields, replace
+from typing import Any, Literal, Self
 
 import numpy as np
 import torch
@@ -15,8 +15,10 @@ from torch import Tensor
 
 from bert4rec.config import InferenceConfig
 from bert4rec.data.dataset import ItemTable, PreparedDataset, Sequences
+from bert4rec.data.features import FEATURES
 from bert4rec.data.windows import Windows
 from bert4rec.errors import InputError
+from bert4rec.inference.item_lists import ItemList, read_list
 from bert4rec.model.batches import append_mask, by_length, pack
 from bert4rec.model.layers import product
 from bert4rec.model.network import BERT4Rec
@@ -37,19 +39,75 @@ PASS_TOKENS = 16_384
 class Ranking:
     """The rules of a ranking, each a key of `inference` of the same name.
 
-    What no user may get belongs into `output_weights`, as a bias of -inf; what some users may not get belongs into
-    `exclusions`. The batch job, a few users, evaluation and exported programs all take a rule from there; evaluation
-    and programs make exclusions of their own. docs/architecture.md lists the steps.
+    What changes all scores of an item belongs into `output_weights`; what a user may not get belongs into `Rules` of
+    `rules.py`, and what depends on the other items of a list into its `Selection`. The batch job, a few users and
+    evaluation take a rule from there; exported programs make exclusions of their own. docs/architecture.md lists the
+    steps.
     """
 
     exclude_seen: bool = True
     exclude_future: bool = True
     popularity_discount: float = 0.0
+    candidates: ItemList | None = None
+    candidates_default: Literal["none", "all"] = "none"
+    exclude: ItemList | None = None
+    max_per: Mapping[str, int] = field(default_factory=dict)
+    diversity: float = 0.0
+    diversity_pool: int = 100
+    min_score: float | None = None
+    scores: Literal["logit", "probability"] = "logit"
 
     @classmethod
     def of(cls, inference: InferenceConfig) -> Self:
-        """The config's rules. A rule that is read from a file is read here, once."""
-        return cls(**{rule.name: getattr(inference, rule.name) for rule in fields(cls)})
+        """The config's rules. A rule that is read from a file is read here, once.
+
+        Raises
+        ------
+        InputError
+            If a list cannot be used, or `max_per` names a feature that does not exist.
+        """
+        for name in inference.max_per:
+            if name not in FEATURES:
+                raise InputError(f"inference.max_per: no feature {name!r}; expected one of {', '.join(FEATURES)}")
+        read = {
+            key: read_list(f"inference.{key}", paths)
+            for key in ("candidates", "exclude")
+            if (paths := getattr(inference, key)) is not None
+        }
+        return cls(**{rule.name: getattr(inference, rule.name) for rule in fields(cls)} | read)
+
+    @property
+    def item_lists(self) -> list[ItemList]:
+        """The lists that are set."""
+        return [given for given in (self.candidates, self.exclude) if given is not None]
+
+    def with_lists(self, lists: Mapping[str, ItemList]) -> "Ranking":
+        """The ranking with other lists, by their keys."""
+        changed: dict[str, Any] = dict(lists)
+        return replace(self, **changed)
+
+    @property
+    def looks_at_items(self) -> bool:
+        """Whether a rule depends on what the catalogue has."""
+        return bool(self.item_lists or self.max_per)
+
+    @property
+    def changes_lists(self) -> bool:
+        """Whether a list may differ from the first items of the ranking."""
+        return bool(self.diversity > 0 or self.max_per or self.min_score is not None)
+
+    def identity(self) -> dict[str, Any]:
+        """What tells apart the results of two rankings, for JSON. Of a list it is the content.
+
+        Rules that came after the first version are left out at their defaults, so that earlier results stay valid.
+        """
+        first, default = ("exclude_seen", "exclude_future", "popularity_discount"), Ranking()
+        values = {rule.name: getattr(self, rule.name) for rule in fields(self)}
+        return {
+            name: value.digest if isinstance(value, ItemList) else value
+            for name, value in values.items()
+            if name in first or value != getattr(default, name)
+        }
 
     def output_weights(self, model: BERT4Rec) -> tuple[Tensor, Tensor]:
         """Weights [V, D] and bias [V]: a state's product with them gives the scores of all items."""
@@ -72,13 +130,17 @@ class Exclusions:
     """Items that must not be ranked for some of B users."""
 
     seen_row: Tensor
-    """[S] int64 user of each seen item."""
+    """[S] int64 user of each item that is seen, or excluded by a list."""
     seen_item: Tensor
-    """[S] int64 seen item, counted from 0."""
+    """[S] int64 that item, counted from 0."""
     release_year: Tensor | None = None
     """[V] int32 year of release, the smallest integer where unknown (never in the future)."""
     last_year: Tensor | None = None
     """[B] int32 year of the last interaction, the largest integer where unknown (nothing is in its future)."""
+    forbidden: Tensor | None = None
+    """[V] bool: items that no user may get."""
+    only: "Only | None" = None
+    """Users who may get nothing but the items of their lists."""
 
     @classmethod
     def of(
@@ -110,28 +172,124 @@ class Exclusions:
 
     def split(self, blocks: list[tuple[int, int]]) -> "list[Exclusions]":
         """Those of each block of items, counted from where it begins; the blocks follow one another."""
-        row, item = self.seen_row, self.seen_item
-        if len(blocks) > 1:
-            item, order = item.sort()
-            row = row[order]
-        begins = torch.tensor([low for low, _ in blocks[1:]], dtype=torch.int64, device=item.device)
-        places = [0, *torch.searchsorted(item, begins).tolist(), len(item)]
+        seen = _split_pairs(self.seen_row, self.seen_item, blocks)
+        only = [None] * len(blocks) if self.only is None else self.only.split(blocks)
         return [
             Exclusions(
-                row[begin:end],
-                item[begin:end] - low,
+                *pairs,
                 None if self.release_year is None else self.release_year[low:high],
                 self.last_year,
+                None if self.forbidden is None else self.forbidden[low:high],
+                listed,
             )
-            for (low, high), begin, end in zip(blocks, places[:-1], places[1:], strict=True)
+            for (low, high), pairs, listed in zip(blocks, seen, only, strict=True)
         ]
 
     def apply(self, scores: Tensor) -> Tensor:
         """Set them to -inf in a block [B, width] of scores, in place."""
+        if self.only is not None:
+            self.only.apply(scores)
         scores[self.seen_row, self.seen_item] = -torch.inf
         if self.release_year is not None and self.last_year is not None:
             scores.masked_fill_(self.release_year > self.last_year[:, None], -torch.inf)
+        if self.forbidden is not None:
+            scores.masked_fill_(self.forbidden, -torch.inf)
         return scores
+
+    def has(self, items: Tensor) -> Tensor:
+        """[B] bool: whether each user's item in `items` [B], counted from 0, is excluded for that user."""
+        excluded = torch.zeros(len(items), dtype=torch.bool, device=items.device)
+        if self.only is not None:
+            excluded = self.only.has_list.clone()
+            excluded[self.only.row[self.only.item == items[self.only.row]]] = False
+        excluded[self.seen_row[self.seen_item == items[self.seen_row]]] = True
+        if self.release_year is not None and self.last_year is not None:
+            excluded |= self.release_year[items] > self.last_year
+        return excluded if self.forbidden is None else excluded | self.forbidden[items]
+
+    def and_pairs(self, row: Tensor, item: Tensor) -> "Exclusions":
+        """Exclude more items [S] of users [S]."""
+        return replace(self, seen_row=torch.cat([self.seen_row, row]), seen_item=torch.cat([self.seen_item, item]))
+
+    def within(self, columns: Tensor) -> "Exclusions":
+        """The same where only the items in `columns` [A], ascending, are ranked, and counted by their place there."""
+        return Exclusions(
+            *_places(columns, self.seen_row, self.seen_item),
+            None if self.release_year is None else self.release_year[columns],
+            self.last_year,
+            None if self.forbidden is None else self.forbidden[columns],
+            None if self.only is None else self.only.within(columns),
+        )
+
+    def of_users(self, users: Tensor) -> "Exclusions":
+        """Those of the users in `users` [B'], ascending."""
+        return Exclusions(
+            *_rows(users, self.seen_row, self.seen_item),
+            self.release_year,
+            None if self.last_year is None else self.last_year[users],
+            self.forbidden,
+            None if self.only is None else self.only.of_users(users),
+        )
+
+
+@dataclass(frozen=True)
+class Only:
+    """Users who may get nothing but the items of their lists."""
+
+    row: Tensor
+    """[S] int64 user of each item of a list."""
+    item: Tensor
+    """[S] int64 that item, counted from 0."""
+    has_list: Tensor
+    """[B] bool: whose choice is restricted."""
+
+    def split(self, blocks: list[tuple[int, int]]) -> "list[Only]":
+        """Those of each block of items."""
+        return [Only(row, item, self.has_list) for row, item in _split_pairs(self.row, self.item, blocks)]
+
+    def within(self, columns: Tensor) -> "Only":
+        """As `Exclusions.within`."""
+        return Only(*_places(columns, self.row, self.item), self.has_list)
+
+    def of_users(self, users: Tensor) -> "Only":
+        """As `Exclusions.of_users`."""
+        return Only(*_rows(users, self.row, self.item), self.has_list[users])
+
+    def apply(self, scores: Tensor) -> None:
+        """Set all but the lists to -inf in a block [B, width] of scores, in place."""
+        kept = scores[self.row, self.item]
+        scores.masked_fill_(self.has_list[:, None], -torch.inf)
+        scores[self.row, self.item] = kept
+
+
+def _split_pairs(row: Tensor, item: Tensor, blocks: list[tuple[int, int]]) -> list[tuple[Tensor, Tensor]]:
+    """Pairs of a user and an item, by block of items, the items counted from where the block begins."""
+    if not blocks:  # no item may be ranked
+        return []
+    if len(blocks) > 1:
+        item, order = item.sort()
+        row = row[order]
+    begins = torch.tensor([low for low, _ in blocks[1:]], dtype=torch.int64, device=item.device)
+    places = [0, *torch.searchsorted(item, begins).tolist(), len(item)]
+    return [
+        (row[begin:end], item[begin:end] - low)
+        for (low, _), begin, end in zip(blocks, places[:-1], places[1:], strict=True)
+    ]
+
+
+def _places(ascending: Tensor, row: Tensor, item: Tensor) -> tuple[Tensor, Tensor]:
+    """Pairs whose item is in `ascending`, with the item's place there."""
+    if not len(ascending):
+        return row[:0], item[:0]
+    place = torch.searchsorted(ascending, item).clamp(max=len(ascending) - 1)
+    inside = ascending[place] == item
+    return row[inside], place[inside]
+
+
+def _rows(ascending: Tensor, row: Tensor, item: Tensor) -> tuple[Tensor, Tensor]:
+    """Pairs whose user is in `ascending`, with the user's place there."""
+    item, row = _places(ascending, item, row)
+    return row, item
 
 
 def load_for(dataset: PreparedDataset, checkpoint: str, ranking: Ranking) -> BERT4Rec:
@@ -150,6 +308,8 @@ def load_for(dataset: PreparedDataset, checkpoint: str, ranking: Ranking) -> BER
             f"{model.num_items} items) than {dataset.path} (fingerprint {dataset.manifest.catalogue}, "
             f"{dataset.num_items} items); train on this dataset, or name a checkpoint that was"
         )
+    if model.config.time_parts:
+        dataset.time_span()  # raises where there are no times
     return model
 
 
@@ -158,26 +318,52 @@ def next_item_states(model: BERT4Rec, histories: Windows) -> Tensor:
     """[B, D] projected states at a [MASK] behind each history (Section 3.6); `output_weights` turn them into scores."""
     states = torch.empty(len(histories), model.config.hidden_units, device=model.output_bias.device)
     for rows in by_length((histories.lengths + 1).clamp(max=model.config.max_len), PASS_TOKENS):
-        tokens = append_mask(histories.users(rows), model.config.max_len, model.num_items)
-        states[rows] = model.project(model.encode(pack(tokens, None, tokens.device))).float()
+        tokens, times = append_mask(histories.users(rows), model.config.max_len, model.num_items)
+        states[rows] = model.project(model.encode(pack(tokens, None, tokens.device, times=times))).float()
     return states
 
 
-@torch.inference_mode()
-def score_next(model: BERT4Rec, histories: Windows, ranking: Ranking = NO_RULES) -> Scorer:
-    """Scores of all items as the next one of each history, by those rules that are the same for all users."""
-    states = next_item_states(model, histories)
-    weights, bias = (tensor.detach() for tensor in ranking.output_weights(model))
-    block: Tensor | None = None
+class NextScores:
+    """Scores of items as the next one of each history: the product of states [B, D] and weights [V, D].
 
-    def scores(low: int, high: int) -> Tensor:
-        nonlocal block
+    With `columns` [A], only these items have scores, and A takes the place of V.
+    """
+
+    def __init__(self, states: Tensor, weights: Tensor, bias: Tensor, columns: Tensor | None = None) -> None:
+        self.states, self.weights, self.bias, self.columns = states, weights, bias, columns
+        self._block: Tensor | None = None
+
+    def __call__(self, low: int, high: int) -> Tensor:
+        """[B, high-low], in memory that the next call uses again."""
+        at = slice(low, high) if self.columns is None else self.columns[low:high]
         # Into the same memory each time: for few hidden units, fresh pages cost as much as the product.
-        used = block if block is not None and block.shape[1] == high - low else None
-        block = product(states, weights[low:high], bias[low:high], out=used)
-        return block
+        used = self._block if self._block is not None and self._block.shape[1] == high - low else None
+        self._block = product(self.states, self.weights[at], self.bias[at], out=used)
+        return self._block
 
-    return scores
+    def of_users(self, users: Tensor) -> "NextScores":
+        """Those of the users in `users` [B']."""
+        return NextScores(self.states[users], self.weights, self.bias, self.columns)
+
+
+@torch.inference_mode()
+def score_next(
+    model: BERT4Rec, histories: Windows, ranking: Ranking = NO_RULES, columns: Tensor | None = None
+) -> NextScores:
+    """Scores of items, or only of those in `columns` [A], as the next one of each history, by those rules that are the
+    same for all users."""
+    weights, bias = (tensor.detach() for tensor in ranking.output_weights(model))
+    return NextScores(next_item_states(model, histories), weights, bias, columns)
+
+
+def masked(scores: Scorer, exclusions: Exclusions) -> Scorer:
+    """The same scores, -inf where an item is excluded."""
+
+    def allowed(low: int, high: int) -> Tensor:
+        block = scores(low, high)
+        return exclusions.within(torch.arange(low, high, device=block.device)).apply(block)
+
+    return allowed
 
 
 @torch.inference_mode()
@@ -204,8 +390,14 @@ def top_k(
     num_items: int,
     k: int,
     score_bytes: int = DEFAULT_SCORE_BYTES,
+    watch: Callable[[Tensor], None] | None = None,
 ) -> tuple[Tensor, Tensor]:
     """The best items of each user.
+
+    Parameters
+    ----------
+    watch
+        Called with each block of scores [B, width], -inf where an item is excluded.
 
     Returns
     -------
@@ -218,10 +410,12 @@ def top_k(
     if device.type == "cpu":
         score_bytes = min(score_bytes, CPU_BLOCK_BYTES)
     items = torch.zeros((num_users, k), dtype=torch.int64, device=device)
-    values = torch.empty(0, device=device)
+    values = torch.full((num_users, k), -torch.inf, device=device)
     blocks = item_blocks(num_users, num_items, score_bytes)
     for (low, high), excluded in zip(blocks, exclusions.split(blocks), strict=True):
         block = excluded.apply(scores(low, high))
+        if watch is not None:
+            watch(block)
         if low == 0:
             values = block.new_full((num_users, k), -torch.inf)
         better = (block.amax(1) > values[:, -1]).nonzero().flatten()  # soon that is true of few users

@@ -4,8 +4,9 @@ Each part of the users is written by the worker that scored it, in a directory o
 a killed job keeps what was done. The results appear in `output_path` when all parts are there, its manifest.json last.
 """
 
+import os
 import time
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass, fields
 from typing import Any
 
 import pyarrow as pa
@@ -20,8 +21,11 @@ from bert4rec.cluster.users import map_parts
 from bert4rec.config import Config, InferenceConfig
 from bert4rec.data.dataset import Part, PreparedDataset
 from bert4rec.errors import InputError
+from bert4rec.inference.moment import read_asked, settled
 from bert4rec.inference.ranking import Ranking, load_for
 from bert4rec.inference.recommender import Ranked, Recommender
+from bert4rec.inference.rules import Rules
+from bert4rec.inference.sort_lists import sort_lists
 from bert4rec.model.network import WEIGHTS, BERT4Rec
 from bert4rec.progress import Progress, Reporter
 
@@ -57,23 +61,35 @@ def recommend(config: Config, dataset_path: str, checkpoint: str, output_path: s
     began = time.monotonic()
     inference, ranking = config.inference, Ranking.of(config.inference)
     dataset = PreparedDataset(dataset_path, verify=True)
-    load_for(dataset, checkpoint, ranking)  # a wrong model is found here, not in an actor
-    check_request(inference, dataset, output_path)
+    model = load_for(dataset, checkpoint, ranking)  # a wrong model is found here, not in an actor
+    inference = settled(inference, model, dataset)
+    config = config.model_copy(update={"inference": inference})
+    notes = check_request(inference, dataset, output_path, ranking)
     identity = {"dataset": dataset.manifest.fingerprint, **_identity(checkpoint, inference, ranking)}
     counted = _finished(output_path, identity)
     if counted is not None:
         print(f"{output_path} is up to date")
     else:
         with lease.held(output_path):
-            counted = _score(config, dataset, checkpoint, output_path, identity)
+            counted = _finished(output_path, identity)  # by another job since the line before
+            counted = counted or _score(config, ranking, notes, dataset, checkpoint, output_path, identity)
     return RecommendResult(output_path=output_path, seconds=time.monotonic() - began, **counted)
 
 
 def _score(
-    config: Config, dataset: PreparedDataset, checkpoint: str, output_path: str, identity: dict[str, Any]
+    config: Config,
+    ranking: Ranking,
+    notes: list[str],
+    dataset: PreparedDataset,
+    checkpoint: str,
+    output_path: str,
+    identity: dict[str, Any],
 ) -> dict[str, int]:
     """Score the parts that are missing, and publish all; totals of their counts."""
     begin(config, meanwhile=("ray.data",))
+    ranking, more = sort_lists(ranking, dataset)
+    for note in [*notes, *more]:
+        print(f"note: {note}")
     inference, work = config.inference, _open_work(output_path, identity)
     use_gpu, num_workers = for_scoring(config)
     parts = dataset.parts()
@@ -81,11 +97,11 @@ def _score(
     with Progress("scoring", dataset.manifest.num_users, "users") as reporter:
         reporter.skip(dataset.manifest.num_users - sum(part.high - part.low for part in missing))
         opened = (dataset.path, dataset.manifest.fingerprint)
-        arguments = (inference, Ranking.of(inference), *opened, checkpoint, work, use_gpu, reporter)
+        arguments = (inference, ranking, *opened, checkpoint, work, use_gpu, reporter)
         for _ in map_parts(missing, _Recommender, arguments, num_workers, use_gpu) if missing else ():
             pass
     counted = _publish(work, output_path, parts, inference)
-    _commit(output_path, identity, checkpoint, counted)
+    _commit(output_path, identity, checkpoint, counted, ranking)
     return counted
 
 
@@ -101,12 +117,16 @@ def write_few(
         work = _open_work(output_path, identity)
         _write_part(work, part, ranked, inference)
         counted = _publish(work, output_path, [part], inference)
-        _commit(output_path, identity, checkpoint, counted)
+        _commit(output_path, identity, checkpoint, counted, ranking)
     return RecommendResult(output_path=output_path, seconds=time.monotonic() - began, **counted)
 
 
-def _commit(output_path: str, identity: dict[str, Any], checkpoint: str, counts: dict[str, int]) -> None:
+def _commit(
+    output_path: str, identity: dict[str, Any], checkpoint: str, counts: dict[str, int], ranking: Ranking
+) -> None:
     content = {"identity": identity, "checkpoint": checkpoint, "counts": counts, "files": _sizes(output_path)}
+    if ranking.item_lists:  # for the report, which needs more than their contents' fingerprints
+        content["lists"] = {given.key.removeprefix("inference."): list(given.paths) for given in ranking.item_lists}
     storage.commit(output_path, content)
 
 
@@ -120,6 +140,7 @@ def _finished(output_path: str, identity: dict[str, Any]) -> dict[str, int] | No
     return counts
 
 
+@storage.patient
 def _sizes(output_path: str) -> dict[str, int]:
     """Bytes of each file of the results, by name."""
     filesystem, inner = storage.open_store(output_path)
@@ -131,14 +152,19 @@ def _sizes(output_path: str) -> dict[str, int]:
 def _identity(checkpoint: str, inference: InferenceConfig, ranking: Ranking) -> dict[str, Any]:
     """The model and the settings that results depend on; of a rule that is read from a file, what the file says."""
     elsewhere = {"checkpoint_path", "output_path", "num_workers", "users", "users_file", "similar_to"}
-    return {
-        "model": storage.sha256(storage.join(checkpoint, WEIGHTS)),
-        "settings": inference.model_dump(mode="json", exclude=elsewhere) | asdict(ranking),
+    rules, names = ranking.identity(), {rule.name for rule in fields(ranking)}
+    settings = {
+        key: rules.get(key, value)
+        for key, value in inference.model_dump(mode="json", exclude=elsewhere).items()
+        if key in rules or key not in names
     }
+    return {"model": storage.sha256(storage.join(checkpoint, WEIGHTS)), "settings": settings}
 
 
-def check_request(inference: InferenceConfig, dataset: PreparedDataset, output_path: str) -> None:
-    """Find out before any work what would make `recommend` fail after it.
+def check_request(
+    inference: InferenceConfig, dataset: PreparedDataset, output_path: str, ranking: Ranking | None = None
+) -> list[str]:
+    """Find out before any work what would make `recommend` fail after it. Return lines for the user about the rules.
 
     Raises
     ------
@@ -146,7 +172,7 @@ def check_request(inference: InferenceConfig, dataset: PreparedDataset, output_p
         If topk is larger than the catalogue, a rule cannot be made, or `output_path` cannot be written or holds
         something else: a few users' recommendations do not replace those of all.
     """
-    Ranking.of(inference)
+    ranking = Ranking.of(inference) if ranking is None else ranking
     if inference.topk > dataset.num_items:
         raise InputError(
             f"inference.topk={inference.topk} is larger than the catalogue, which has {dataset.num_items} items"
@@ -161,7 +187,9 @@ def check_request(inference: InferenceConfig, dataset: PreparedDataset, output_p
                 f"{output_path}: holds the recommendations of all users, which those of a few would replace; choose "
                 "another inference.output_path"
             )
+    notes = Rules(ranking, dataset.items()).notes if ranking.looks_at_items else []
     storage.check_writable(output_path)
+    return notes
 
 
 class _Recommender:
@@ -186,12 +214,14 @@ class _Recommender:
     def __call__(self, part: Part) -> dict[str, list[int]]:
         """Score a part and write its files; their counts."""
         ranked = []
-        for batch in self.recommender.rank(self.dataset.read_part(part), self.inference, self.ranking):
+        sequences = read_asked(self.dataset, part, self.recommender.model, self.inference)
+        for batch in self.recommender.rank(sequences, self.inference, self.ranking):
             ranked.append(batch)
             self.reporter.advance(batch.num_users)
         return {name: [count] for name, count in _write_part(self.work, part, ranked, self.inference).items()}
 
 
+@storage.patient
 def _write_part(work: str, part: Part, ranked: list[Ranked], inference: InferenceConfig) -> dict[str, int]:
     """Write a part's files; its counts come last and mark it as whole."""
     table = pa.concat_tables([batch.table for batch in ranked])
@@ -250,7 +280,9 @@ def _publish(work: str, output_path: str, parts: list[Part], inference: Inferenc
                         stream.write(chunk)
         filesystem.move(joined, storage.join(inner, CSV))
     if "parquet" in inference.formats:
-        storage.move(storage.join(work, PARQUET), storage.join(output_path, PARQUET))
+        names = [os.path.basename(_part_path(work, part, "parquet")) for part in parts]
+        storage.move(storage.join(work, PARQUET), storage.join(output_path, PARQUET), names)
+        storage.wait_until_listed(storage.join(output_path, PARQUET), names)
     storage.remove(work)
     return {name: sum(count[name] for count in counts) for name in counts[0]}
 

@@ -9,6 +9,7 @@ import html
 import json
 from collections.abc import Iterable
 from dataclasses import dataclass, field
+from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
@@ -21,9 +22,11 @@ import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
 from bert4rec import storage
-from bert4rec.config import Config
+from bert4rec.config import Config, InferenceConfig, QueryTime
 from bert4rec.config_docs import all_keys
-from bert4rec.data.dataset import ItemTable, PreparedDataset, Ragged
+from bert4rec.data.dataset import ItemTable, PreparedDataset, Ragged, moment_text
+from bert4rec.evaluation.protocols import ASKED, MODEL, OTHER_QUERY
+from bert4rec.report.effects import Effects
 from bert4rec.runs import REPORT
 
 SHOWN_USERS = 24
@@ -35,6 +38,19 @@ _COLOURS = ("#3b82d9", "#e0812b", "#22a179", "#9a72e0", "#dd5470", "#8a8f98")  #
 _LOGARITHMIC = {"type": "log", "dtick": 1, "tickformat": ","}
 _LEGEND = {"orientation": "h", "x": 0, "y": 1.02, "yanchor": "bottom"}
 _CATEGORIES = {"type": "category"}
+SESSION_SECONDS = 30 * 60
+"""A session ends where nothing follows for so long."""
+_GAPS = {
+    "same second": 0,
+    "under a minute": 1,
+    "to 30 minutes": 60,
+    "to a day": SESSION_SECONDS,
+    "to a week": 86_400,
+    "to 30 days": 7 * 86_400,
+    "to a year": 30 * 86_400,
+    "over a year": 365 * 86_400,
+}
+"""Kinds of gaps between interactions, and the first second of each."""
 _BINS = sorted({round(2 ** (half / 2)) for half in range(80)})
 
 
@@ -72,6 +88,7 @@ def render(
     run: dict[str, Any] | None,
     evaluation: dict[str, Any] | None,
     recommendations: Recommendations | str,
+    effects: Effects | str | None = None,
 ) -> str:
     """Render the page.
 
@@ -85,18 +102,22 @@ def render(
         Results of `jobs.evaluate`: metrics by protocol and system, in groups of users, and beyond accuracy.
     recommendations : Recommendations or str
         The recommendations, or a string that says why there are none.
+    effects : Effects, str or None
+        What the rules change, or a string that says why the page cannot show it. None: not asked for.
     """
     items = dataset.items()
-    users = _read_users(dataset, items)
     given = recommendations if isinstance(recommendations, Recommendations) else None
     recommended = None if given is None else _count_recommended(dataset, items, given)
     settings = config.inference.model_dump() if given is None else given.settings
+    users = _read_users(dataset, items, settings.get("at"))  # results of earlier versions lack the key
     sections = [
         _data_section(config, dataset, items, users),
+        _times_section(dataset),
         _training_section(config, run),
         _metrics_section(evaluation),
         _recommended_section(dataset, items, given, recommended, str(recommendations)),
         _filter_section(items, users, settings),
+        *_rules_section(settings, effects),
     ]
     environment = jinja2.Environment(
         autoescape=True, loader=jinja2.FileSystemLoader(Path(__file__).parent), undefined=jinja2.StrictUndefined
@@ -106,7 +127,7 @@ def render(
         summary=_summary(config, dataset, run),
         sections=sections,
         charts=[chart["figure"] for section in sections for chart in section.charts],
-        browser=_browser(dataset, items, users, given),
+        browser=_browser(dataset, items, users, given, effects if isinstance(effects, Effects) else None),
         without_recommendations="" if given else str(recommendations),
         settings=_settings(config),
         plotly_js=plotly.offline.get_plotlyjs(),
@@ -121,19 +142,21 @@ class _Users:
     seen: np.ndarray
     """[N] distinct items."""
     future: np.ndarray
-    """[N] unseen items released in a later year than the user's last interaction."""
+    """[N] unseen items released in a later year than that of inference.at, or of the user's last interaction."""
     last_year: np.ndarray
     """[N] int year of the last interaction, 0 if unknown."""
 
 
-def _read_users(dataset: PreparedDataset, items: ItemTable) -> _Users:
-    """Read the statistics of every user, part by part."""
+def _read_users(dataset: PreparedDataset, items: ItemTable, at: int | str | None = None) -> _Users:
+    """Read the statistics of every user, part by part; `at` is inference.at."""
+    asked = None if at is None else datetime.now(UTC).year if at == "now" else datetime.fromtimestamp(int(at), UTC).year
     release = np.where(items.has_year, items.year.astype(np.int32), np.iinfo(np.int32).min)
     ascending = np.sort(release)
     columns: list[tuple[np.ndarray, ...]] = []
     for part in dataset.parts():
         sequences = dataset.read_part(part)
         last = np.where(sequences.has_last_year, sequences.last_year.astype(np.int32), np.iinfo(np.int32).max)
+        last = last if asked is None else np.full_like(last, asked)
         pairs = np.repeat(np.arange(len(sequences), dtype=np.int64), sequences.lengths) * len(release)
         user, item = np.divmod(np.unique(pairs + sequences.items - 1), len(release))
         seen = np.bincount(user, minlength=len(sequences))
@@ -142,6 +165,23 @@ def _read_users(dataset: PreparedDataset, items: ItemTable) -> _Users:
         year = np.where(sequences.has_last_year, sequences.last_year, 0)
         columns.append((sequences.lengths, seen, later - seen_later, year))
     return _Users(*(np.concatenate(column) for column in zip(*columns, strict=True)))
+
+
+def _read_gaps(dataset: PreparedDataset) -> tuple[np.ndarray, np.ndarray, int]:
+    """[G] number of gaps of each kind of `_GAPS`, [M] number of interactions of each session, and the number of users
+    who have one session."""
+    gaps, sessions, num_single = np.zeros(len(_GAPS), np.int64), [], 0
+    for part in dataset.parts():
+        sequences = dataset.read_part(part, with_times=True)
+        assert sequences.times is not None
+        begins = np.zeros(len(sequences.times), bool)
+        begins[sequences.offsets[:-1]] = True
+        gap = np.diff(sequences.times, prepend=sequences.times[0])
+        gaps += np.bincount(np.digitize(gap[~begins], [*_GAPS.values()][1:]), minlength=len(_GAPS))
+        begins |= gap >= SESSION_SECONDS
+        num_single += int((np.add.reduceat(begins.astype(np.int64), sequences.offsets[:-1]) == 1).sum())
+        sessions.append(np.diff(np.append(np.flatnonzero(begins), len(begins))))
+    return gaps, np.concatenate(sessions), num_single
 
 
 def _count_recommended(dataset: PreparedDataset, items: ItemTable, given: Recommendations) -> np.ndarray:
@@ -153,6 +193,7 @@ def _count_recommended(dataset: PreparedDataset, items: ItemTable, given: Recomm
     return counts
 
 
+@storage.patient
 def _read_part(given: Recommendations, number: int) -> pa.Table:
     filesystem, inner = storage.open_store(storage.join(given.parts_path, f"part-{number:05d}.parquet"))
     return pq.read_table(inner, filesystem=filesystem)
@@ -232,6 +273,34 @@ def _data_section(config: Config, dataset: PreparedDataset, items: ItemTable, us
     return section
 
 
+def _times_section(dataset: PreparedDataset) -> Section:
+    section = Section("Gaps and sessions")
+    if not dataset.manifest.has_time:
+        section.missing.append("The data have no column time.")
+        return section
+    gaps, length, num_single = _read_gaps(dataset)
+    first, last = dataset.time_span()
+    section.text = (
+        f"From {moment_text(first)} to {moment_text(last)}. A session ends where nothing follows for "
+        f"{SESSION_SECONDS // 60} minutes."
+    )
+    section.tiles = [
+        (f"{len(length):,}", "sessions"),
+        (f"{len(length) / dataset.manifest.num_users:.1f}", "sessions of a user, on average"),
+        (f"{num_single / dataset.manifest.num_users:.0%}", "of users have one session only"),
+        (f"{gaps[0] / max(gaps.sum(), 1):.0%}", "of interactions follow another within the same second"),
+    ]
+    bars = go.Bar(
+        x=list(_GAPS), y=gaps.tolist(), marker_color=_COLOURS[0], hovertemplate="%{x}: %{y:,} gaps<extra></extra>"
+    )
+    caption = "time between two interactions of a user that follow one another"
+    section.charts.append(_chart("Gaps", caption, [bars], _CATEGORIES, {"title": "gaps"}))
+    section.charts.append(
+        _histogram("Lengths of sessions", "interactions a session; ranges widen to the right", length, "sessions")
+    )
+    return section
+
+
 def _training_section(config: Config, run: dict[str, Any] | None) -> Section:
     section = Section("Training")
     if run is None:
@@ -288,7 +357,9 @@ def _metrics_section(evaluation: dict[str, Any] | None) -> Section:
     protocols: dict[str, dict[str, Metrics]] = evaluation["protocols"]
     section.text = (
         f"Each user's held-out item of the {evaluation['split']} split, {evaluation['num_users']:,} users, "
-        f"{evaluation['num_items']:,} items. What each protocol ranks is in docs/evaluation.md." + _discount(evaluation)
+        f"{evaluation['num_items']:,} items. What each protocol ranks is in docs/evaluation.md."
+        + _discount(evaluation)
+        + _query_time(evaluation)
     )
     escaped = {html.escape(protocol): systems for protocol, systems in protocols.items()}
     for metric in ("ndcg@10", "hr@10"):
@@ -399,6 +470,14 @@ def _discount(made_with: dict[str, Any]) -> str:
     return f" The model's scores are with inference.popularity_discount={discount:g}." if discount else ""
 
 
+def _query_time(evaluation: dict[str, Any]) -> str:
+    query_time: QueryTime | None = evaluation.get("query_time")  # results of earlier versions lack the key
+    if query_time is None:
+        return ""
+    other, other_time = OTHER_QUERY[query_time]
+    return f" {MODEL} is asked for it {ASKED[query_time]}, {other} {ASKED[other_time]}."
+
+
 def _filter_section(items: ItemTable, users: _Users, settings: dict[str, Any]) -> Section:
     section = Section("What is filtered", f"Of the {len(items.ids):,} items, these can not be recommended to a user.")
     if settings["exclude_seen"]:
@@ -419,18 +498,73 @@ def _filter_section(items: ItemTable, users: _Users, settings: dict[str, Any]) -
             (f"{np.median(users.future):,.0f}", "later releases, for the median user"),
             (f"{users.future.max():,}", "later releases, for the user with most"),
         ]
-        caption = "items released in a later year than the user's last interaction, and not seen"
+        than = "recommendations are asked for" if settings.get("at") is not None else "the user's last interaction"
+        caption = f"items released in a later year than {than}, and not seen"
         section.charts.append(_histogram("Later releases", caption, users.future, "users"))
     return section
 
 
+_RULES = (
+    "candidates",
+    "candidates_default",
+    "exclude",
+    "max_per",
+    "diversity",
+    "diversity_pool",
+    "min_score",
+    "scores",
+)
+
+
+def _rules_section(settings: dict[str, Any], effects: Effects | str | None) -> list[Section]:
+    """The rules that are set, and what each of them changes; nothing where none is set."""
+    default = InferenceConfig().model_dump()
+    set_here = {name: settings[name] for name in _RULES if name in settings and settings[name] != default[name]}
+    if not set_here:
+        return []
+    text = "; ".join(f"inference.{name}={_plain(_listed(value))}" for name, value in set_here.items())
+    section = Section("What the rules change", f"The rules of the lists: {text}.")
+    if isinstance(effects, Effects):
+        columns = ["", "users with another list", "taken away", "come instead", "places moved by what stays"]
+        rows = [
+            [
+                each.rule,
+                f"{each.num_users:,} ({each.num_users / effects.num_users:.0%})",
+                f"{each.num_taken:,}",
+                f"{each.num_added:,}",
+                f"{each.moved:.2f}",
+            ]
+            for each in effects.rules
+        ]
+        caption = (
+            f"recommendations of {effects.num_users:,} users of all lengths of history, with this rule and without any"
+        )
+        section.tables.append({"title": "Each rule alone", "caption": caption, "columns": columns, "rows": rows})
+    elif effects is not None:
+        section.missing.append(effects)
+    return [section]
+
+
+def _listed(value: Any) -> Any:  # noqa: ANN401 - a YAML value
+    return list(value) if isinstance(value, tuple) else value
+
+
+def spread(lengths: np.ndarray, count: int) -> np.ndarray:
+    """Ascending places of `count` users, from the shortest history to the longest, given lengths [N]."""
+    by_length = np.argsort(lengths, kind="stable")
+    places = np.linspace(0, len(by_length) - 1, min(count, len(by_length))).round().astype(np.int64)
+    return np.sort(by_length[places])
+
+
 def _browser(
-    dataset: PreparedDataset, items: ItemTable, users: _Users, given: Recommendations | None
+    dataset: PreparedDataset,
+    items: ItemTable,
+    users: _Users,
+    given: Recommendations | None,
+    effects: Effects | None = None,
 ) -> dict[str, Any]:
     """Sample users from the shortest to the longest history, and by index the items of their histories and top-k."""
-    by_length = np.argsort(users.length, kind="stable")
-    places = np.linspace(0, len(by_length) - 1, min(SHOWN_USERS, len(by_length))).round().astype(np.int64)
-    sample = np.sort(by_length[places])
+    sample = spread(users.length, SHOWN_USERS)
     names, genre_names = _titles(items), dataset.manifest.vocabularies["genre"]
     _, genres = items.listed["genre"]
     shown: list[dict[str, Any]] = []
@@ -453,13 +587,20 @@ def _browser(
                     for token, score in zip(tokens, mine["score"].to_pylist(), strict=True)
                     if token is not None
                 ]
-            for item in (*history, *(item for item, _ in top)):
+            before: list[tuple[int, float]] = []
+            if effects is not None:
+                listed = effects.before.get(sequences.users[row].as_py(), [])
+                tokens = pc.index_in(pa.array([item for item, _ in listed], items.ids.type), items.ids).to_pylist()
+                before = [(token, round(score, 4)) for token, (_, score) in zip(tokens, listed, strict=True)]
+            for item in (*history, *(item for item, _ in (*top, *before))):
                 year = int(items.year[item]) if items.has_year[item] else None
                 its_genres = genres.values[genres.offsets[item] : genres.offsets[item + 1]].tolist()
                 known[item] = [names[item], year, [genre_names[genre] for genre in its_genres]]
             user = str(sequences.users[row].as_py())
             year = int(sequences.last_year[row]) if sequences.has_last_year[row] else None
             shown.append({"user": user, "length": int(high - low), "year": year, "history": history[::-1], "top": top})
+            if effects is not None:
+                shown[-1]["before"] = before
     shown.sort(key=lambda user: user["length"])
     return {"users": shown, "items": known}
 

@@ -24,7 +24,7 @@ from bert4rec.inference.ranking import Ranking
 from bert4rec.training import warm_start
 from bert4rec.training.train import what_shapes_the_result
 from bert4rec.tune import space, tune
-from tests.helpers.datasets import random_histories, write_dataset
+from tests.helpers.datasets import random_histories, random_times, write_dataset
 from tests.helpers.in_process import exported, map_parts
 from tests.helpers.trainer import Quiet
 from tests.unit.model.test_network import make_model
@@ -68,6 +68,8 @@ CHANGES = {
     "data.include_new_items": Key("true", {DATASET, MODEL}, ("model.output_features=fused",)),
     "data.memory_mb": Key("7", NOTHING),
     "data.min_item_interactions": Key("5", {DATASET, MODEL}),
+    "data.since": Key("2020-01-01", {DATASET, MODEL}),
+    "data.until": Key("2020-01-01", {DATASET, MODEL}),
     "data.split": Key("temporal", {DATASET, MODEL, EVALUATION}),
     "data.split_time": Key("0.5", {DATASET, MODEL}, ("data.split=temporal",)),
     "data.holdout": Key("2", {MODEL, EVALUATION}),
@@ -77,6 +79,7 @@ CHANGES = {
     "model.num_layers": Key("1", {*TRAINED, NETWORK}),
     "model.max_len": Key("7", {*TRAINED, NETWORK}),
     "model.position_encoding": Key("rotary", {*TRAINED, NETWORK}),
+    "model.time_encoding": Key("rotary", {*TRAINED, NETWORK}),
     "model.dropout_rate": Key("0.5", TRAINED),
     "model.random_mask_prob": Key("0.5", TRAINED),
     "model.last_item_mask_ratio": Key("0.5", TRAINED),
@@ -115,8 +118,10 @@ CHANGES = {
     "evaluation.exclude_seen": Key("false", {MODEL, EVALUATION}),
     "evaluation.split": Key("validation", {EVALUATION}, ("data.holdout=2",)),
     "evaluation.protocols": Key("[uniform-100]", {EVALUATION}),
+    "evaluation.query_time": Key("target", {MODEL, EVALUATION}, ("model.time_encoding=gap",)),
     "evaluation.seed": Key("7", {EVALUATION}, ("evaluation.protocols=[uniform-100]",)),
     "evaluation.baselines": Key("[popularity-7-days]", {EVALUATION}),
+    "evaluation.candidates": Key("true", {EVALUATION}, ("inference.candidates=FOR_ALL",)),
     "evaluation.max_baseline_items": Key("7", {EVALUATION}, ("evaluation.baselines=[ease]",)),
     "embedding.method": Key("bert-mean", {VECTORS}),
     "embedding.model_name": Key("OTHER_MODEL", {VECTORS}),
@@ -135,7 +140,18 @@ CHANGES = {
     "inference.score_memory_mb": Key("7", {RECOMMENDATIONS}),
     "inference.exclude_seen": Key("false", {RECOMMENDATIONS, PROGRAM}, ("export.topk=3",)),
     "inference.exclude_future": Key("false", {RECOMMENDATIONS}),
+    "inference.at": Key("2026-01-01", {RECOMMENDATIONS}),
     "inference.popularity_discount": Key("0.5", {RECOMMENDATIONS, EVALUATION, PROGRAM}),
+    "inference.candidates": Key("FOR_ALL", {RECOMMENDATIONS, PROGRAM}),
+    "inference.candidates_default": Key("all", {RECOMMENDATIONS}),
+    "inference.exclude": Key("FOR_ALL", {RECOMMENDATIONS, PROGRAM}),
+    "inference.max_per": Key("{genre: 1}", {RECOMMENDATIONS, EVALUATION, PROGRAM}, ("export.topk=3",)),
+    "inference.diversity": Key("0.9", {RECOMMENDATIONS, EVALUATION, PROGRAM}, ("export.topk=3",)),
+    "inference.diversity_pool": Key(
+        "5", {RECOMMENDATIONS, EVALUATION, PROGRAM}, ("export.topk=3", "inference.diversity=0.9")
+    ),
+    "inference.min_score": Key("3", {RECOMMENDATIONS, EVALUATION, PROGRAM}, ("export.topk=3",)),
+    "inference.scores": Key("probability", {RECOMMENDATIONS, PROGRAM}, ("export.topk=3",)),
     "inference.formats": Key("[csv]", {RECOMMENDATIONS}),
     "inference.output_path": Key("other", NOTHING),
     "inference.users": Key("[1]", NOTHING),
@@ -171,17 +187,23 @@ class Deciders:
         before = {name: [1] * 60 for name in ("recent_validation", "recent_test", "recent_last")}
         before |= {"validation": [min(3, len(h)) for h in histories.values()]}
         before |= {"test": [min(5, len(h)) for h in histories.values()]}
-        self.dataset = PreparedDataset(write_dataset(root / "d", histories, 130, before=before))
-        model = make_model(130)
+        genres, times = [[token % 3] for token in range(130)], random_times(histories)
+        path = write_dataset(root / "d", histories, 130, before=before, genres=genres, times=times)
+        self.dataset = PreparedDataset(path)
+        model = make_model(130, time_encoding="gap")
         model.item_counts += torch.arange(130, 0, -1)
         self.names = {"MODEL": str(root / "m"), "OTHER_MODEL": str(root / "o")}
         model.save_pretrained(self.names["MODEL"])
+        self.names["FOR_ALL"] = str(root / "list.csv")
+        (root / "list.csv").write_text("item\n" + "".join(f"{item}\n" for item in range(101, 231, 3)))
         make_model(130, max_len=9).save_pretrained(self.names["OTHER_MODEL"])
-        for path in self.names.values():
+        for path in (self.names["MODEL"], self.names["OTHER_MODEL"]):
             shutil.copy(f"{self.dataset.path}/items.parquet", path)
         (root / "titles.tsv").write_text("item\ttitle\n1\tOne\n")
         (root / "genres.tsv").write_text("item\tgenre\n1\tWar\n")
         self.root = root
+        tokens = torch.arange(1, 61).view(2, 30)
+        self.program_inputs = tokens, 1000 * tokens, torch.tensor([100_000, 200_000])
 
     def what(self, config):
         """By what an entry names: something that differs where that does."""
@@ -192,7 +214,7 @@ class Deciders:
             SWEEP: {k: v for k, v in tune._identity(config, self.dataset.manifest).items() if k.startswith("tune.")},
             EVALUATION: self._evaluated(config),
             RECOMMENDATIONS: recommend._identity(self.names["MODEL"], config.inference, Ranking.of(config.inference)),
-            PROGRAM: exported(config, self.names["MODEL"], torch.tensor([[0, 3, 5], [9, 8, 7]])),
+            PROGRAM: exported(config, self.names["MODEL"], self.program_inputs),
             VECTORS: self._embedded(config),
         }
 
@@ -233,7 +255,8 @@ def test_a_key_changes_what_its_entry_says(key, deciders):
         pytest.skip("told by the test above")
     entry = CHANGES[key]
     value = deciders.names.get(entry.other, entry.other)
-    base, other = (load_config(None, [*entry.beside, *overrides]) for overrides in ([], [f"{key}={value}"]))
+    beside = [each.replace("FOR_ALL", deciders.names["FOR_ALL"]) for each in entry.beside]
+    base, other = (load_config(None, [*beside, *overrides]) for overrides in ([], [f"{key}={value}"]))
     assert base != other
     before, after = deciders.what(base), deciders.what(other)
     changed = {what for what in before if before[what] != after[what]}

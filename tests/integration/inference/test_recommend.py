@@ -2,6 +2,7 @@ import csv
 import sys
 from pathlib import Path
 
+import numpy as np
 import pyarrow.parquet as pq
 import pytest
 import torch
@@ -186,3 +187,71 @@ def test_scores_are_the_models_own(tmp_path, dataset_path, checkpoint, model):
     with torch.no_grad():
         scores = reference.logits(model, [*history[-11:], NUM_ITEMS + 1])[-1]
     assert row["score"] == pytest.approx(scores[row["item"] - 101].item(), rel=1e-4)
+
+
+@pytest.mark.usefixtures("local_parts")
+def test_lists_of_users_are_sorted_once_and_obeyed(tmp_path, model, checkpoint, monkeypatch, capsys):
+    """Lists of users, in two files, from `prepare`'s own sort of data; another content makes everything anew, a killed
+    job's parts are kept."""
+    (tmp_path / "prepared").mkdir()
+    dataset_path = write_dataset(tmp_path / "prepared" / "d", HISTORIES, NUM_ITEMS, YEARS, LAST_YEARS)
+    rng = np.random.default_rng(0)
+    pairs = sorted({(int(user), int(item)) for user, item in rng.integers((1, 99), (620, 134), (9000, 2))})
+    order = rng.permutation(len(pairs))
+    for name, chosen in (("a.csv", order[:5000]), ("b.csv", order[5000:])):
+        rows = "".join(f"{pairs[place][0]},{pairs[place][1]}\n" for place in chosen)
+        (tmp_path / name).write_text("user,item\n" + rows + ("nobody,105\n" if name == "a.csv" else ""))
+    settings = ["inference.topk=4", f"inference.candidates=[{tmp_path}/a.csv, {tmp_path}/b.csv]"]
+    config, output = load_config(None, settings), str(tmp_path / "out")
+    own = {user: {item - 100 for who, item in pairs if who == user} for user in HISTORIES}
+
+    def expected():
+        return [
+            (user, 100 + token)
+            for index, user in enumerate(sorted(HISTORIES))
+            for token in [
+                token
+                for token, _ in reference.recommendations(model, HISTORIES[user], NUM_ITEMS, YEARS, LAST_YEARS[index])
+                if token in own[user]
+            ][:4]
+        ]
+
+    def die(*_):
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr(sys.modules["bert4rec.inference.recommend"], "_publish", die)
+        with pytest.raises(KeyboardInterrupt):
+            recommend(config, dataset_path, checkpoint, output)
+    known = sum(1 for user, _ in pairs if user <= 600)
+    said = capsys.readouterr().out
+    assert f"{len(pairs) - known + 1:,} of {len(pairs) + 1:,} rows are of users who are not in the data" in said
+    assert "5 of 35 items are not in the catalogue, such as" in said
+    parts = tmp_path / "out" / "_unfinished"
+    (parts / "part-00001.json").unlink()
+    kept = (parts / "part-00000.csv").stat().st_mtime_ns
+    with monkeypatch.context() as patch:
+        patch.setattr("bert4rec.inference.sort_lists._sort", die)  # they are sorted already
+        patch.setattr(
+            sys.modules["bert4rec.inference.recommend"],
+            "_publish",
+            lambda *given: (parts / "part-00000.csv").stat().st_mtime_ns == kept and publish(*given),
+        )
+        recommend(config, dataset_path, checkpoint, output)
+    assert [(row["user"], row["item"]) for row in read(output)] == expected()
+    recommend(config, dataset_path, checkpoint, output)
+    assert "up to date" in capsys.readouterr().out
+
+    with open(tmp_path / "b.csv", "a") as file:
+        item = next(item for item in range(1, NUM_ITEMS + 1) if item not in own[1])
+        file.write(f"1,{100 + item}\n")
+    own[1].add(item)
+    recommend(config, dataset_path, checkpoint, output)
+    assert [(row["user"], row["item"]) for row in read(output)] == expected()
+    with open(tmp_path / "a.csv", "a") as file:
+        file.write(f"1,{100 + item}\n")
+    with pytest.raises(InputError, match=rf"user 1 has item {100 + item} twice"):
+        recommend(config, dataset_path, checkpoint, output)
+    (tmp_path / "c.csv").write_text("user,item\n700,101\n")
+    with pytest.raises(InputError, match=r"c\.csv: no row is of a user and an item of the data, of 1 rows"):
+        recommend(load_config(None, [f"inference.exclude={tmp_path}/c.csv"]), dataset_path, checkpoint, output)

@@ -26,24 +26,45 @@ YEARS = [1990 + token % 10 for token in range(1, NUM_ITEMS + 1)]
 LAST_YEARS = [1990 + user % 10 for user in range(30)]
 EVERYWHERE = {"all users", "a few users", "new users", "one history", "evaluation", "programs", "report"}
 
-# Of each rule a value that is not the default, and what it changes. Evaluation has exclude_seen of its own, and
-# ranks later releases too; a program knows no years.
+LISTS_OF_USERS = ("inference.candidates=OF_USERS",)
+DIVERSE = ("inference.diversity=0.9",)
+
+# Of each rule a value that is not the default, what it changes, and what both values need beside it. Evaluation has
+# exclude_seen of its own, and ranks among what the others allow with evaluation.candidates only; a program knows no
+# years. Scores change no evaluation. Nobody has a row in OF_USERS but the data's users.
 RULES = {
-    "exclude_seen": ("false", EVERYWHERE - {"evaluation"}),
-    "exclude_future": ("false", EVERYWHERE - {"evaluation", "programs"}),
-    "popularity_discount": ("0.9", EVERYWHERE),
+    "exclude_seen": ("false", EVERYWHERE - {"evaluation"}, ()),
+    "exclude_future": ("false", EVERYWHERE - {"evaluation", "programs"}, ()),
+    "popularity_discount": ("0.9", EVERYWHERE, ()),
+    "candidates": ("FOR_ALL", EVERYWHERE - {"evaluation"}, ()),
+    "candidates_default": ("all", {"all users", "report"}, LISTS_OF_USERS),
+    "exclude": ("EVEN", EVERYWHERE - {"evaluation"}, ()),
+    "max_per": ("{genre: 1}", EVERYWHERE, ()),
+    "diversity": ("0.9", EVERYWHERE, ()),
+    "diversity_pool": ("4", EVERYWHERE, DIVERSE),
+    "min_score": ("3", EVERYWHERE, ()),
+    "scores": ("probability", EVERYWHERE - {"evaluation"}, ()),
 }
+OBEYED = {"exclude_future", "candidates", "exclude"}
+"""Rules that evaluation obeys with evaluation.candidates=true only."""
 
 
 @pytest.fixture
 def place(tmp_path, monkeypatch):
     """Overrides under which the jobs find a model and a dataset."""
     without_ray(monkeypatch, recommend, evaluate)
+    (tmp_path / "for_all.csv").write_text("item\n" + "".join(f"{100 + token}\n" for token in range(3, NUM_ITEMS, 3)))
+    (tmp_path / "even.csv").write_text("item\n" + "".join(f"{100 + token}\n" for token in range(2, NUM_ITEMS, 2)))
+    pairs = [(user, 101 + (user * item) % NUM_ITEMS) for user in range(1, 28) for item in range(1, 7)]
+    (tmp_path / "of_users.csv").write_text("user,item\n" + "".join(f"{u},{i}\n" for u, i in sorted(set(pairs))))
     settings = [f"run.storage_path={tmp_path}", "inference.topk=4", "inference.formats=[parquet]", "export.topk=4"]
     settings += ["data.data_dir=/d", f"inference.checkpoint_path={tmp_path / 'run' / 'm'}"]
     path = load_config(None, settings).prepared_path
     (tmp_path / "prepared").mkdir()
-    write_dataset(tmp_path / "prepared" / path.rpartition("/")[2], HISTORIES, NUM_ITEMS, YEARS, LAST_YEARS)
+    genres = [[token % 3] for token in range(NUM_ITEMS)]
+    write_dataset(
+        tmp_path / "prepared" / path.rpartition("/")[2], HISTORIES, NUM_ITEMS, YEARS, LAST_YEARS, genres=genres
+    )
     model = make_model()
     model.catalogue, model.held_out = "test", 1
     model.item_counts += torch.arange(NUM_ITEMS, 0, -1) ** 2
@@ -57,8 +78,8 @@ def rows_of(directory):
     return pq.read_table(f"{directory}/recommendations.parquet").to_pylist()
 
 
-def everything(settings, tmp_path, name):
-    """What each of EVERYWHERE gives."""
+def everything(settings, tmp_path, name, where=EVERYWHERE):
+    """What each of `where` gives."""
     config = load_config(None, settings)
     checkpoint, path = config.inference.checkpoint_path, config.prepared_path
     dataset, found = PreparedDataset(path), {}
@@ -74,11 +95,13 @@ def everything(settings, tmp_path, name):
         found[what] = rows_of(output)
     model = recommend.BERT4Rec.from_pretrained(checkpoint)
     history = [100 + token for token in HISTORIES[1]]
-    one = Recommender(model, dataset.items()).recommend(history, topk=4, last_year=1992, ranking=ranking)
-    found["one history"] = one.to_dict()
+    if "one history" in where:
+        one = Recommender(model, dataset.items()).recommend(history, topk=4, last_year=1992, ranking=ranking)
+        found["one history"] = one.to_dict()
     result = evaluate.evaluate(config, path, checkpoint)
     found["evaluation"] = result.protocols, result.beyond_accuracy
-    found["programs"] = exported(config, checkpoint, torch.tensor([[0, 3, 5], [9, 8, 7]]))
+    if "programs" in where:
+        found["programs"] = exported(config, checkpoint, [torch.tensor([[0, 3, 5], [9, 8, 7]])])
     # of the same recommendations: what differs is what the page says of the rules
     same = f"{tmp_path / 'before' / 'all'}/recommendations.parquet"
     given = page.Recommendations(same, config.inference.model_dump(), num_short_users=0)
@@ -96,11 +119,29 @@ def test_every_rule_is_a_key_and_has_an_entry():
 
 @pytest.mark.parametrize("rule", RULES)
 def test_a_rule_changes_every_ranking_that_it_is_for(rule, place, tmp_path):
-    value, changes = RULES[rule]
-    before = everything(place, tmp_path, "before")
-    after = everything([*place, f"inference.{rule}={value}"], tmp_path, "after")
-    assert set(before) == EVERYWHERE
+    value, changes, beside = RULES[rule]
+    files = {name: str(tmp_path / f"{name.lower()}.csv") for name in ("FOR_ALL", "EVEN", "OF_USERS")}
+    base = [*place, *(f"{key}={files.get(to, to)}" for key, _, to in (each.partition("=") for each in beside))]
+    where = EVERYWHERE - {"one history", "programs"} if beside == LISTS_OF_USERS else EVERYWHERE
+    before = everything(base, tmp_path, "before", where)
+    after = everything([*base, f"inference.{rule}={files.get(value, value)}"], tmp_path, "after", where)
+    assert set(before) == where
     assert {what for what in before if before[what] != after[what]} == changes
+
+
+@pytest.mark.parametrize("rule", sorted(OBEYED))
+def test_evaluation_obeys_on_request(rule, place, tmp_path):
+    base = [*place, "evaluation.candidates=true", "evaluation.protocols=[all, uniform-100]"]
+    value = RULES[rule][0]
+    value = value if value == "false" else str(tmp_path / f"{value.lower()}.csv")
+    before, after = (
+        evaluate.evaluate(config := load_config(None, each), config.prepared_path, config.inference.checkpoint_path)
+        for each in (base, [*base, f"inference.{rule}={value}"])
+    )
+    for protocol in ("all", "uniform-100"):
+        assert before.protocols[protocol] != after.protocols[protocol]
+    assert before.num_excluded_targets != after.num_excluded_targets
+    assert before.beyond_accuracy != after.beyond_accuracy
 
 
 def test_a_rule_that_cannot_be_made_is_told_before_any_work(place, tmp_path, monkeypatch):
