@@ -25,7 +25,7 @@ def main() -> None:
     parser.add_argument("--data", nargs="+", default=[SHORT], help=f"{SHORT}, or directories with train_ratings.csv")
     parser.add_argument("--users", type=int, nargs="+", default=[4096, 16384], help="a step")
     parser.add_argument("--max-len", type=int, default=50)
-    parser.add_argument("--rates", type=float, nargs="+", default=[1e6, 2e6], help="tokens/s of the pretended device")
+    parser.add_argument("--rates", type=float, nargs="*", default=[1e6, 2e6], help="tokens/s of the pretended device")
     parser.add_argument("--repeats", type=int, default=3)
     parser.add_argument("--seconds", type=float, default=3, help="measured in each turn")
     args = parser.parse_args()
@@ -47,7 +47,7 @@ def main() -> None:
                         "claim": f"assembly alone, {threads} thread{'s' * (threads > 1)}, {users:,} users, {name}",
                         "M tokens/s": f"{median(turns, 'rate') / 1e6:.2f}",
                         "spread": spread([{"rate": turn["rate"] / 1e6} for turn in turns], "rate", ".2f"),
-                        "a second of one core": f"{sorted(per_core)[len(per_core) // 2] / 1e6:.2f}",
+                        "M tokens a CPU second": f"{sorted(per_core)[len(per_core) // 2] / 1e6:.2f}",
                         "waiting": "",
                     }
                 )
@@ -62,14 +62,14 @@ def main() -> None:
                             f"{rate / 1e6:g} M tokens/s, {users:,} users, {name}",
                             "M tokens/s": "",
                             "spread": "1 turn",
-                            "a second of one core": "",
+                            "M tokens a CPU second": "",
                             "waiting": f"{waiting:.1%}",
                         }
                     )
     notes = [
         f"max_len {args.max_len}, seed {args.seed}; medians of {args.repeats} turns of at least {args.seconds:g} s.",
-        "Tokens are real ones, M is a million; a second of one core: of CPU time, which other processes disturb less; "
-        "waiting: share of the time in which the pretended device has nothing to do.",
+        "Tokens are real ones, M is a million; a CPU second: of one core, which other processes disturb "
+        "less than the wall time; waiting: share of the time in which the pretended device has nothing to do.",
     ]
     publish("input", notes, rows, args.record)
 
