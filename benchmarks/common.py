@@ -15,7 +15,7 @@ import time
 import venv
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass, fields
+from dataclasses import asdict, dataclass, fields, replace
 from datetime import date
 from pathlib import Path
 from typing import Any, Self
@@ -56,6 +56,10 @@ class Workload:
     """DDP workers of ours, which share the threads."""
     optimizer: str = "adamw"
     """Of ours; see training.optimizer."""
+    position_encoding: str = "learned"
+    """Of ours; see model.position_encoding."""
+    time_encoding: str = "none"
+    """Of ours; see model.time_encoding."""
 
     @property
     def num_heads(self) -> int:
@@ -79,10 +83,12 @@ class Histories:
     """[N] original ids."""
     item_ids: np.ndarray
     """[V] original ids; item i has item_ids[i-1]."""
+    times: np.ndarray | None = None
+    """[T] int64 Unix seconds, if the data have times."""
 
     def save(self, path: str) -> None:
         """Write one .npz file."""
-        np.savez(path, items=self.items, offsets=self.offsets, user_ids=self.user_ids, item_ids=self.item_ids)
+        np.savez(path, **{name: values for name, values in vars(self).items() if values is not None})
 
     @classmethod
     def load(cls, path: str) -> Self:
@@ -109,7 +115,8 @@ def read_histories(data: str, seed: int) -> Histories:
     by_time = ["time"] if "time" in ratings else []
     ratings = ratings.sort_values(["user", *by_time], kind="stable")
     items, item_ids = pd.factorize(ratings["item"])
-    return _histories(ratings["user"].to_numpy(), items, np.asarray(item_ids))
+    histories = _histories(ratings["user"].to_numpy(), items, np.asarray(item_ids))
+    return replace(histories, times=ratings["time"].to_numpy(np.int64)) if by_time else histories
 
 
 def synthetic_histories(num_users: int, num_items: int, mean_length: int, seed: int) -> Histories:

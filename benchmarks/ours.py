@@ -4,6 +4,7 @@ import json
 import tempfile
 import time
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -28,12 +29,15 @@ GPU_STEPS_AT_ONCE = 8
 
 def windows_of(histories: Histories) -> Windows:
     offsets = torch.from_numpy(histories.offsets)
-    return Windows(torch.from_numpy(histories.items), offsets[:-1], offsets[1:])
+    times = None if histories.times is None else torch.from_numpy(histories.times)
+    return Windows(torch.from_numpy(histories.items), offsets[:-1], offsets[1:], times)
 
 
 def model_config(workload: Workload) -> ModelConfig:
     return ModelConfig(
         hidden_units=workload.hidden,
+        position_encoding="rotary" if workload.position_encoding == "rotary" else "learned",
+        time_encoding=workload.time_encoding,
         num_heads=workload.num_heads,
         num_layers=workload.num_layers,
         max_len=workload.max_len,
@@ -53,6 +57,8 @@ def train(workload: Workload, histories: Histories, rank: int = 0) -> dict[str, 
     device, size = torch.device(workload.device), workload.workers
     num_items = len(histories.item_ids)
     windows = training_windows(windows_of(histories), data)
+    if workload.time_encoding == "none":
+        windows = replace(windows, times=None)
     torch.manual_seed(workload.seed)
     model = BERT4Rec(model_config(workload), num_items).to(device).train()
     wrapped = torch.nn.parallel.DistributedDataParallel

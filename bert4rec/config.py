@@ -4,9 +4,11 @@ The groups are frozen and refuse unknown keys.
 """
 
 import difflib
+import math
+import numbers
 import os
-from datetime import date
-from typing import Any, Literal, Self
+from datetime import UTC, date, datetime
+from typing import Any, Literal, Self, get_args
 
 import yaml
 from pydantic import BaseModel, ConfigDict, Field, PositiveInt, ValidationError, field_validator, model_validator
@@ -14,9 +16,32 @@ from pydantic import BaseModel, ConfigDict, Field, PositiveInt, ValidationError,
 from bert4rec import storage
 from bert4rec.errors import InputError
 
+LARGEST_TIME = 1e11
+"""Largest Unix time: the year 5138 in seconds, but 1973 in milliseconds, so it tells the two units apart."""
+
 
 class _Group(BaseModel):
     model_config = ConfigDict(frozen=True, extra="forbid", use_attribute_docstrings=True, protected_namespaces=())
+
+
+def moment_of(value: object) -> int:
+    """Unix seconds of a Unix time, or of an ISO 8601 date or time, in UTC where it names no offset.
+
+    Raises
+    ------
+    ValueError
+        If it is neither.
+    """
+    expected = "expected a Unix time in seconds, or an ISO date or time such as 2026-01-01 or 2026-01-01T12:30"
+    if isinstance(value, numbers.Real) and not isinstance(value, bool):  # of numpy too
+        if not abs(seconds := float(value)) <= LARGEST_TIME:
+            raise ValueError(f"{value} is no Unix time in seconds; {expected}")
+        return math.floor(seconds)
+    try:
+        moment = datetime.fromisoformat(str(value))
+    except ValueError:
+        raise ValueError(f"{value!r} is no time; {expected}") from None
+    return math.floor((moment if moment.tzinfo else moment.replace(tzinfo=UTC)).timestamp())
 
 
 class DataConfig(_Group):
@@ -53,8 +78,23 @@ class DataConfig(_Group):
     """Test cut-off of data.split=temporal: a Unix time, or a number below 1 for the share of interactions before it."""
     holdout: Literal[1, 2] = 1
     """How many last items of each user to hold out: 1 for validation alone, 2 for validation and test."""
+    since: int | None = None
+    """Leave out interactions before this moment: an ISO date or time (UTC), or a Unix time."""
+    until: int | None = None
+    """Leave out interactions from this moment on."""
     seed: int = Field(42, ge=0)
     """Random seed of the initial weights, the order of users, the masks and dropout."""
+
+    @field_validator("since", "until", mode="before")
+    @classmethod
+    def _is_a_moment(cls, value: object) -> object:
+        return None if value is None else moment_of(value)
+
+    @model_validator(mode="after")
+    def _since_is_before_until(self) -> Self:
+        if self.since is not None and self.until is not None and self.since >= self.until:
+            raise ValueError(f"data.since={self.since} is not before data.until={self.until} (Unix times)")
+        return self
 
     @model_validator(mode="after")
     def _split_time_is_a_time_or_a_share(self) -> Self:
@@ -72,7 +112,7 @@ class DataConfig(_Group):
         return self
 
 
-DATASET_KEYS = ("include_new_items", "min_item_interactions", "split", "split_time")
+DATASET_KEYS = ("include_new_items", "min_item_interactions", "since", "split", "split_time", "until")
 """Keys of `data` that change the prepared dataset made from the same files. All other keys change the training alone,
 except `data_dir` and `data_file`, which name the files."""
 
@@ -81,6 +121,10 @@ def data_identity(data: DataConfig) -> dict[str, Any]:
     """The `DATASET_KEYS` that are set: they tell apart the prepared datasets made from the same files."""
     without = {"split_time"} if data.split == "leave-one-out" else set()
     return data.model_dump(mode="json", include=set(DATASET_KEYS) - without, exclude_defaults=True)
+
+
+TimePart = Literal["rotary", "gap", "bias", "calendar"]
+"""A way in which the network reads times; `model.time_encoding` combines them."""
 
 
 class ModelConfig(_Group):
@@ -98,6 +142,12 @@ class ModelConfig(_Group):
     """How the network knows an item's place. learned: an embedding of its distance from the end, as in the paper.
     rotary: the same, and attention also rotates queries and keys by that distance (RoPE, Su et al. 2021, arXiv
     2104.09864), so that it sees how far apart two items are."""
+    time_encoding: str = "none"
+    """How the network knows when interactions happened: none, or one or more of rotary, gap, bias and calendar, joined
+    by +, for example rotary+gap. rotary: attention rotates half of each head by time, with periods from a minute to a
+    year. gap: an embedding of the logarithm of the time since the item before. bias: attention adds a learned number
+    that depends on the time between two items. calendar: embeddings of the hour and the day of the week (UTC). Needs a
+    column time."""
     dropout_rate: float = Field(0.2, ge=0, lt=1)
     """Dropout rate after the embeddings and after each sub-layer (Section 3.3)."""
     random_mask_prob: float = Field(0.2, gt=0, le=1)
@@ -125,6 +175,24 @@ class ModelConfig(_Group):
     vectors with metadata, which can also rank items without interactions (data.include_new_items). fused needs
     share_embeddings."""
 
+    @field_validator("time_encoding")
+    @classmethod
+    def _time_encoding_is_known(cls, text: str) -> str:
+        parts, known = {part.strip() for part in text.split("+")}, get_args(TimePart)
+        if parts == {"none"}:
+            return "none"
+        if parts - set(known):
+            raise ValueError(
+                f"model.time_encoding={text}: expected none, or some of {', '.join(known)} joined by +, such as "
+                "rotary+gap"
+            )
+        return "+".join(part for part in known if part in parts)  # one spelling, so that one model has one name
+
+    @property
+    def time_parts(self) -> tuple[str, ...]:
+        """The parts of time_encoding; empty if the network reads no times."""
+        return () if self.time_encoding == "none" else tuple(self.time_encoding.split("+"))
+
     @property
     def uses_metadata(self) -> bool:
         """Whether items have more than their id."""
@@ -138,6 +206,11 @@ class ModelConfig(_Group):
             raise ValueError(
                 "model.position_encoding=rotary needs an even width of each head, and model.hidden_units="
                 f"{self.hidden_units} with model.num_heads={self.num_heads} gives {self.hidden_units // self.num_heads}"
+            )
+        if "rotary" in self.time_parts and (width := self.hidden_units // self.num_heads) % 2 + (width < 4):
+            raise ValueError(
+                "model.time_encoding=rotary needs heads of an even width of 4 or more, and model.hidden_units="
+                f"{self.hidden_units} with model.num_heads={self.num_heads} gives {width}"
             )
         if self.output_features == "fused" and not self.share_embeddings:
             raise ValueError("model.output_features=fused needs model.share_embeddings=true")
@@ -226,6 +299,7 @@ class TrainingConfig(_Group):
 Protocol = Literal[
     "all", "all-with-seen", "popularity-100", "popularity-100-of-all", "uniform-100", "uniform-100-of-all"
 ]
+QueryTime = Literal["last", "target"]
 Baseline = Literal["popularity", "popularity-7-days", "item-knn", "ease"]
 
 
@@ -242,6 +316,11 @@ class EvaluationConfig(_Group):
     """Items among which `jobs.evaluate` ranks the target. all: all items that the user has not seen. all-with-seen: all
     items. popularity-100, uniform-100: 100 sampled items that are nowhere in the user's history. ...-100-of-all: 100
     items sampled from all but the target, without those that the user has seen, as in some published figures."""
+    query_time: QueryTime = "last"
+    """When validation and `jobs.evaluate` ask a model with model.time_encoding for the held-out item. last: at the
+    usual time (the median gap in the training data) after the item before it, as nobody knows when a user comes back.
+    target: at the time of the held-out item itself, as in HSTU's figures, which are not comparable with others.
+    `jobs.evaluate` reports both and names them."""
     seed: int = Field(42, ge=0)
     """Random seed of the sampled items, which are the same for every model."""
     baselines: tuple[Baseline, ...] = ("popularity",)
@@ -272,8 +351,12 @@ class InferenceConfig(_Group):
     exclude_seen: bool = True
     """Never recommend an item that is anywhere in the user's history."""
     exclude_future: bool = True
-    """Never recommend an item released in a later year than the user's last interaction. Applies if both years are
-    known."""
+    """Never recommend an item released in a later year than that of inference.at, or, where that is not set and the
+    model reads no times, of the user's last interaction. Applies if both years are known."""
+    at: int | Literal["now"] | None = None
+    """When users are asked for their next item: an ISO date or time (UTC), a Unix time, or now. A model with
+    model.time_encoding reads it at [MASK]; it may not be before a user's last interaction. Default: the time of the
+    last interaction in the data."""
     popularity_discount: float = Field(0.0, ge=0, allow_inf_nan=False)
     """Prefer less popular items: subtract this factor times log(1 + training interactions) from each item's score."""
     candidates: tuple[str, ...] | None = Field(None, min_length=1)
@@ -309,6 +392,11 @@ class InferenceConfig(_Group):
     similar_to: tuple[int | str, ...] | None = Field(None, min_length=1)
     """For each of these items, for example [50, 100], print the topk items with the most similar vectors in the model
     (cosine)."""
+
+    @field_validator("at", mode="before")
+    @classmethod
+    def _at_is_a_moment(cls, value: object) -> object:
+        return value if value is None or value == "now" else moment_of(value)
 
     @field_validator("users", "similar_to", "candidates", "exclude", mode="before")
     @classmethod

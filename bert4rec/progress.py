@@ -6,7 +6,7 @@ import signal
 import sys
 import threading
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator
 from types import TracebackType
 from typing import TypeVar
 
@@ -80,9 +80,9 @@ class Line:
         return f"{self.stage}: {', '.join(parts)}"
 
 
-def track(items: Sequence[_Item], stage: str, unit: str) -> Iterator[_Item]:
-    """Yield the items, and show how many the caller has taken."""
-    line = Line(stage, len(items), unit)
+def track(items: Iterable[_Item], stage: str, unit: str, total: int) -> Iterator[_Item]:
+    """Yield the items, `total` of them, and show how many the caller has taken."""
+    line = Line(stage, total, unit)
     line.start()
     try:
         for item in items:

@@ -218,7 +218,8 @@ def wait_until_listed(path: str, names: Sequence[str]) -> None:
     filesystem, inner = open_store(path)
     end = time.monotonic() + _SECONDS_TO_LIST
     while True:
-        found = {info.base_name for info in filesystem.get_file_info(pafs.FileSelector(inner)) if info.is_file}
+        listing = filesystem.get_file_info(pafs.FileSelector(inner, allow_not_found=True))
+        found = {info.base_name for info in listing if info.is_file}
         if found == set(names):
             return
         if time.monotonic() > end:

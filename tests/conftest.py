@@ -54,3 +54,11 @@ def local_parts(monkeypatch):
 
     for module in ("bert4rec.evaluation.evaluate", "bert4rec.inference.recommend"):
         monkeypatch.setattr(f"{module}.map_parts", map_parts)
+
+
+@pytest.fixture
+def local_ray_data(monkeypatch):
+    """`prepare` in this process, without Ray Data: its blocks are in a list."""
+    from tests.helpers.in_process import LocalRayData
+
+    monkeypatch.setattr("bert4rec.data.prepare._ray_data", LocalRayData)

@@ -20,17 +20,17 @@ import pyarrow.csv as pacsv
 import pyarrow.parquet as pq
 
 from bert4rec import storage
+from bert4rec.config import LARGEST_TIME
 from bert4rec.data.dataset import InputFile
 from bert4rec.data.files import READ_BYTES, hash_file, is_compressed, read_header, readable, require_columns
 from bert4rec.data.ids import are_ints
 from bert4rec.errors import InputError
 
 SAMPLE_EVERY = 4096
-"""One user id in this many rows is sampled, to balance the shuffle."""
+"""Rows for each user that helps `prepare` to choose ranges of users."""
 _QUOTE = ord('"')
 _MAY_STAND_BESIDE = np.isin(np.arange(256), list(b'",\r\n'))  # [256] bool, by byte
 _TEXT = pa.dictionary(pa.int32(), pa.string())
-_LARGEST_TIME = 1e11  # the year 5138 in seconds, but 1973 in milliseconds, so it tells the two units apart
 
 
 @dataclass(frozen=True)
@@ -65,7 +65,7 @@ class ChunkSummary:
     items: pa.Array
     """Distinct item ids, as strings."""
     user_sample: pa.Array
-    """User id in every SAMPLE_EVERYth row, as strings."""
+    """Some user ids, as strings."""
     bad: Counter[str] = field(default_factory=Counter)
     """Number of rows with an unusable value, by column."""
     error: str | None = None
@@ -135,8 +135,11 @@ def year_of(seconds: np.ndarray) -> np.ndarray:
     return year.astype(np.int16)
 
 
-def check_chunk(chunk: Chunk) -> ChunkSummary:
+def check_chunk(chunk: Chunk, sample_every: int = SAMPLE_EVERY) -> ChunkSummary:
     """Parse and check a chunk, and summarise it.
+
+    The sample has the user of a file's first row, and of every `sample_every`-th row after it. It does not depend on
+    the chunks, unless a CSV file has blank lines or line breaks within fields.
 
     Raises
     ------
@@ -145,6 +148,7 @@ def check_chunk(chunk: Chunk) -> ChunkSummary:
     """
     num_rows, int_users, int_items, error = 0, "user" not in chunk.strings, "item" not in chunk.strings, None
     items, sample, bad = [pa.array([], pa.string())], [pa.array([], pa.string())], Counter[str]()
+    place = chunk.line - (2 if chunk.kind == "csv" else 1)  # of the first row in the file
     try:
         with readable(chunk.path):
             for table in read_chunk(chunk):
@@ -152,8 +156,8 @@ def check_chunk(chunk: Chunk) -> ChunkSummary:
                 int_users = int_users and are_ints(users.dictionary)
                 int_items = int_items and are_ints(item_ids.dictionary)
                 items.append(item_ids.dictionary)
-                first = -num_rows % SAMPLE_EVERY
-                sample.append(users[first::SAMPLE_EVERY].dictionary_decode())
+                first = -(place + num_rows) % sample_every
+                sample.append(users[first::sample_every].dictionary_decode())
                 bad.update({name: int(mask.sum()) for name, mask in _bad_rows(table).items() if mask.any()})
                 num_rows += len(table)
     except pa.ArrowInvalid as invalid:
@@ -357,9 +361,10 @@ def _open_bytes(chunk: Chunk) -> Iterator[pa.NativeFile]:
 
 def _bad_rows(table: pa.Table) -> dict[str, np.ndarray]:
     """[N] bool by column: id missing; time missing, not finite, or too large for seconds."""
-    bad = {name: pc.equal(table[name].cast(pa.string()), "").to_numpy() for name in ("user", "item")}
+    ids = {name: table[name].combine_chunks() for name in ("user", "item")}
+    bad = {name: pc.equal(each.dictionary, "").take(each.indices).to_numpy(False) for name, each in ids.items()}
     if "time" in table.column_names:
-        bad["time"] = ~(np.abs(table["time"].to_numpy()) <= _LARGEST_TIME)
+        bad["time"] = ~(np.abs(table["time"].to_numpy()) <= LARGEST_TIME)
     return bad
 
 
@@ -392,7 +397,7 @@ def _csv_problems(chunk: Chunk, text: TextIO) -> Iterator[tuple[str, str, str]]:
             if not value.isascii() and any("\udc80" <= character <= "\udcff" for character in value):
                 yield where, f"column {column} is not UTF-8 text", ""
             elif (column in ("user", "item") and not value) or (
-                column == "time" and not abs(_seconds(value)) <= _LARGEST_TIME
+                column == "time" and not abs(_seconds(value)) <= LARGEST_TIME
             ):
                 yield where, _describe(column, value), column
 

@@ -15,14 +15,14 @@ from torch import Tensor
 
 from bert4rec.cluster.resources import begin, for_scoring
 from bert4rec.cluster.users import map_parts
-from bert4rec.config import Baseline, Config, Protocol
+from bert4rec.config import Baseline, Config, Protocol, QueryTime
 from bert4rec.data.dataset import Part, PreparedDataset
 from bert4rec.data.windows import Windows, held_out, held_out_users, training_windows
 from bert4rec.errors import InputError
 from bert4rec.evaluation import baselines, metrics
 from bert4rec.evaluation.metrics import RankCounts
 from bert4rec.evaluation.negatives import draw_negatives
-from bert4rec.evaluation.protocols import PROTOCOLS, Drawn
+from bert4rec.evaluation.protocols import MODEL, OTHER_QUERY, PROTOCOLS, Drawn, OtherQuery
 from bert4rec.inference.ranking import (
     Exclusions,
     Ranking,
@@ -40,10 +40,9 @@ from bert4rec.inference.sort_lists import sort_lists
 from bert4rec.model.network import BERT4Rec
 from bert4rec.progress import Progress, Reporter
 
-MODEL: Literal["BERT4Rec"] = "BERT4Rec"
 RERANKED: Literal["re-ranked"] = "re-ranked"
 """The model's lists by `inference.max_per`, `diversity` and `min_score`."""
-System = Literal["BERT4Rec"] | Baseline
+System = Literal["BERT4Rec"] | OtherQuery | Baseline
 Lister = System | Literal["re-ranked"]
 DISTANCE_STEPS = 10_000
 """Steps of a distance of 1 in which intra-list distances are counted, so that their sum is exact."""
@@ -79,6 +78,8 @@ class Evaluation:
     split: str
     popularity_discount: float
     """Of the model's scores: `inference.popularity_discount`."""
+    query_time: QueryTime | None
+    """When `MODEL` was asked for the target: `evaluation.query_time`; None for a model that reads no times."""
     rules: dict[str, Any]
     """What the ranking has besides: `Ranking.identity`."""
     is_among_candidates: bool
@@ -131,7 +132,8 @@ def evaluate(config: Config, dataset_path: str, checkpoint: str) -> Evaluation:
     if fitted:
         print(f"fitting {', '.join(fitted)} on {dataset.num_items:,} items", flush=True)
         ray.wait(list(fitted.values()), num_returns=len(fitted))  # before the actors take all cores
-    systems: list[System] = [MODEL, *names]
+    query_time = config.evaluation.query_time if model.config.time_parts else None
+    systems: list[System] = [MODEL, *([] if query_time is None else [OTHER_QUERY[query_time][0]]), *names]
     protocols = evaluated_protocols(config)
     keys, listers = _keys(systems, protocols), _listers(systems, ranking)
     num_groups = len(HISTORY_LENGTHS) * len(THIRDS)
@@ -184,6 +186,7 @@ def evaluate(config: Config, dataset_path: str, checkpoint: str) -> Evaluation:
         },
         split=split,
         popularity_discount=ranking.popularity_discount,
+        query_time=query_time,
         rules={name: value for name, value in ranking.identity().items() if name not in _TOLD_ELSEWHERE},
         is_among_candidates=config.evaluation.candidates,
         num_excluded_targets=int(excluded[0]),
@@ -315,9 +318,12 @@ class _Evaluator:
             self.rules = Rules(replace(ranking, exclude_seen=False), self.dataset.items(), self.device)
 
     def __call__(self, part: Part) -> dict[str, np.ndarray]:
-        sequences = self.dataset.read_part(part)
+        sequences = self.dataset.read_part(part, with_times=bool(self.model.config.time_parts))
         everyone, split = Windows.from_sequences(sequences), evaluated_split(self.config)
-        histories, targets = held_out(everyone, self.config.data, split, sequences.before)
+        data, query_time = self.config.data, self.config.evaluation.query_time
+        gap = self.model.usual_gap
+        histories, targets = held_out(everyone, data, split, sequences.before, query_time, gap)
+        otherwise, _ = held_out(everyone, data, split, sequences.before, OTHER_QUERY[query_time][1], gap)
         index = held_out_users(everyone, self.config.data, split, sequences.before)
         keys = _keys(self.systems, self.protocols)
         ranks: list[list[Tensor]] = [[] for _ in keys]
@@ -334,7 +340,8 @@ class _Evaluator:
                 torch.full((int((drawn < 0).any(1).sum()),), self.protocols.index(protocol))
                 for protocol, drawn in negatives.items()
             ]
-            scorers = {system: _remembered(self._scorer(system, history)) for system in self.systems}
+            asked: dict[System, Windows] = {MODEL: history, OTHER_QUERY[query_time][0]: otherwise.users(users)}
+            scorers = {system: _remembered(self._scorer(system, asked.get(system, history))) for system in self.systems}
             if rules is not None:
                 offer = rules.offer(history.to(self.device), sequences, index[users], lists, only_some=False)
                 scorers = {system: masked(scores, offer.exclusions) for system, scores in scorers.items()}
@@ -355,7 +362,7 @@ class _Evaluator:
 
     def _scorer(self, system: System, history: Windows) -> Scorer:
         match system:
-            case "BERT4Rec":
+            case "BERT4Rec" | "BERT4Rec/last" | "BERT4Rec/target":
                 return score_next(self.model, history.to(self.device), self.ranking)
             case "item-knn" | "ease":
                 scores = baselines.from_history(self.fitted[system], history)

@@ -45,10 +45,12 @@ def choose_users(sequences: Sequences, users: Sequence[int | str], source: str) 
             "histories of new users go into a file for inference.users_file"
         )
     place = place[np.sort(np.unique(place, return_index=True)[1])]  # without repetitions
+    ranges = [slice(*sequences.offsets[user : user + 2]) for user in place]
     return Sequences.of(
         sequences.users.take(pa.array(place)),
-        [sequences.items[sequences.offsets[user] : sequences.offsets[user + 1]] for user in place],
+        [sequences.items[own] for own in ranges],
         pa.array(sequences.last_year[place], pa.int16(), mask=~sequences.has_last_year[place]),
+        None if sequences.times is None else [sequences.times[own] for own in ranges],
     )
 
 
@@ -67,7 +69,7 @@ def users_of_dataset(dataset: PreparedDataset, users: Sequence[int | str]) -> Se
         wanted = _spelled_as(schema.field("user").type, users)
         tables.append(pq.read_table(inner, filesystem=filesystem, filters=pc.field("user").isin(wanted)))
     return choose_users(
-        Sequences.from_table(pa.concat_tables(tables)),
+        Sequences.from_table(pa.concat_tables(tables), dataset.manifest.time_origin or 0),
         users,
         f"the data, which have {dataset.manifest.num_users:,} users, such as {some_of(_first_users(dataset))}",
     )
@@ -116,10 +118,12 @@ def users_of_file(path: str, items: ItemTable) -> NewUsers:
     if num_empty := int((lengths == 0).sum()):
         notes.append(f"users without any item that the model knows; they get no recommendations: {num_empty:,}")
     kept = np.flatnonzero(lengths)
+    ends = np.cumsum(lengths[kept])[:-1]
     sequences = Sequences.of(
         pa.array(ids[kept], users.type),
-        np.split(known["token"].to_numpy(np.int32), np.cumsum(lengths[kept])[:-1]),
+        np.split(known["token"].to_numpy(np.int32), ends),
         pa.array(last_year[kept], pa.int16()) if has_time else None,
+        np.split(np.floor(known["time"].to_numpy()).astype(np.int64), ends) if has_time else None,
     )
     return NewUsers(sequences, notes)
 

@@ -5,6 +5,7 @@ import math
 import time
 from collections.abc import Callable, Iterator
 from contextlib import nullcontext
+from dataclasses import replace
 from functools import reduce
 from typing import Any, NamedTuple, Protocol, cast
 
@@ -251,7 +252,8 @@ def validate(
 ) -> dict[str, float]:
     """Metrics over all users; each worker ranks its share, and the counts of ranks are summed, which is exact."""
     rank, world_size, device = worker
-    histories, targets = held_out(sequences, config.data, "validation", before)
+    asked = config.evaluation.query_time, model.usual_gap
+    histories, targets = held_out(sequences, config.data, "validation", before, *asked)
     mine = torch.arange(rank, len(histories), world_size)
     ranks = RankCounts.empty(model.num_items)
     token_counts = torch.zeros(model.num_items + 1, dtype=torch.int64)
@@ -264,7 +266,7 @@ def validate(
         not_ranked += (found < 1).sum().cpu()  # a score that is no number is above nothing, not even itself
         ranks.add(found.clamp(min=1))
         if model.metadata_shape:
-            read = Windows(batch.items, torch.maximum(batch.start, batch.end - model.config.max_len + 1), batch.end)
+            read = replace(batch, start=torch.maximum(batch.start, batch.end - model.config.max_len + 1))
             token_counts += torch.bincount(read.flat()[1].cpu(), minlength=len(token_counts))
     _all_reduce(not_ranked)
     if not_ranked:

@@ -13,7 +13,7 @@ import torch
 
 from bert4rec.data.dataset import PreparedDataset
 from bert4rec.errors import InputError
-from bert4rec.training.worker import run_epochs
+from bert4rec.training.worker import read_sequences, run_epochs
 
 SNAPSHOT = "snapshot.json"
 
@@ -74,7 +74,7 @@ def run(config, dataset_path, path, stop_after=None):
     `Kept`."""
     dataset, kept = PreparedDataset(dataset_path), Kept(path, stop_after)
     kept.path.mkdir(exist_ok=True, parents=True)
-    sequences = dataset.sequences(config.data.memory_mb)
+    sequences = read_sequences(config, dataset)
     kept.progress = Quiet()
     return run_epochs(
         config, dataset, sequences, report=kept.report, progress=kept.progress, resume_from=kept.last
@@ -95,7 +95,7 @@ class LocalTrainer:
             history = run_epochs(
                 self.config,
                 dataset,
-                dataset.sequences(self.config.data.memory_mb),
+                read_sequences(self.config, dataset),
                 report=kept.report,
                 progress=self.loop["reporter"],
                 resume_from=kept.last,

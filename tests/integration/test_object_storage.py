@@ -4,12 +4,15 @@ The server is a process of its own (tests/helpers/s3_server.py): Moto, behind fa
 """
 
 import json
+import subprocess
+import sys
+import time
 
 import pyarrow.fs as pafs
 import pyarrow.parquet as pq
 import pytest
 
-from bert4rec import storage
+from bert4rec import lease, storage
 from bert4rec.cluster.errors import first_line
 from bert4rec.config import load_config
 from bert4rec.data.dataset import PreparedDataset
@@ -149,10 +152,11 @@ def test_a_few_users_similar_items_an_export_and_an_evaluation(both, capsys):
     assert without_paths_and_times(evaluations[0]) == without_paths_and_times(evaluations[1])
 
 
-def test_requests_that_are_refused_now_and_then_are_made_again(both, s3):
+def test_requests_that_are_refused_now_and_then_are_made_again(both, s3, monkeypatch):
     config = both["store"]
     before = s3.counts()["faults"]
-    s3.faults(unavailable=0.2)
+    monkeypatch.setattr(lease, "RENEWAL", 0.5)  # a slow store makes it wait for several of them
+    s3.faults(unavailable=0.1)
     try:
         dataset = PreparedDataset(config.prepared_path, verify=True)
         checkpoint, _ = checkpoint_and_output(config)
@@ -212,3 +216,65 @@ def test_a_store_that_is_gone_is_one_line(monkeypatch):
     with pytest.raises(OSError, match="AWS Error NETWORK_CONNECTION") as raised:
         storage.exists(f"s3://{BUCKET}/x")
     assert "\n" not in first_line(raised.value)
+
+
+# In processes of their own
+
+
+def job(name, *arguments):
+    command = [sys.executable, "-m", f"jobs.{name}", *arguments]
+    return subprocess.Popen(
+        command, cwd=ROOT, env=without_ray(), stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
+    )
+
+
+@pytest.mark.slow
+def test_a_killed_pipeline_goes_on_while_requests_are_refused(data_dir, overrides, s3, tmp_path):  # noqa: F811
+    """Killed in training and in scoring; every twentieth request gets a 503."""
+    more = ["training.num_epochs=12", "training.early_stopping=false", "training.checkpoint_minutes=1e-6"]
+    upload(data_dir, f"s3://{BUCKET}/films2")
+    store = [f"data.data_dir=s3://{BUCKET}/films2", f"run.storage_path=s3://{BUCKET}/killed"]
+    disk = [f"data.data_dir={upload(data_dir, f'{tmp_path}/films')}", f"run.storage_path={tmp_path}/runs"]
+    whole = job("pipeline", *overrides, *more, *disk)
+    assert whole.wait() == 0, whole.stdout.read()
+    s3.faults(unavailable=0.05)
+    try:
+        for marker in ("run/checkpoint_manager_snapshot.json", "run/recommendations/_unfinished/identity.json"):
+            driver = job("pipeline", *overrides, *more, *store)
+            while not storage.exists(f"s3://{BUCKET}/killed/{marker}"):
+                assert driver.poll() is None, driver.stdout.read()
+                time.sleep(0.05)
+            driver.kill()
+            driver.wait()
+        last = job("pipeline", *overrides, *more, *store)
+        assert last.wait() == 0, last.stdout.read()
+    finally:
+        s3.faults()
+    assert_same_files(f"{tmp_path}/runs", f"s3://{BUCKET}/killed")
+
+
+@pytest.mark.slow
+def test_a_killed_sweep_goes_on(data_dir, s3, tmp_path):  # noqa: F811
+    settings = [*SMALL, "model.use_title_emb=false", "training.num_epochs=8", "tune.num_trials=3", "run.name=sweep"]
+    settings += ["tune.space={training.lr: {choice: [1e-3, 3e-3, 1e-2]}}", "tune.search=random", "tune.scheduler=none"]
+    upload(data_dir, f"s3://{BUCKET}/films3")
+    store = [f"data.data_dir=s3://{BUCKET}/films3", f"run.storage_path=s3://{BUCKET}/sweeps"]
+    disk = [f"data.data_dir={upload(data_dir, f'{tmp_path}/films')}", f"run.storage_path={tmp_path}/sweeps"]
+    for paths in (store, disk):
+        prepared = job("prepare", *settings, *paths)
+        assert prepared.wait() == 0, prepared.stdout.read()
+    whole = job("tune", *settings, *disk)
+    assert whole.wait() == 0, whole.stdout.read()
+    driver = job("tune", *settings, *store)
+    trial = f"s3://{BUCKET}/sweeps/sweep/trial-001/trial.json"
+    while not (storage.exists(trial) and storage.read_json(trial)["history"]):
+        assert driver.poll() is None, driver.stdout.read()
+        time.sleep(0.05)
+    driver.kill()
+    driver.wait()
+    again = job("tune", *settings, *store)
+    assert again.wait() == 0, again.stdout.read()
+    results = [
+        storage.read_json(f"{root}/sweep/sweep.json") for root in (f"{tmp_path}/sweeps", f"s3://{BUCKET}/sweeps")
+    ]
+    assert without_paths_and_times(results[0]) == without_paths_and_times(results[1])

@@ -13,7 +13,6 @@ import re
 import shutil
 import tempfile
 from pathlib import Path
-from types import SimpleNamespace
 
 import numpy as np
 import pyarrow as pa
@@ -27,11 +26,11 @@ from bert4rec.data import interactions
 from bert4rec.data.dataset import PreparedDataset
 from bert4rec.data.files import METADATA
 from bert4rec.errors import InputError
-from tests.integration.data.test_prepare import items_of, prepare_module, times_of, users_of
 from tests.twins import slow_prepare
 from tests.twins.slow_prepare import UnusableError
+from tests.unit.data.test_prepare import items_of, prepare_module, times_of, users_of
 
-pytestmark = pytest.mark.unit
+pytestmark = [pytest.mark.unit, pytest.mark.usefixtures("local_ray_data")]
 
 EXAMPLES = int(os.environ.get("BERT4REC_EXAMPLES", "75"))
 files_of = settings(
@@ -41,26 +40,6 @@ files_of = settings(
     derandomize="BERT4REC_EXAMPLES" not in os.environ,
     suppress_health_check=[HealthCheck.too_slow, HealthCheck.function_scoped_fixture],
 )
-
-
-class _Task:
-    """A Ray task that is called at once."""
-
-    def __init__(self, function, num_returns=1):
-        self.function, self.num_returns = function, num_returns
-
-    def options(self, num_returns):
-        return _Task(self.function, num_returns)
-
-    def remote(self, *arguments):
-        result = self.function(*arguments)
-        return list(result) if self.num_returns == "streaming" else result
-
-
-@pytest.fixture(autouse=True)
-def without_ray(monkeypatch):
-    local = SimpleNamespace(remote=_Task, get=lambda result: result, put=lambda value: value)
-    monkeypatch.setattr(prepare_module, "ray", local)
 
 
 @contextlib.contextmanager
@@ -75,6 +54,7 @@ def directory():
 def prepared(files, chunk_bytes=32 << 20, range_rows=10**6, expect=None):
     """The dataset of files by name as a twin, or the InputError."""
     before = prepare_module.CHUNK_BYTES, prepare_module.RANGE_ROWS, prepare_module._SHARD_ROWS
+    interactions.SAMPLE_EVERY = 4096 if range_rows > 100_000 else 3
     prepare_module.CHUNK_BYTES, prepare_module.RANGE_ROWS = chunk_bytes, range_rows
     prepare_module._SHARD_ROWS = 8192 if chunk_bytes > 10_000 else 0
     with directory() as path:
@@ -87,6 +67,7 @@ def prepared(files, chunk_bytes=32 << 20, range_rows=10**6, expect=None):
             return error
         finally:
             prepare_module.CHUNK_BYTES, prepare_module.RANGE_ROWS, prepare_module._SHARD_ROWS = before
+            interactions.SAMPLE_EVERY = 4096
         dataset = PreparedDataset(str(path / "out"), verify=True)
         manifest = dataset.manifest
         twin = slow_prepare.PreparedTwin(

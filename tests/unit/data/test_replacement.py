@@ -1,4 +1,4 @@
-"""A dataset that is replaced while others read it; Ray's tasks run in this process."""
+"""A dataset that is replaced while others read it; Ray Data's part runs in this process."""
 
 import os
 import sys
@@ -11,15 +11,13 @@ from bert4rec.data.dataset import PreparedDataset
 from bert4rec.data.prepare import prepare
 from bert4rec.errors import InputError
 from tests.helpers.datasets import write_dataset
-from tests.helpers.in_process import LocalRay
 
 pytestmark = pytest.mark.unit
 
 
 @pytest.fixture
-def version(tmp_path, monkeypatch):
+def version(tmp_path, local_ray_data, monkeypatch):
     """Writes the dataset anew from input of `num_users` users."""
-    monkeypatch.setattr(sys.modules[prepare.__module__], "ray", LocalRay())
     monkeypatch.setattr(sys.modules[prepare.__module__], "RANGE_ROWS", 20)
     monkeypatch.setattr(sys.modules[prepare.__module__], "_SHARD_ROWS", 1)
 

@@ -58,6 +58,35 @@ def test_users_by_hand(dataset):
     assert users.last_year.tolist() == [1995, 2000, 0]
 
 
+def test_later_releases_are_those_after_the_moment_asked_for(dataset, tmp_path):
+    assert report._read_users(dataset, dataset.items(), 1_300_000_000).future.tolist() == [1, 1, 1]  # 2011
+    given = write_recommendations(tmp_path / "r", [(1, 105, 1, 2.5)], at=1_300_000_000)
+    page = report.render(load_config(), dataset, "run", RUN, None, given)
+    assert "items released in a later year than recommendations are asked for, and not seen" in page
+
+
+def test_gaps_and_sessions_by_hand(tmp_path):
+    """Of three users; the second has one interaction, and the third one session."""
+    histories = {1: [1, 2, 3, 4], 2: [5], 3: [1, 2, 3]}
+    start, day = 1_000_000_000, 86_400
+    times = {1: [start, start, start + 1800, start + 40 * day], 2: [start], 3: [start, start + 59, start + 1858]}
+    dataset = PreparedDataset(write_dataset(tmp_path / "d", histories, 5, times=times))
+    gaps, lengths, num_single = report._read_gaps(dataset)
+    named = dict(zip(report._GAPS, gaps.tolist(), strict=True))
+    assert {name: count for name, count in named.items() if count} == {
+        "same second": 1,
+        "under a minute": 1,
+        "to 30 minutes": 1,
+        "to a day": 1,
+        "to a year": 1,
+    }
+    assert lengths.tolist() == [2, 1, 1, 1, 3]
+    assert num_single == 2
+    page = report.render(load_config(), dataset, "run", RUN, None, "none")
+    assert "From 2001-09-09T01:46:40Z to 2001-10-19T01:46:40Z. A session ends where nothing follows for 30 min" in page
+    assert {"Gaps", "Lengths of sessions"} <= set(titles_of(page))
+
+
 def test_users_over_many_parts_are_those_of_a_loop(tmp_path):
     rng = np.random.default_rng(3)
     histories = random_histories(1100, 30)  # three parts
@@ -121,6 +150,15 @@ def test_metrics_of_every_system_and_protocol_are_shown(dataset):
     assert charts["NDCG@10 by length of history"]["data"][0]["x"] == ["10-49<br>1 users"]  # nobody is in the other
 
 
+def test_the_query_time_of_an_evaluation_is_named(dataset):
+    systems = {"BERT4Rec": {"hr@10": 0.5, "ndcg@10": 0.25}, "BERT4Rec/target": {"hr@10": 0.5, "ndcg@10": 0.25}}
+    evaluation = evaluation_of(systems) | {"query_time": "last"}
+    page = report.render(load_config(), dataset, "run", RUN, evaluation, "none")
+    assert (
+        "BERT4Rec is asked for it at the usual time after the item before it, BERT4Rec/target at its own time" in page
+    )
+
+
 def test_without_times_metadata_training_or_recommendations(tmp_path):
     dataset = PreparedDataset(write_dataset(tmp_path / "d", HISTORIES, 5))
     page = report.render(load_config(), dataset, "run", None, None, "No recommendations yet.")
@@ -129,6 +167,7 @@ def test_without_times_metadata_training_or_recommendations(tmp_path):
         "Training has not finished",
         "Not evaluated",
         "No later releases are filtered",
+        "The data have no column time.",
     ):
         assert words in page
     assert page.count("No recommendations yet.") == 2

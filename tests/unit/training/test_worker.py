@@ -1,5 +1,6 @@
 """A training worker's loop, in this process: epochs, checkpoints, early stopping, resuming, NaN, full data."""
 
+import itertools
 import os
 from pathlib import Path
 
@@ -20,8 +21,8 @@ from bert4rec.runs import checkpoint_name
 from bert4rec.training import worker as worker_module
 from bert4rec.training.loop import Place, Worker
 from bert4rec.training.tensorboard import TensorBoardLog
-from bert4rec.training.worker import AskedToEndError, Wish, load_checkpoint, run_epochs
-from tests.helpers.datasets import random_histories, write_dataset
+from bert4rec.training.worker import AskedToEndError, Wish, load_checkpoint, read_sequences, run_epochs
+from tests.helpers.datasets import random_histories, random_times, write_dataset
 from tests.helpers.trainer import Kept, Quiet, WorkerKilledError, run
 
 pytestmark = pytest.mark.unit
@@ -38,7 +39,7 @@ HISTORIES = random_histories(75, 20)
 
 @pytest.fixture(scope="module")
 def dataset_path(tmp_path_factory):
-    return write_dataset(tmp_path_factory.mktemp("data") / "d", HISTORIES, 20)
+    return write_dataset(tmp_path_factory.mktemp("data") / "d", HISTORIES, 20, times=random_times(HISTORIES))
 
 
 def config_for(*overrides):
@@ -57,7 +58,9 @@ def files_of(checkpoint):
 @pytest.mark.parametrize("optimizer", ["adamw", "muon"])
 @pytest.mark.parametrize("stop_after", [1, 3])
 def test_a_resumed_run_ends_like_an_undisturbed_one(dataset_path, tmp_path, optimizer, stop_after):
-    config = config_for("training.num_epochs=6", "training.early_stopping=false", f"training.optimizer={optimizer}")
+    times = ["model.time_encoding=rotary+gap+bias+calendar"] if optimizer == "muon" else []
+    settings = ["training.num_epochs=6", "training.early_stopping=false", f"training.optimizer={optimizer}"]
+    config = config_for(*settings, *times)
     history, whole = run(config, dataset_path, tmp_path / "whole")
     with pytest.raises(WorkerKilledError):
         run(config, dataset_path, tmp_path / "stopped", stop_after)
@@ -192,6 +195,14 @@ def test_early_stopping_and_validation_interval(dataset_path, tmp_path):
     history, kept = run(config_for(*settings, "training.val_check_interval=3"), dataset_path, tmp_path)
     assert [metrics["epoch"] for metrics in history] == [3, 6, 9]
     assert [entry["name"].split("-")[1] for entry in kept.entries] == ["03", "09"]
+
+
+def test_the_usual_gap_is_the_median_of_what_training_sees(dataset_path, tmp_path):
+    config = config_for("training.num_epochs=1", "model.time_encoding=gap", "data.holdout=2")
+    _, kept = run(config, dataset_path, tmp_path)
+    seen = [own[:-2] for own in random_times(HISTORIES).values() if len(own) >= 3]
+    gaps = sorted(b - a for own in seen for a, b in itertools.pairwise(own) if b > a)
+    assert BERT4Rec.from_pretrained(kept.last).usual_gap == gaps[(len(gaps) - 1) // 2]
 
 
 def test_the_last_epoch_is_always_validated(dataset_path, tmp_path):
@@ -363,8 +374,13 @@ def test_title_embeddings_are_matched_by_id(tmp_path, dataset_path):
 # Two workers
 
 TWO = {
-    "alike": ["model.dropout_rate=0", "model.position_encoding=rotary"],
-    "dropout": ["training.optimizer=muon", "training.num_epochs=6", "training.early_stopping=false"],
+    "alike": ["model.dropout_rate=0", "model.position_encoding=rotary", "model.time_encoding=rotary+gap+bias"],
+    "dropout": [
+        "training.optimizer=muon",
+        "training.num_epochs=6",
+        "training.early_stopping=false",
+        "model.time_encoding=rotary+gap+calendar",
+    ],
     "drawn": ["training.early_stopping=false", "training.num_epochs=2", "data.sampling_strategy=window"],
     "temporal": ["data.split=temporal", "training.num_epochs=1", "model.dropout_rate=0"],
 }
@@ -395,7 +411,7 @@ def two_workers(rank, root, dataset_path):
         return run_epochs(
             config_for(*TWO[name], *overrides),
             dataset,
-            dataset.sequences(),
+            read_sequences(config_for(*TWO[name]), dataset),
             report=report,
             progress=Quiet(),
             worker=Worker(rank, 2),
@@ -430,7 +446,7 @@ def of_two(tmp_path_factory):
     rng = np.random.default_rng(1)
     before = [sorted(rng.integers(0, len(items) + 1, 2).tolist()) for items in HISTORIES.values()]
     columns = {"validation": [low for low, _ in before], "test": [high for _, high in before]}
-    path = write_dataset(root / "d", HISTORIES, 20, before=columns)
+    path = write_dataset(root / "d", HISTORIES, 20, before=columns, times=random_times(HISTORIES))
     torch.multiprocessing.spawn(two_workers, (root, path), nprocs=2)
     return path, root, [torch.load(root / f"histories-{rank}.pt") for rank in (0, 1)]
 

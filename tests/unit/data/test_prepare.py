@@ -1,5 +1,6 @@
 import bz2
 import gzip
+import io
 import itertools
 import json
 import os
@@ -14,6 +15,7 @@ import pyarrow.parquet as pq
 import pytest
 
 from bert4rec.config import DataConfig
+from bert4rec.data import interactions
 from bert4rec.data.dataset import PreparedDataset
 from bert4rec.data.prepare import prepare
 from bert4rec.errors import InputError
@@ -21,7 +23,15 @@ from tests.twins.reference import k_core, prepared_with_pandas
 
 prepare_module = sys.modules[prepare.__module__]
 
-pytestmark = [pytest.mark.integration, pytest.mark.usefixtures("ray_session")]
+pytestmark = [pytest.mark.unit, pytest.mark.usefixtures("local_ray_data")]
+
+
+def make_pieces(monkeypatch, chunk_bytes=3000, range_rows=200):
+    """Small chunks and ranges."""
+    monkeypatch.setattr(prepare_module, "CHUNK_BYTES", chunk_bytes)
+    monkeypatch.setattr(prepare_module, "RANGE_ROWS", range_rows)
+    monkeypatch.setattr(prepare_module, "_SHARD_ROWS", 1)
+    monkeypatch.setattr(interactions, "SAMPLE_EVERY", 20)
 
 
 def write(directory, **files):
@@ -129,15 +139,36 @@ def test_without_time_the_row_order_is_kept_and_repeated_rows_stay(tmp_path):
 def test_the_result_depends_on_neither_chunks_nor_ranges(tmp_path, monkeypatch):
     data = write(tmp_path / "data", train_ratings_csv=random_ratings(range(300), range(60), 4000), **METADATA)
     whole = run(data, tmp_path / "whole")
-    monkeypatch.setattr(prepare_module, "CHUNK_BYTES", 3000)
-    monkeypatch.setattr(prepare_module, "RANGE_ROWS", 500)
-    monkeypatch.setattr(prepare_module, "_SHARD_ROWS", 1)
+    make_pieces(monkeypatch)
     pieces = run(data, tmp_path / "pieces")
     assert len(pieces.sequence_files) > 1
     assert users_of(pieces) == users_of(whole)
     assert items_of(pieces) == items_of(whole)
     assert pieces.manifest.catalogue == whole.manifest.catalogue
     assert_is_twin(pieces, data)
+
+
+def hashes(dataset):
+    """SHA-256 of each file, by its name without the folder of the version."""
+    return {name.partition("/")[2]: sha256 for name, sha256 in dataset.manifest.sha256.items()}
+
+
+@pytest.mark.parametrize("users", [range(300), [f"u{i}" for i in range(300)]])
+def test_files_are_equal_to_the_last_byte_whatever_the_chunks_and_the_format(tmp_path, monkeypatch, users):
+    text = random_ratings(users, range(60), 4000)
+    data = write(tmp_path / "data", r_csv=text, r_csv_gz=gzip.compress(text.encode()), **METADATA)
+    table = pd.read_csv(io.StringIO(text))
+    for part in range(3):  # with the line ends of one file in the middle of another's chunk
+        rows = text.splitlines(keepends=True)[1:][1300 * part : 1300 * (part + 1) if part < 2 else None]
+        (data / f"part-{part}.csv").write_text("user,item,time\n" + "".join(rows))
+    pq.write_table(pa.Table.from_pandas(table, preserve_index=False), data / "r.parquet", row_group_size=90)
+    found = []
+    for name, chunk_bytes in (("r.csv", 10**6), ("r.csv", 9000), ("r.csv", 1000), ("r.csv.gz", 2000), ("r.parquet", 1)):
+        make_pieces(monkeypatch, chunk_bytes)
+        found.append(hashes(run(data, tmp_path / f"out-{len(found)}", name)))
+    assert len(found[0]) > 15
+    assert found == [found[0]] * len(found)
+    assert_is_twin(run(data, tmp_path / "parts", "part-*.csv"), data, "r.csv")
 
 
 def skewed_ratings(num_rows, seed=0):
@@ -152,9 +183,7 @@ def skewed_ratings(num_rows, seed=0):
 @pytest.mark.parametrize("pieces", [False, True])
 def test_the_k_core_equals_the_pandas_twin(tmp_path, monkeypatch, pieces):
     if pieces:
-        monkeypatch.setattr(prepare_module, "CHUNK_BYTES", 3000)
-        monkeypatch.setattr(prepare_module, "RANGE_ROWS", 200)
-        monkeypatch.setattr(prepare_module, "_SHARD_ROWS", 1)
+        make_pieces(monkeypatch)
     data = write(tmp_path / "data", train_ratings_csv=skewed_ratings(2000))
     whole = prepared_with_pandas(data)
     config = DataConfig(data_dir=str(data), min_item_interactions=6)
@@ -195,9 +224,7 @@ def test_an_item_outside_the_core_is_not_new(tmp_path):
 
 @pytest.mark.parametrize(("split_time", "k"), [(0.8, 0), (0.55, 4), (1_001_000_000, 0)])
 def test_temporal_cut_offs_equal_the_slow_way(tmp_path, monkeypatch, split_time, k):
-    monkeypatch.setattr(prepare_module, "CHUNK_BYTES", 3000)
-    monkeypatch.setattr(prepare_module, "RANGE_ROWS", 200)
-    monkeypatch.setattr(prepare_module, "_SHARD_ROWS", 1)
+    make_pieces(monkeypatch)
     monkeypatch.setattr(prepare_module, "_SEARCHED_TIMES", 5)
     data = write(tmp_path / "data", train_ratings_csv=skewed_ratings(1500, seed=4))
     config = DataConfig(data_dir=str(data), split="temporal", split_time=split_time, min_item_interactions=k)
@@ -268,8 +295,7 @@ def test_formats_agree(tmp_path, monkeypatch):
     )
     columns = dict(zip(header, zip(*[map(int, row) for row in rows], strict=True), strict=True))
     pq.write_table(pa.table(columns), tmp_path / "a.parquet", row_group_size=300)
-    monkeypatch.setattr(prepare_module, "CHUNK_BYTES", 4000)
-    monkeypatch.setattr(prepare_module, "_SHARD_ROWS", 1)
+    make_pieces(monkeypatch, chunk_bytes=4000)
     expected = prepared_with_pandas(tmp_path, "plain.csv")
     for name in ("plain.csv", "a.csv.gz", "a.csv.bz2", "crlf.csv", "a.parquet"):
         dataset = run(tmp_path, tmp_path / f"out-{name}", name)
@@ -409,8 +435,7 @@ BAD_INPUT = {
 @pytest.mark.parametrize("case", BAD_INPUT)
 def test_bad_input_is_one_message(tmp_path, monkeypatch, case):
     files, expected = BAD_INPUT[case]
-    monkeypatch.setattr(prepare_module, "CHUNK_BYTES", 1000)
-    monkeypatch.setattr(prepare_module, "_SHARD_ROWS", 1)
+    make_pieces(monkeypatch, chunk_bytes=1000)
     with pytest.raises(InputError) as raised:
         run(write(tmp_path / "data", **files), tmp_path / "out", "train_ratings*")
     message = str(raised.value)
