@@ -28,7 +28,7 @@ def prepare(config: Config) -> str:
         If an input file is missing or cannot be used.
     """
     fetch_if_default(config.data.data_dir)
-    begin(config)
+    begin(config, meanwhile=("ray.data",))
     manifest = _prepare(config.data, config.prepared_path, report=print)
     for note in manifest.notes:
         print(f"note: {note}")
@@ -44,7 +44,8 @@ def embed(config: Config) -> EmbedResult:
         If there are no titles, or the encoder is not available.
     """
     fetch_if_default(config.data.data_dir)
-    return embed_titles(config, read_texts(config.data.data_dir, config.embedding.with_genres))
+    texts = read_texts(config.data.data_dir, config.embedding.with_genres, config.data.list_separator)
+    return embed_titles(config, texts)
 
 
 def train(config: Config, path: str) -> TrainResult:

@@ -7,6 +7,7 @@ import faulthandler
 import gc
 import io
 import os
+import select
 import shutil
 import sys
 import textwrap
@@ -36,8 +37,7 @@ def run_job(description: str, work: Callable[[Config], object]) -> None:
     atexit.register(
         gc.freeze
     )  # otherwise Python's garbage collector checks a million objects before the exit, which takes a second
-    if isinstance(sys.stdout, io.TextIOWrapper):
-        sys.stdout.reconfigure(line_buffering=True)  # so that a job's log shows each line at once
+    print_anything()
     arguments = _parser(description).parse_intermixed_args()
     try:
         config = _load(arguments.config, arguments.overrides)
@@ -50,14 +50,38 @@ def run_job(description: str, work: Callable[[Config], object]) -> None:
     except InputError as error:
         sys.exit(_fail(str(error), 2))
     except KeyboardInterrupt:
+        if _nobody_reads():  # the thread that shows progress has found out, and stopped the work
+            sys.exit(_fail(_UNREAD, 1))
         sys.exit(_fail("interrupted; run the same command to continue", 130))
     except _expected_errors() as error:
+        if isinstance(error, BrokenPipeError) and _nobody_reads():
+            sys.exit(_fail(_UNREAD, 1))
         cause = root_cause(error)
         if isinstance(cause, InputError):
             sys.exit(_fail(str(cause), 2))
         if arguments.verbose:
             raise
         sys.exit(_fail(f"{first_line(cause)} (--verbose shows all)", 1))
+
+
+_UNREAD = "nobody reads the output any more; run the same command to continue"
+
+
+def _nobody_reads() -> bool:
+    """Whether stdout leads to a program that has ended, such as `head`. What is still to be printed is then dropped."""
+    looking = select.poll()
+    looking.register(1, 0)
+    if not any(event & select.POLLERR for _, event in looking.poll(0)):
+        return False
+    with open(os.devnull, "w") as nowhere:
+        os.dup2(nowhere.fileno(), 1)
+    return True
+
+
+def print_anything() -> None:
+    """Let stdout show each line at once, and "?" for what a terminal or log without UTF-8 cannot show."""
+    if isinstance(sys.stdout, io.TextIOWrapper):
+        sys.stdout.reconfigure(line_buffering=True, errors="replace")
 
 
 def _expected_errors() -> tuple[type[BaseException], ...]:
@@ -97,7 +121,7 @@ def _load(path: str | None, overrides: list[str]) -> Config:
 
 def _keep_native_messages_off_the_terminal() -> None:
     """Discard messages of native code, such as Ray's warnings about actor pools. Ray's log files keep its messages."""
-    sys.stderr = os.fdopen(os.dup(2), "w", buffering=1)
+    sys.stderr = os.fdopen(os.dup(2), "w", buffering=1, errors="backslashreplace")
     faulthandler.enable(sys.stderr)  # so that a crash of native code still shows its place
     with open(os.devnull, "w") as nowhere:
         os.dup2(nowhere.fileno(), 2)

@@ -2,10 +2,11 @@
 
 import os
 import shutil
+import signal
 import sys
 import threading
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator
 from types import TracebackType
 from typing import TypeVar
 
@@ -79,9 +80,9 @@ class Line:
         return f"{self.stage}: {', '.join(parts)}"
 
 
-def track(items: Sequence[_Item], stage: str, unit: str) -> Iterator[_Item]:
-    """Yield the items, and show how many the caller has taken."""
-    line = Line(stage, len(items), unit)
+def track(items: Iterable[_Item], stage: str, unit: str, total: int) -> Iterator[_Item]:
+    """Yield the items, `total` of them, and show how many the caller has taken."""
+    line = Line(stage, total, unit)
     line.start()
     try:
         for item in items:
@@ -153,7 +154,11 @@ class Progress:
 
     def _print_reports(self) -> None:
         while True:
-            self._line.show()
+            try:
+                self._line.show()
+            except BrokenPipeError:  # nobody reads the output any more: let the main thread end the work
+                signal.pthread_kill(threading.main_thread().ident or 0, signal.SIGINT)
+                return
             try:
                 kind, amount, text = self._queue.get(timeout=0.5)
             except Empty:

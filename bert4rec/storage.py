@@ -7,8 +7,11 @@ atomic rename, and remove it first where they write over files that it names. Re
 import hashlib
 import json
 import os
+import time
 import uuid
-from typing import Any
+from collections.abc import Callable, Sequence
+from functools import wraps
+from typing import Any, ParamSpec, TypeVar
 
 import pyarrow as pa
 import pyarrow.fs as pafs
@@ -18,6 +21,38 @@ from bert4rec.errors import InputError
 MANIFEST = "manifest.json"
 _CHECKSUM = "checksum"
 _BLOCK_BYTES = 8 << 20
+_SECONDS_TO_LIST = 60.0
+_SECONDS_OF_PATIENCE = 30.0
+_TRANSIENT = (
+    "AWS Error NETWORK_CONNECTION",
+    "AWS Error INTERNAL_FAILURE",  # also what becomes of any error that is longer than the file that was asked for
+    "AWS Error SLOW_DOWN",
+    "AWS Error SERVICE_UNAVAILABLE",
+    "AWS Error REQUEST_TIMEOUT",
+    "AWS Error UNKNOWN (HTTP status 5",
+)
+"""What pyarrow says when a store may answer a moment later; it has asked again for some seconds, or not at all."""
+
+_Arguments = ParamSpec("_Arguments")
+_Result = TypeVar("_Result")
+
+
+def patient(work: Callable[_Arguments, _Result]) -> Callable[_Arguments, _Result]:
+    """Decorator of what may be done twice: while an object store does not answer, do it again, for half a minute."""
+
+    @wraps(work)
+    def call(*args: _Arguments.args, **kwargs: _Arguments.kwargs) -> _Result:
+        end, pause = time.monotonic() + _SECONDS_OF_PATIENCE, 0.1
+        while True:
+            try:
+                return work(*args, **kwargs)
+            except OSError as error:
+                if time.monotonic() + pause > end or not any(text in str(error) for text in _TRANSIENT):
+                    raise
+            time.sleep(pause)
+            pause = min(2 * pause, 5)
+
+    return call
 
 
 def absolute(path: str) -> str:
@@ -65,12 +100,14 @@ def is_local(path: str) -> bool:
     return isinstance(open_store(path)[0], pafs.LocalFileSystem)
 
 
+@patient
 def exists(path: str) -> bool:
     """Whether a file or a directory exists at `path`."""
     filesystem, inner = open_store(path)
     return bool(filesystem.get_file_info(inner).type != pafs.FileType.NotFound)
 
 
+@patient
 def read_bytes(path: str) -> bytes:
     """Read a small file."""
     filesystem, inner = open_store(path)
@@ -78,6 +115,7 @@ def read_bytes(path: str) -> bytes:
         return bytes(stream.read())
 
 
+@patient
 def sha256(path: str) -> str:
     """SHA-256 of a file's content, as 64 hex digits. Reads the file in blocks."""
     filesystem, inner = open_store(path)
@@ -88,6 +126,7 @@ def sha256(path: str) -> str:
     return digest.hexdigest()
 
 
+@patient
 def write_bytes(path: str, content: bytes | pa.Buffer) -> None:
     """Write a small file so that a reader sees all of it or none: by a rename, or on object stores by one put."""
     filesystem, inner = open_store(path)
@@ -146,6 +185,7 @@ def read_sealed(path: str) -> dict[str, Any]:
     return content
 
 
+@patient
 def remove(path: str) -> None:
     """Remove a file, or a directory with its content. If nothing exists at `path`, do nothing."""
     filesystem, inner = open_store(path)
@@ -156,15 +196,39 @@ def remove(path: str) -> None:
         filesystem.delete_file(inner)
 
 
-def move(source: str, target: str) -> None:
-    """Move the directory `source`, which holds only files: at once on a local disk, otherwise file by file."""
+def move(source: str, target: str, names: Sequence[str]) -> None:
+    """Move the directory `source`, which holds the files `names`: at once on a local disk, otherwise file by file."""
     filesystem, inner = open_store(source)
     _, inner_target = open_store(target)
     if isinstance(filesystem, pafs.LocalFileSystem):
         filesystem.move(inner, inner_target)
         return
-    for info in filesystem.get_file_info(pafs.FileSelector(inner)):
-        filesystem.move(info.path, join(inner_target, info.base_name))
+    for name in names:  # not those of a listing, which may lag
+        filesystem.move(join(inner, name), join(inner_target, name))
+
+
+def wait_until_listed(path: str, names: Sequence[str]) -> None:
+    """Wait until the directory `path` shows the files `names` and no others: whoever lists it must find them all.
+
+    Raises
+    ------
+    InputError
+        If it does not within `_SECONDS_TO_LIST`.
+    """
+    filesystem, inner = open_store(path)
+    end = time.monotonic() + _SECONDS_TO_LIST
+    while True:
+        listing = filesystem.get_file_info(pafs.FileSelector(inner, allow_not_found=True))
+        found = {info.base_name for info in listing if info.is_file}
+        if found == set(names):
+            return
+        if time.monotonic() > end:
+            differing = ", ".join(sorted(found ^ set(names))[:3])
+            raise InputError(
+                f"{path}: shows other files than were written ({differing}); its listing lags, or another job writes "
+                "there; run the same command again"
+            )
+        time.sleep(_SECONDS_TO_LIST / 100)
 
 
 def remove_all_but(path: str, names: set[str]) -> None:

@@ -11,6 +11,7 @@ import pyarrow as pa
 import pyarrow.fs as pafs
 
 from bert4rec import storage
+from bert4rec.cli import print_anything
 from bert4rec.cluster.errors import first_line
 from bert4rec.config import Config, InferenceConfig, load_config
 from bert4rec.data.dataset import PreparedDataset
@@ -123,6 +124,7 @@ def _parser() -> argparse.ArgumentParser:
 
 def main() -> int:
     """Parse the arguments and write the report. Print an error as one line."""
+    print_anything()
     arguments = _parser().parse_args()
     try:
         report_run(arguments.run or newest_run("runs"), arguments.prepared, arguments.recommendations, arguments.output)

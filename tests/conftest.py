@@ -11,6 +11,12 @@ import pytest
 import ray
 import torch
 
+from tests.helpers.processes import free_port
+from tests.helpers.s3_server import S3Server
+
+S3 = S3Server(free_port())
+os.environ |= S3.environment  # before Ray starts, whose workers inherit it; the server starts when a test asks for it
+
 torch.set_num_threads(1)  # the tensors are tiny
 
 
@@ -20,6 +26,14 @@ def ray_session():
     context = ray.init(address="local", num_cpus=2, include_dashboard=False, log_to_driver=False, logging_level="ERROR")
     yield {"RAY_ADDRESS": context.address_info["address"], "RAY_AUTH_MODE": os.environ.get("RAY_AUTH_MODE", "")}
     ray.shutdown()
+
+
+@pytest.fixture(scope="session")
+def s3():
+    """An S3 server, which `s3://bucket/...` leads to in this process, in Ray's workers and in jobs."""
+    pytest.importorskip("moto")
+    with S3:
+        yield S3
 
 
 @pytest.fixture
@@ -40,3 +54,11 @@ def local_parts(monkeypatch):
 
     for module in ("bert4rec.evaluation.evaluate", "bert4rec.inference.recommend"):
         monkeypatch.setattr(f"{module}.map_parts", map_parts)
+
+
+@pytest.fixture
+def local_ray_data(monkeypatch):
+    """`prepare` in this process, without Ray Data: its blocks are in a list."""
+    from tests.helpers.in_process import LocalRayData
+
+    monkeypatch.setattr("bert4rec.data.prepare._ray_data", LocalRayData)

@@ -4,7 +4,10 @@ import importlib
 import json
 import logging
 import os
+import secrets
+import shlex
 import socket
+import sys
 import threading
 import uuid
 from collections.abc import Iterator
@@ -73,14 +76,41 @@ def _start_ray() -> None:
         only_here = {"include_dashboard": False, "num_cpus": usable_cores()}
         os.environ.setdefault("RAY_TRAIN_ENABLE_PREEMPTION_WATCHER", "0")  # nobody takes this machine's nodes away
         os.environ.setdefault("RAY_worker_niceness", "0")  # with Ray's 15 its other processes interrupt the work's
+        if (python := shlex.quote(sys.executable)) != sys.executable:  # Ray gives it to a shell as it is
+            only_here["runtime_env"] = {"py_executable": python}
+        if not _keeps_tokens():  # as Ray would do at home
+            os.environ.setdefault("RAY_AUTH_TOKEN", secrets.token_hex(32))
     else:
         _check_answers(address)
     try:
         ray.init(address=address, log_to_driver=_shows_messages, logging_level=_level(), **only_here)
-    except (ConnectionError, RuntimeError) as error:
-        if address == "local":
+    except Exception as error:  # Ray raises this class itself
+        if "timed out during startup" in str(error):
+            ray.shutdown()
+            raise TimeoutError("Ray did not start within its 30 s: the machine is too busy; run it again") from None
+        if "AF_UNIX path length" in str(error):  # that of its sockets
+            name = next((name for name in ("RAY_TMPDIR", "TMPDIR") if name in os.environ), "Ray's directory")
+            raise InputError(
+                f"{name}={os.environ.get(name)}: too long for Ray, whose sockets there may have paths of at most 107 "
+                "bytes; set RAY_TMPDIR=/tmp"
+            ) from None
+        if address == "local" or not isinstance(error, (OSError, RuntimeError)):
             raise
         raise InputError(f"RAY_ADDRESS={address}: no Ray cluster of this version answers there ({error})") from None
+
+
+def _keeps_tokens() -> bool:
+    """Whether Ray may write the token of a new cluster to ~/.ray, or has one there, or elsewhere."""
+    if "RAY_AUTH_TOKEN_PATH" in os.environ:
+        return True
+    directory = os.path.join(os.path.expanduser("~"), ".ray")
+    if not os.path.isabs(directory):  # nobody knows this user
+        return False
+    try:
+        os.makedirs(directory, exist_ok=True)
+    except OSError:
+        return False
+    return os.access(directory, os.W_OK)
 
 
 ANSWER_SECONDS = 3.0

@@ -1,74 +1,78 @@
 """Ratings and item metadata -> the prepared dataset of `dataset.py`; the only builder of vocabularies.
 
-The steps: `interactions.py` cuts the files into chunks, and tasks check all of them. Tasks then read each chunk again
-and split it by ranges of user ids. For each range, one task joins the rows of all chunks and sorts them by user and
-time. Once all items are counted, a task writes each range as a file of sequences in final tokens. The files are
-therefore in the order of users, and their content depends neither on the chunks nor on the cluster. The driver holds
-only summaries (item counts, sampled users) and references to the ranges.
-
-The module uses plain Ray tasks, because Ray Data's own shuffle takes 2.5 times as long on 20M ratings and 8 times as
-long on 1M.
+The steps run on Ray Data (`ray_data.py`). `interactions.py` cuts the files into chunks, and tasks check all of them.
+Tasks then read each chunk again and encode its rows. A shuffle brings the rows of each range of user ids together,
+and builds their sequences (`ranges.py`). Aggregations over the sequences count the items, find the k-core and the
+cut-offs of a temporal split. At last each range is written as a file. The files are therefore in the order of users,
+and their content depends neither on chunks and blocks nor on the cluster. The driver holds only summaries: item
+counts and sampled users.
 """
 
-import hashlib
 import math
-from collections import Counter
-from collections.abc import Callable, Iterable, Iterator
-from dataclasses import dataclass
+import pickle
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, replace
+from functools import partial
 from typing import Any
 
 import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
-import pyarrow.parquet as pq
-import ray
-from ray.exceptions import RayTaskError
 
 from bert4rec import lease, storage
 from bert4rec.config import DataConfig, data_identity
 from bert4rec.data import files, interactions
-from bert4rec.data.dataset import ITEMS, InputFile, Manifest, PreparedDataset
+from bert4rec.data.dataset import ITEMS, InputFile, Manifest, PreparedDataset, moment_text
 from bert4rec.data.ids import ascending
-from bert4rec.data.interactions import Chunk, ChunkSummary
-from bert4rec.data.metadata import catalogue_fingerprint, item_table, new_items, read_metadata
+from bert4rec.data.interactions import Chunk, Settled
+from bert4rec.data.metadata import catalogue_fingerprint, check_items, item_table, new_items, read_all_metadata
+from bert4rec.data.ranges import (
+    Vocabulary,
+    between,
+    build,
+    count_before,
+    encode,
+    leave_out,
+    total,
+    write,
+    write_parquet,
+)
 from bert4rec.errors import InputError
 from bert4rec.progress import track
 
 CHUNK_BYTES = 32 << 20
 """Smallest chunk of a file. For very large inputs, chunks and ranges of users grow with the square root of the size."""
 RANGE_ROWS = 1_000_000
-"""Smallest number of ratings in a range of users."""
+"""Smallest number of ratings in a range of users, about."""
 RECENT_SECONDS = 7 * 24 * 3600
 """How long an interaction counts as recent, for the evaluation baseline popularity-7-days."""
 _SEARCHED_TIMES = 257  # candidate times per pass over the data; four passes locate one second within a year
 _SHARD_ROWS = 8192  # rows that a chunk has of a range; Ray would keep smaller objects in the driver's memory
 _ROW_BYTES = 24
-_ROW_GROUP_USERS = 4096  # scoring reads parts of about this size
 
 
 @dataclass(frozen=True)
-class _Summary:
+class _Checked:
     """The summaries of all chunks, added up."""
 
-    num_rows: int
-    item_ids: pa.Array
-    """Distinct items, ascending: int64 by number, strings by their bytes. An item's provisional code is its place
-    here."""
+    vocabulary: Vocabulary
     int_users: bool
-    boundaries: pa.Array
-    """First user id of each range except the first range."""
+    int_items: bool
+    rows: list[int]
+    """Rows of each chunk."""
 
 
 @dataclass(frozen=True)
-class _Ranges:
-    """Sequences of provisional codes."""
+class _Totals:
+    """Counts over all sequences."""
 
-    tables: list[ray.ObjectRef]
-    """One table per range of users: user, items and, if the data have them, times (float64), sorted by user and
-    time."""
     counts: np.ndarray
     """[V] int64 interactions of each code."""
     num_users: int
+    first: float
+    """Time of the first interaction; infinity if the data have no times."""
+    last: float
+    """Time of the last interaction; minus infinity if the data have no times."""
 
 
 def prepare(data: DataConfig, path: str, report: Callable[[str], None] = lambda line: None) -> Manifest:
@@ -91,14 +95,17 @@ def prepare(data: DataConfig, path: str, report: Callable[[str], None] = lambda 
     data_dir = storage.absolute(data.data_dir)
     names = files.find_interactions(data_dir, data.data_file)
     metadata_names = files.find_metadata(data_dir)
-    scans = _scan(data_dir, names)
+    scans = _scan(data_dir, names, data)
     metadata_files = {key: files.hash_file(data_dir, name) for key, name in metadata_names.items()}
     identities = [*(identity for identity, _ in scans), *metadata_files.values()]
     if (present := _up_to_date(path, identities, data)) is not None:
         report("up to date: the input files have not changed")
         return present
     with lease.held(path):
-        return _write(data, path, scans, metadata_files, report)
+        if (present := _up_to_date(path, identities, data)) is not None:  # another job has written it since
+            return present
+        with _ray_data().settings():
+            return _write(data, path, scans, metadata_files, report)
 
 
 def _write(
@@ -112,40 +119,54 @@ def _write(
     identities = [*(identity for identity, _ in scans), *metadata_files.values()]
     megabytes = sum(identity.size for identity in identities) / 1e6
     report(f"reading {len(identities)} file{'s' * (len(identities) > 1)}, {megabytes:,.1f} MB")
-    metadata = {key: read_metadata(data_dir, file.name, files.METADATA[key]) for key, file in metadata_files.items()}
-    chunks = [chunk for _, chunks in scans for chunk in chunks]
-    has_time = _has_time(chunks)
+    metadata_names = {key: file.name for key, file in metadata_files.items()}
+    metadata, dropped = read_all_metadata(data_dir, metadata_names, data.list_separator)
+    has_time = _has_time([chunk for _, chunks in scans for chunk in chunks])
     source = storage.join(data_dir, data.data_file)
     if data.split == "temporal" and not has_time:
         raise InputError(f"{source}: no column time, which data.split=temporal needs")
-    summary = _check(source, chunks)
+    has_limits = data.since is not None or data.until is not None
+    if has_limits and not has_time:
+        raise InputError(f"{source}: no column time, which data.since and data.until need")
+    checked, settled = _check(source, [chunks for _, chunks in scans])
+    item_ids = checked.vocabulary.item_ids
+    dropped |= settled.dropped
+    if settled.times:
+        report(f"times: {settled.times}")
+    few = check_items(data_dir, metadata_names, metadata, item_ids)
 
-    report(f"sorting {summary.num_rows:,} interactions with {len(summary.item_ids):,} items")
-    all_users = _shuffle(chunks, summary)
-    core = _k_core(all_users, data.min_item_interactions)
+    report(f"sorting {sum(checked.rows):,} interactions with {len(item_ids):,} items")
+    sequences = _shuffle(settled.chunks, checked)
+    everything = _totals(sequences, len(item_ids))
+    num_unique = int(everything.counts.sum())
+    if has_limits:
+        sequences, everything = _between(sequences, everything, data, source)
+    sequences, core = _k_core(sequences, everything, data.min_item_interactions)
     counts = core.counts
     num_interactions = int(counts.sum())
     if not num_interactions:
         raise InputError(f"{source}: data.min_item_interactions={data.min_item_interactions} leaves no interaction")
-    first, last = _times_of(core) if has_time else (math.inf, -math.inf)
-    cutoffs = _cutoffs(core, data, source, first, last) if has_time else {}
-    time_origin = math.floor(first) if has_time else None
+    cutoffs = _cutoffs(sequences, core, data, source) if has_time else {}
+    time_origin = math.floor(core.first) if has_time else None
     order = np.argsort(-counts, kind="stable")[: np.count_nonzero(counts)]  # falling count, then ascending id
     token_of_code = np.zeros(len(counts), np.int32)
     token_of_code[order] = np.arange(1, len(order) + 1)
-    ids, item_counts = summary.item_ids.take(pa.array(order)), counts[order]
+    ids, item_counts = item_ids.take(pa.array(order)), counts[order]
     if data.include_new_items:
-        new = new_items(summary.item_ids, metadata)
+        new = new_items(item_ids, metadata)
         ids, item_counts = pa.concat_arrays([ids, new]), np.append(item_counts, np.zeros(len(new), np.int64))
-    items, vocabularies, notes = item_table(ids, item_counts, metadata)
+    items, vocabularies, notes = item_table(ids, item_counts, metadata, metadata_names, dropped)
+    notes = [*settled.notes, *few, *files.unread_metadata(data_dir), *notes]
     if not has_time:
         notes.append("no column time: the order of rows is the order of interactions, and no interaction has a year")
-    if num_duplicates := summary.num_rows - int(all_users.counts.sum()):
+    if num_duplicates := sum(checked.rows) - num_unique:
         notes.append(f"exact duplicates of an interaction dropped: {num_duplicates:,}")
+    if num_outside := num_unique - int(everything.counts.sum()):
+        notes.append(f"interactions before data.since or from data.until on left out: {num_outside:,}")
     left_out = {
-        "num_core_items": len(counts) - len(order),
-        "num_core_users": all_users.num_users - core.num_users,
-        "num_core_interactions": int(all_users.counts.sum()) - num_interactions,
+        "num_core_items": np.count_nonzero(everything.counts) - len(order),
+        "num_core_users": everything.num_users - core.num_users,
+        "num_core_interactions": int(everything.counts.sum()) - num_interactions,
     }
     if data.min_item_interactions:
         notes.append(
@@ -155,20 +176,27 @@ def _write(
         )
 
     report(f"writing {core.num_users:,} users")
-    version = f"data-{storage.fingerprint([[file.model_dump() for file in identities], data_identity(data)])[:8]}"
-    fixed = (token_of_code, cutoffs, time_origin)
-    ranges = [(path, version, number, table, *fixed) for number, table in enumerate(core.tables)]
-    written = [*_results_of(_write_range, ranges, "writing"), _write_parquet(path, f"{version}/{ITEMS}", items)]
+    made_of = [Manifest.model_fields["format_version"].default, *(file.model_dump() for file in identities)]
+    version = f"data-{storage.fingerprint([*made_of, data_identity(data)])[:8]}"
+    fixed = {"token_of_code": token_of_code, "cutoffs": cutoffs, "time_origin": time_origin}
+    fixed["has_year"] = settled.time_unit != "order"
+    writing = _map(sequences, write, path=path, version=version, **fixed)
+    tables = list(_tables_of(writing, sequences.num_blocks(), "writing"))
+    written = sorted((InputFile(**row) for table in tables for row in table.to_pylist()), key=lambda file: file.name)
+    written.append(write_parquet(path, f"{version}/{ITEMS}", items))
     manifest = Manifest(
         num_users=core.num_users,
         num_items=len(items),
         num_new_items=len(items) - len(order),
         identity=data_identity(data),
+        num_outside=num_outside,
         **left_out,
         cutoffs=cutoffs,
         num_interactions=num_interactions,
         num_duplicates=num_duplicates,
         time_origin=time_origin,
+        time_unit=settled.time_unit,
+        dropped=dropped,
         catalogue=catalogue_fingerprint(items, vocabularies),
         vocabularies=vocabularies,
         notes=notes,
@@ -181,16 +209,44 @@ def _write(
     return manifest
 
 
-def _results_of(function: Callable[..., Any], arguments: Iterable[tuple[Any, ...]], stage: str) -> Iterator[Any]:
-    """Yield the results of Ray tasks in order. Raise an InputError of a task as itself, not as a RayTaskError."""
-    task = ray.remote(function)
-    for reference in track([task.remote(*each) for each in arguments], stage, "tasks"):
-        try:
-            yield ray.get(reference)
-        except RayTaskError as error:
-            if isinstance(error.cause, InputError):
-                raise error.cause from None
-            raise
+def _ray_data() -> Any:  # noqa: ANN401 - the module
+    """`ray_data.py`, which imports Ray Data: a second that a job spends while Ray starts."""
+    from bert4rec.data import ray_data
+
+    return ray_data
+
+
+def _map(dataset: Any, function: Callable[..., pa.Table], **arguments: Any) -> Any:  # noqa: ANN401
+    """Apply `function` to each block of a dataset."""
+    return dataset.map_batches(function, batch_size=None, batch_format="pyarrow", fn_kwargs=arguments)
+
+
+def _tables_of(dataset: Any, num_tables: int, stage: str) -> Iterator[pa.Table]:  # noqa: ANN401
+    """Execute a dataset, and yield its blocks as they come, in any order."""
+    yield from track(dataset.iter_batches(batch_size=None, batch_format="pyarrow"), stage, "tasks", num_tables)
+
+
+def _results_of(function: Callable[..., Any], arguments: Sequence[tuple[Any, ...]], stage: str) -> Iterator[Any]:
+    """Yield the results of `function` in the order of `arguments`. Each call is a task. Raise its InputError as is."""
+    calls = [partial(_call, number, function, each) for number, each in enumerate(arguments)]
+    results: dict[int, Any] = {}
+    wanted = 0
+    for table in _tables_of(_ray_data().dataset_of(calls), len(calls), stage):
+        results |= {row["number"]: pickle.loads(row["result"]) for row in table.to_pylist()}
+        while wanted in results:
+            result = results.pop(wanted)
+            if isinstance(result, InputError):
+                raise result
+            yield result
+            wanted += 1
+
+
+def _call(number: int, function: Callable[..., Any], arguments: tuple[Any, ...]) -> Iterator[pa.Table]:
+    try:
+        result = function(*arguments)
+    except InputError as error:  # as a result, because Ray Data logs what a task raises as a fault of its own
+        result = error
+    yield pa.table({"number": [number], "result": [pickle.dumps(result)]})
 
 
 def _chunk_size_for(total: float, smallest: int, shard: int) -> int:
@@ -198,11 +254,11 @@ def _chunk_size_for(total: float, smallest: int, shard: int) -> int:
     return max(smallest, int((total * shard) ** 0.5))
 
 
-def _scan(data_dir: str, names: list[str]) -> list[tuple[InputFile, list[Chunk]]]:
+def _scan(data_dir: str, names: list[str], data: DataConfig) -> list[tuple[InputFile, list[Chunk]]]:
     sizes = [files.size_of(data_dir, name) for name in names]
     chunk_bytes = _chunk_size_for(sum(sizes), CHUNK_BYTES, _SHARD_ROWS * _ROW_BYTES)
     return list(
-        _results_of(interactions.scan_interactions, [(data_dir, name, chunk_bytes) for name in names], "scanning")
+        _results_of(interactions.scan_interactions, [(data_dir, name, chunk_bytes, data) for name in names], "scanning")
     )
 
 
@@ -224,7 +280,7 @@ def _has_time(chunks: list[Chunk]) -> bool:
     return with_time is not None
 
 
-def _check(path: str, chunks: list[Chunk]) -> _Summary:
+def _check(path: str, chunks_of_files: list[list[Chunk]]) -> tuple[_Checked, Settled]:
     """Read and check every chunk.
 
     Raises
@@ -232,94 +288,94 @@ def _check(path: str, chunks: list[Chunk]) -> _Summary:
     InputError
         If a row is unusable: the error of the first such row.
     """
-    num_rows, int_users, int_items, bad = 0, True, True, Counter[str]()
-    items, users = pa.array([], pa.string()), []
-    first: tuple[Chunk, ChunkSummary] | None = None
-    checked = _results_of(interactions.check_chunk, [(chunk,) for chunk in chunks], "checking")
-    for chunk, summary in zip(chunks, checked, strict=True):
-        if first is None and (summary.error or summary.bad):
-            first = chunk, summary
-        bad += summary.bad
-        num_rows += summary.num_rows
+    int_users, int_items = True, True
+    items, users, light = pa.array([], pa.string()), [], []
+    arguments = [(chunk, interactions.SAMPLE_EVERY) for chunks in chunks_of_files for chunk in chunks]
+    for summary in _results_of(interactions.check_chunk, arguments, "checking"):
         int_users, int_items = int_users and summary.int_users, int_items and summary.int_items
         items = pa.concat_arrays([items, summary.items]).unique()
         users.append(summary.user_sample)
-    if first is not None:
-        raise next(_results_of(interactions.explain, [(*first, bad)], "explaining"))
-    if not num_rows:
-        raise InputError(f"{path}: no data rows; expected interactions below the header")
-    item_ids = items.cast(pa.int64()) if int_items else items
-    sample = pa.concat_arrays(users).cast(pa.int64() if int_users else pa.string())
-    return _Summary(num_rows, ascending(item_ids), int_users, _boundaries(ascending(sample), num_rows))
+        light.append(replace(summary, items=items[:0], user_sample=items[:0]))
+    settled = interactions.settle(path, chunks_of_files, light)
+    rows = [summary.num_rows for summary in light]
+    item_ids = ascending(items.cast(pa.int64()) if int_items else items)
+    sample = ascending(pa.concat_arrays(users).cast(pa.int64() if int_users else pa.string()))
+    return _Checked(Vocabulary(item_ids, _boundaries(sample, sum(rows))), int_users, int_items, rows), settled
 
 
 def _boundaries(sample: pa.Array, num_rows: int) -> pa.Array:
     """Users that divide the ratings into ranges of about equal size. The smallest user starts only the first range."""
-    num_ranges = -(-num_rows // _chunk_size_for(num_rows, RANGE_ROWS, _SHARD_ROWS))
+    num_ranges = max(1, round(num_rows / _chunk_size_for(num_rows, RANGE_ROWS, _SHARD_ROWS)))
     cuts = sample.take(pa.array(np.arange(1, num_ranges) * len(sample) // num_ranges)).unique()
     return cuts.filter(pc.greater(cuts, sample[0]))
 
 
-def _shuffle(chunks: list[Chunk], summary: _Summary) -> _Ranges:
-    """Shuffle the rows of all chunks into sequences by ranges of users."""
-    known = ray.put(summary)
-    split = ray.remote(_split).options(num_returns="streaming")
-    merge = ray.remote(_merge).options(num_returns=2)
-    num_ranges = len(summary.boundaries) + 1
-    shards: list[list[ray.ObjectRef]] = [[] for _ in range(num_ranges)]
-    for stream in track([split.remote(chunk, known) for chunk in chunks], "splitting", "chunks"):
-        for number, shard in enumerate(stream):  # in file order, which interactions at equal times keep
-            shards[number % num_ranges].append(shard)
-    ranges, totals = [], []
-    for of_range in shards:
-        table, total = merge.remote(len(summary.item_ids), *of_range)
-        ranges.append(table)
-        totals.append(total)
-    del shards, of_range  # so that Ray frees each shard once it is merged
-    return _add_up(ranges, totals)
+def _shuffle(chunks: list[Chunk], checked: _Checked) -> Any:  # noqa: ANN401 - a dataset of ranges
+    """Read all chunks again, bring the rows of each range of users together, and build their sequences."""
+    num_ranges, num_rows = len(checked.vocabulary.boundaries) + 1, sum(checked.rows)
+    starts = np.append(0, np.cumsum(checked.rows)).astype(np.min_scalar_type(num_rows))
+    calls = [partial(_read_rows, *each, checked.int_users, checked.int_items) for each in zip(chunks, starts)]  # noqa: B905
+    rows = _map(_ray_data().dataset_of(calls), encode, vocabulary=checked.vocabulary)
+    if num_ranges == 1:  # one task takes all rows
+        ranges = rows.map_batches(build, batch_size=num_rows, batch_format="pyarrow")
+    else:
+        # By hash, so that some partitions have several ranges, and others none. `sort` gives each range its own, but
+        # sorts each block before the shuffle and after it, and cuts the rows of a very large range in two.
+        ranges = _map(rows.repartition(num_ranges, keys=["range"]), build)
+    return _ray_data().run_shuffle(ranges, "sorting", 2 * len(chunks) + num_ranges)
 
 
-def _add_up(tables: list[ray.ObjectRef], totals: list[ray.ObjectRef]) -> _Ranges:
-    counts, num_users = zip(*map(ray.get, track(totals, "sorting", "ranges")), strict=True)
-    return _Ranges(tables, np.sum(counts, axis=0), sum(num_users))
+def _read_rows(chunk: Chunk, start: np.unsignedinteger[Any], int_users: bool, int_items: bool) -> Iterator[pa.Table]:
+    """Yield the rows of a chunk with their places in the input, the first of which is `start`."""
+    for table in interactions.read_chunk(chunk, int_users, int_items):
+        row = np.arange(len(table), dtype=start.dtype) + start
+        start += len(table)
+        yield table.append_column("row", pa.array(row))
 
 
-def _k_core(ranges: _Ranges, k: int) -> _Ranges:
+def _totals(sequences: Any, num_items: int) -> _Totals:  # noqa: ANN401
+    counts, num_users, first, last = np.zeros(num_items, np.int64), 0, math.inf, -math.inf
+    for table in _tables_of(_map(sequences, total), sequences.num_blocks(), "counting"):
+        for code, count in zip(table["code"], table["count"], strict=True):
+            counts[code.values.to_numpy()] += count.values.to_numpy()
+        num_users += pc.sum(table["num_users"]).as_py()
+        first, last = min(first, pc.min(table["first"]).as_py()), max(last, pc.max(table["last"]).as_py())
+    return _Totals(counts, num_users, first, last)
+
+
+def _between(sequences: Any, totals: _Totals, data: DataConfig, source: str) -> tuple[Any, _Totals]:  # noqa: ANN401
+    """Leave out interactions before data.since or from data.until on, and users who then have none.
+
+    Raises
+    ------
+    InputError
+        If no interaction is left.
+    """
+    since, until = -math.inf if data.since is None else data.since, math.inf if data.until is None else data.until
+    kept = _map(sequences, between, since=since, until=until).materialize()
+    left = _totals(kept, len(totals.counts))
+    if not left.num_users:
+        first, last = (moment_text(math.floor(time)) for time in (totals.first, totals.last))
+        raise InputError(
+            f"{source}: data.since={data.since} and data.until={data.until} (Unix times) leave no interaction; the "
+            f"times run from {first} to {last}"
+        )
+    return kept, left
+
+
+def _k_core(sequences: Any, totals: _Totals, k: int) -> tuple[Any, _Totals]:  # noqa: ANN401
     """Remove items, then users, with fewer than `k` interactions, and repeat until nothing changes."""
-    core = ray.remote(_leave_out).options(num_returns=2)
     while k:
-        common = ray.put(ranges.counts >= k)
-        pairs = [core.remote(table, common, k) for table in ranges.tables]
-        smaller = _add_up([table for table, _ in pairs], [total for _, total in pairs])
-        if np.array_equal(smaller.counts, ranges.counts):
+        smaller = _map(sequences, leave_out, common=totals.counts >= k, k=k).materialize()
+        left = _totals(smaller, len(totals.counts))
+        if np.array_equal(left.counts, totals.counts):
             break
-        ranges = smaller
-    return ranges
+        sequences, totals = smaller, left
+    return sequences, totals
 
 
-def _leave_out(sequences: pa.Table, common: np.ndarray, k: int) -> tuple[pa.Table, tuple[np.ndarray, int]]:
-    """Keep only the `common` [V] codes of a range, and only users with `k` of them. Return counts like `_merge`."""
-    codes = sequences["items"].combine_chunks()
-    offsets, code = codes.offsets.to_numpy(), codes.values.to_numpy()
-    kept = common[code]
-    ends = np.append(0, np.cumsum(kept))[offsets]
-    enough = np.diff(ends) >= k
-    kept &= np.repeat(enough, np.diff(offsets))
-    lengths = np.diff(ends)[enough]
-    columns = {"user": sequences["user"].filter(pa.array(enough)), "items": _lists(lengths, code[kept])}
-    if "times" in sequences.column_names:
-        columns["times"] = _lists(lengths, sequences["times"].combine_chunks().values.to_numpy()[kept])
-    return pa.table(columns), (np.bincount(code[kept], minlength=len(common)), len(lengths))
-
-
-def _times_of(ranges: _Ranges) -> tuple[float, float]:
-    """First and last time of all interactions."""
-    spans = list(_results_of(_time_span, [(table,) for table in ranges.tables], "reading times"))
-    return min(low for low, _ in spans), max(high for _, high in spans)
-
-
-def _cutoffs(ranges: _Ranges, data: DataConfig, source: str, first: float, last: float) -> dict[str, int]:
-    """The manifest's cut-offs, in whole seconds, of interactions from `first` to `last`.
+def _cutoffs(sequences: Any, totals: _Totals, data: DataConfig, source: str) -> dict[str, int]:  # noqa: ANN401
+    """The manifest's cut-offs, in whole seconds.
 
     The validation cut-off divides the interactions before the test cut-off in the same proportion as the test cut-off
     divides all of them.
@@ -329,158 +385,39 @@ def _cutoffs(ranges: _Ranges, data: DataConfig, source: str, first: float, last:
     InputError
         If a temporal split leaves one of its three parts empty.
     """
-    num_interactions = int(ranges.counts.sum())
+    num_interactions = int(totals.counts.sum())
     if data.split == "leave-one-out":
-        return {"recent_last": math.floor(last) - RECENT_SECONDS}
+        return {"recent_last": math.floor(totals.last) - RECENT_SECONDS}
     is_share = data.split_time < 1
-    test = _time_of(ranges, int(data.split_time * num_interactions), first, last) if is_share else int(data.split_time)
-    (before_test,) = _count_before(ranges, np.array([test]))
-    validation = _time_of(ranges, int(before_test**2) // num_interactions, first, last)
-    (before_validation,) = _count_before(ranges, np.array([validation]))
+    test = _time_of(sequences, int(data.split_time * num_interactions), totals) if is_share else int(data.split_time)
+    (before_test,) = _count_before(sequences, np.array([test]))
+    validation = _time_of(sequences, int(before_test**2) // num_interactions, totals)
+    (before_validation,) = _count_before(sequences, np.array([validation]))
     if not 0 < before_validation < before_test < num_interactions:
         raise InputError(
             f"{source}: data.split_time={data.split_time:g} gives {before_validation:,} interactions for training, "
             f"{before_test - before_validation:,} for validation and {num_interactions - before_test:,} for test, none "
-            f"of which may be 0; the times run from {math.floor(first)} to {math.floor(last)}"
+            f"of which may be 0; the times run from {math.floor(totals.first)} to {math.floor(totals.last)}"
         )
     cutoffs = {"validation": validation, "test": test}
     return cutoffs | {f"recent_{name}": time - RECENT_SECONDS for name, time in cutoffs.items()}
 
 
-def _time_of(ranges: _Ranges, rank: int, first: float, last: float) -> int:
+def _time_of(sequences: Any, rank: int, totals: _Totals) -> int:  # noqa: ANN401
     """The largest whole second with at most `rank` interactions before it."""
-    low, high = math.floor(first), math.floor(last) + 1  # none before low, all before high
+    low, high = math.floor(totals.first), math.floor(totals.last) + 1  # none before low, all before high
     while high - low > 1:
         times = np.unique(np.linspace(low, high, _SEARCHED_TIMES).astype(np.int64))
-        place = int((_count_before(ranges, times) <= rank).sum())
+        place = int((_count_before(sequences, times) <= rank).sum())
         if place == len(times):
             return high
         low, high = int(times[place - 1]), int(times[place])
     return low
 
 
-def _count_before(ranges: _Ranges, times: np.ndarray) -> np.ndarray:
+def _count_before(sequences: Any, times: np.ndarray) -> np.ndarray:  # noqa: ANN401
     """[C] interactions before each of the ascending `times` [C]."""
-    tasks = [(table, times) for table in ranges.tables]
-    total: np.ndarray = np.sum(list(_results_of(_count_range_before, tasks, "counting times")), axis=0)
+    counted = _tables_of(_map(sequences, count_before, times=times), sequences.num_blocks(), "counting times")
+    rows = [table["count"].combine_chunks().values.to_numpy().reshape(-1, len(times)) for table in counted]
+    total: np.ndarray = np.concatenate(rows).sum(axis=0)
     return total
-
-
-def _count_range_before(sequences: pa.Table, times: np.ndarray) -> np.ndarray:
-    own = sequences["times"].combine_chunks().values.to_numpy()
-    not_above = np.bincount(np.searchsorted(times, own, side="right"), minlength=len(times) + 1)
-    return np.cumsum(not_above)[:-1]
-
-
-def _time_span(sequences: pa.Table) -> tuple[float, float]:
-    """First and last time of a range of users; infinities if the k-core has none of its users."""
-    times = sequences["times"].combine_chunks().values.to_numpy()
-    return float(times.min(initial=np.inf)), float(times.max(initial=-np.inf))
-
-
-def _split(chunk: Chunk, summary: _Summary) -> Iterator[pa.Table]:
-    """Yield, for each piece of a chunk, the rows of each range in turn: user, code and, if the data have it, time."""
-    num_ranges = len(summary.boundaries) + 1
-    for table in interactions.read_chunk(chunk, summary.int_users, pa.types.is_integer(summary.item_ids.type)):
-        users, items = (_encode(table[name]) for name in ("user", "item"))
-        code = pc.index_in(items.dictionary, summary.item_ids).take(items.indices)
-        columns = {"user": users.dictionary_decode(), "code": code}
-        columns |= {name: table[name] for name in table.column_names if name == "time"}
-        in_range = _range_of(users.dictionary, summary.boundaries)[users.indices.to_numpy()]
-        by_range = pa.table(columns).take(pa.array(np.argsort(in_range, kind="stable")))
-        ends = np.cumsum(np.bincount(in_range, minlength=num_ranges)).tolist()
-        for start, end in zip([0, *ends], ends, strict=False):
-            yield by_range.slice(start, end - start)
-
-
-def _range_of(users: pa.Array, boundaries: pa.Array) -> np.ndarray:
-    """[N] range of each user: the number of boundaries that are not above the user."""
-    order = pc.sort_indices(pa.concat_arrays([boundaries, users])).to_numpy()  # stable: boundaries before equal users
-    is_boundary = order < len(boundaries)
-    result = np.empty(len(users), np.min_scalar_type(len(boundaries)))  # 16 bits sort faster
-    result[order[~is_boundary] - len(boundaries)] = np.cumsum(is_boundary)[~is_boundary]
-    return result
-
-
-def _merge(num_items: int, *shards: pa.Table) -> tuple[pa.Table, tuple[np.ndarray, int]]:
-    """Return the sequences of one range of users, the interactions of each code, and the number of users."""
-    table = pa.concat_tables(shards)
-    users = _encode(table["user"])
-    ascending = pc.sort_indices(users.dictionary).to_numpy()
-    rank = np.empty(len(ascending), np.min_scalar_type(len(ascending)))
-    rank[ascending] = np.arange(len(ascending))
-    user, code = rank[users.indices.to_numpy()], table["code"].to_numpy()
-    if "time" in table.column_names:
-        time = table["time"].to_numpy()
-        order = np.argsort(time, kind="stable")
-        order = order[np.argsort(user[order], kind="stable")]
-        user, code, time = user[order], code[order], time[order]
-        kept = ~_is_duplicate(user, time, code)
-        user, code, time = user[kept], code[kept], time[kept]
-    else:
-        time = None
-        code = code[np.argsort(user, kind="stable")]
-    lengths = np.bincount(user, minlength=len(ascending))
-    columns = {"user": users.dictionary.take(pa.array(ascending)), "items": _lists(lengths, code)}
-    if time is not None:
-        columns["times"] = _lists(lengths, time)
-    return pa.table(columns), (np.bincount(code, minlength=num_items), len(lengths))
-
-
-def _lists(lengths: np.ndarray, values: np.ndarray) -> pa.ListArray:
-    """[N] lists: consecutive pieces of `values` with the given lengths."""
-    return pa.ListArray.from_arrays(pa.array(np.append(0, np.cumsum(lengths)), pa.int32()), pa.array(values))
-
-
-def _is_duplicate(user: np.ndarray, time: np.ndarray, code: np.ndarray) -> np.ndarray:
-    """[N] bool: whether an earlier row has the same user, time and item. Rows are sorted by user and time."""
-    duplicate = np.zeros(len(user), bool)
-    same_moment = (user[1:] == user[:-1]) & (time[1:] == time[:-1])
-    tied = np.flatnonzero(np.append(False, same_moment) | np.append(same_moment, False))  # few rows, as a rule
-    moment = np.cumsum(np.append(True, ~same_moment))[tied]
-    order = np.lexsort((code[tied], moment))
-    tied, moment = tied[order], moment[order]
-    duplicate[tied[1:]] = (moment[1:] == moment[:-1]) & (code[tied[1:]] == code[tied[:-1]])
-    return duplicate
-
-
-def _write_range(
-    path: str,
-    version: str,
-    number: int,
-    sequences: pa.Table,
-    token_of_code: np.ndarray,
-    cutoffs: dict[str, int],
-    time_origin: int | None,
-) -> InputFile:
-    """Write a range of users as a file of sequences in final tokens."""
-    codes = sequences["items"].combine_chunks()
-    offsets = codes.offsets.to_numpy()
-    columns = {
-        "user": sequences["user"],
-        "items": pa.ListArray.from_arrays(codes.offsets, pa.array(token_of_code[codes.values.to_numpy()])),
-        "last_year": pa.nulls(len(sequences), pa.int16()),
-    }
-    if time_origin is not None:
-        times = sequences["times"].combine_chunks().values.to_numpy()
-        since_origin = np.floor(times).astype(np.int64) - time_origin
-        columns["times"] = pa.ListArray.from_arrays(codes.offsets, pa.array(since_origin))
-        columns["last_year"] = pa.array(interactions.year_of(times[offsets[1:] - 1]))
-        for name, cutoff in cutoffs.items():
-            count = np.diff(np.append(0, np.cumsum(times < cutoff))[offsets])
-            columns[f"before_{name}"] = pa.array(count, pa.int32())
-    return _write_parquet(path, f"{version}/sequences/part-{number:05d}.parquet", pa.table(columns))
-
-
-def _write_parquet(path: str, name: str, table: pa.Table) -> InputFile:
-    """Write a file of the dataset. Size and hash describe the content in memory, so a later check finds a bad disk."""
-    sink = pa.BufferOutputStream()
-    pq.write_table(table, sink, row_group_size=_ROW_GROUP_USERS)
-    content = sink.getvalue()
-    storage.write_bytes(storage.join(path, name), content)
-    return InputFile(name=name, size=len(content), sha256=hashlib.sha256(content).hexdigest())
-
-
-def _encode(column: pa.ChunkedArray) -> pa.DictionaryArray:
-    column = column.combine_chunks()
-    return column if pa.types.is_dictionary(column.type) else column.dictionary_encode()

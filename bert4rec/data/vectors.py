@@ -89,6 +89,7 @@ def _to_numbers(values: pa.Array) -> np.ndarray:
     return array
 
 
+@storage.patient
 def _read_parquet(path: str) -> tuple[pa.Array, pa.Array, np.ndarray]:
     """Ids, lists of numbers, and rows counted from 1."""
     filesystem, inner = storage.open_store(path)
@@ -117,6 +118,7 @@ def _read_parquet(path: str) -> tuple[pa.Array, pa.Array, np.ndarray]:
     return ids.cast(pa.int64() if is_integer else pa.string()), lists, np.arange(1, len(ids) + 1)
 
 
+@storage.patient
 def _read_tsv(path: str) -> tuple[pa.Array, pa.Array, np.ndarray]:
     """Ids, lists of numbers not yet parsed, and line numbers."""
     columns, _, _ = read_header(path, "\t", ("item", "title"))

@@ -6,7 +6,6 @@ import os
 import re
 import shutil
 import signal
-import socket
 import subprocess
 import sys
 import tempfile
@@ -15,16 +14,10 @@ import urllib.request
 from collections.abc import Callable
 from pathlib import Path
 
-from tests.helpers.processes import descendants, wait_for
+from tests.helpers.processes import descendants, free_port, wait_for
 from tests.integration.test_jobs import ROOT, without_ray
 
 BIN = Path(sys.executable).parent
-
-
-def free_port() -> int:
-    with socket.socket() as found:
-        found.bind(("127.0.0.1", 0))
-        return int(found.getsockname()[1])
 
 
 def _end_with_the_tests() -> None:
@@ -50,6 +43,7 @@ class Nodes:
             "RAY_AUTH_TOKEN_PATH": str(token),
             "RAY_USAGE_STATS_ENABLED": "0",
             "RAY_TRAIN_HEALTH_CHECK_INTERVAL_S": "0.2",
+            "RAY_TRAIN_PREEMPTION_POLL_INTERVAL_S": "0.5",
             "RAY_health_check_period_ms": "500",  # the loss of a node is noticed sooner than by default
             "RAY_health_check_failure_threshold": "4",
         }

@@ -224,7 +224,7 @@ prepare.prepare(config.data, sys.argv[2])
     "patch",
     [
         pytest.param("prepare.item_table = die  # before it writes", marks=pytest.mark.slow),
-        pytest.param("prepare._write_parquet = die  # of items, behind all sequences", marks=pytest.mark.slow),
+        pytest.param("prepare.write_parquet = die  # of items, behind all sequences", marks=pytest.mark.slow),
         pytest.param("storage.commit = die", marks=pytest.mark.slow),
     ],
 )

@@ -6,6 +6,7 @@ BERT4REC_REPEATS sets how often the random ones are repeated (docs/reliability.m
 import json
 import os
 import random
+import re
 import shutil
 import subprocess
 import time
@@ -75,6 +76,23 @@ def test_a_lost_node_of_training_changes_nothing(nodes, tmp_path, repeat):
     nodes.add()
     assert disturbed.wait() == 0, output_of(nodes, "train")
     assert without_times(history_of(tmp_path, "disturbed")) == without_times(history_of(tmp_path, "whole"))
+
+
+def test_training_saves_before_a_node_goes_that_tells_so(nodes, tmp_path):
+    """SIGTERM to `ray start`, as Kubernetes ends a pod; the epochs have 125 steps, and only the last is validated."""
+    write_dataset(tmp_path / "dataset", random_histories(2000, 20), 20)
+    several = ["training.num_epochs=30", "training.val_check_interval=30"]
+    workers = [nodes.add(), nodes.add()]
+    whole = nodes.job("train", *training(tmp_path, *several, "run.name=whole"))
+    assert whole.wait() == 0, output_of(nodes, "train")
+    disturbed = nodes.job("train", *training(tmp_path, *several, "run.name=disturbed", "training.max_failures=0"))
+    wait_for(lambda: re.search(r"training: \d+%", output_of(nodes, "train")))
+    workers[0].terminate()
+    wait_for(lambda: list((tmp_path / "disturbed").glob("unfinished-*")))
+    nodes.add()
+    assert disturbed.wait() == 0, output_of(nodes, "train")
+    assert without_times(history_of(tmp_path, "disturbed")) == without_times(history_of(tmp_path, "whole"))
+    assert not list((tmp_path / "disturbed").glob("unfinished-*"))
 
 
 def test_with_min_workers_the_remaining_node_goes_on_alone(nodes, tmp_path):

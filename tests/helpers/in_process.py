@@ -1,8 +1,8 @@
 """Jobs in this process, without Ray: the same code with Ray's part done by hand."""
 
 import contextlib
-from types import SimpleNamespace
 
+import pyarrow as pa
 import pytest
 
 from jobs import export
@@ -24,8 +24,8 @@ def without_ray(monkeypatch, *modules):
         monkeypatch.setattr(module, "Progress", lambda *arguments: contextlib.nullcontext(Quiet()))
 
 
-def exported(config, checkpoint, history):
-    """What the programs that `jobs.export` would write give for a history, by format."""
+def exported(config, checkpoint, inputs):
+    """What the programs that `jobs.export` would write give for their inputs, by format."""
     found = {}
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(export, "checkpoint_and_output", lambda config: (checkpoint, ""))
@@ -35,7 +35,7 @@ def exported(config, checkpoint, history):
         patch.setattr(export, "write_catalogue", lambda items, directory: "")
         for form in ("torch", "onnx"):
             patch.setattr(
-                export, f"write_{form}", lambda program, directory, form=form: found.update({form: program(history)})
+                export, f"write_{form}", lambda program, directory, form=form: found.update({form: program(*inputs)})
             )
         with contextlib.redirect_stdout(None):
             export.export_model(config)
@@ -44,17 +44,46 @@ def exported(config, checkpoint, history):
     }
 
 
-class LocalRay(SimpleNamespace):
-    """Stands in for the module `ray` in `data.prepare`: a task runs when it is asked for."""
+class LocalDataset:
+    """Stands in for a dataset of Ray Data: a list of blocks, in this process."""
+
+    def __init__(self, blocks):
+        self.blocks = blocks
+
+    def map_batches(self, function, batch_size, batch_format, fn_kwargs=None):
+        assert batch_format == "pyarrow"
+        blocks = self.blocks if batch_size is None else [pa.concat_tables(self.blocks)]
+        assert batch_size is None or len(blocks[0]) <= batch_size
+        mapped = [function(block, **fn_kwargs or {}) for block in blocks]
+        return LocalDataset([block for block in mapped if len(block)])
+
+    def repartition(self, num_blocks, keys):
+        """Shards come in any order, here the last block's first; a partition has several keys, another has none."""
+        rows = pa.concat_tables(self.blocks[::-1])
+        (key,) = keys
+        place = rows[key].to_numpy() % max(1, num_blocks - 1)
+        return LocalDataset([rows.filter(pa.array(place == number)) for number in range(num_blocks)])
+
+    def materialize(self):
+        return self
+
+    def num_blocks(self):
+        return len(self.blocks)
+
+    def iter_batches(self, batch_size, batch_format):
+        assert (batch_size, batch_format) == (None, "pyarrow")
+        return iter(self.blocks[::-1])  # they come in no order
+
+
+class LocalRayData:
+    """Stands in for the module `data.ray_data`."""
+
+    settings = contextlib.nullcontext
 
     @staticmethod
-    def put(value):
-        return value
-
-    get = put
+    def dataset_of(calls):
+        return LocalDataset([table for call in calls for table in call()])
 
     @staticmethod
-    def remote(function):
-        task = SimpleNamespace(remote=function)
-        task.options = lambda **options: task
-        return task
+    def run_shuffle(dataset, stage, num_tasks):
+        return dataset

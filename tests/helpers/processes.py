@@ -3,6 +3,7 @@
 import os
 import random
 import signal
+import socket
 import threading
 import time
 from collections.abc import Callable
@@ -10,6 +11,13 @@ from pathlib import Path
 
 REPEATS = int(os.environ.get("BERT4REC_REPEATS", "1"))
 """How often to repeat tests of faults. If more than once, each fault comes after a random delay."""
+
+
+def free_port() -> int:
+    """A port that nobody listens on."""
+    with socket.socket() as found:
+        found.bind(("127.0.0.1", 0))
+        return int(found.getsockname()[1])
 
 
 def random_delay() -> float:

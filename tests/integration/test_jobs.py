@@ -11,8 +11,10 @@ import numpy as np
 import pandas as pd
 import pytest
 
+from bert4rec import lease
 from bert4rec.config import load_config
 from jobs.recommend import recommend_users
+from tests.helpers.datasets import write_dataset
 from tests.helpers.processes import REPEATS, random_delay
 
 pytestmark = pytest.mark.integration
@@ -168,6 +170,16 @@ def test_a_users_mistake_is_one_line_and_exit_code_2(tmp_path, job, arguments, m
     assert done.stderr.count("\n") == 1
     assert done.stderr.startswith("error: ")
     assert message in done.stderr
+
+
+def test_the_second_of_two_jobs_says_who_holds_the_run(tmp_path):
+    write_dataset(Path(load_config(None, [f"run.storage_path={tmp_path}"]).prepared_path), {1: [1, 2, 3]}, 3)
+    with lease.held(str(tmp_path / "run")):
+        done = run_job("train", f"run.storage_path={tmp_path}", "run.name=run", "data.data_dir=data/ml-100k")
+        assert sorted(path.name for path in (tmp_path / "run").iterdir()) == [lease.HOLDER]
+    assert done.returncode == 2
+    assert done.stderr.count("\n") == 1
+    assert f"run: in use by another job (host {os.uname().nodename}, pid {os.getpid()}, since 20" in done.stderr
 
 
 def test_help_lists_every_key():

@@ -25,6 +25,8 @@ OTHER_PROGRAMS = {
     "export",
     "mlflow",
     "aws",
+    "docker",
+    "helm",
     "kubectl",
     "gcloud",
 }

@@ -90,7 +90,7 @@ def test_a_log_has_plain_lines_ever_more_seldom(clock):
 
 def test_track_clears_its_line_also_when_the_work_fails(terminal):
     def work():
-        for item in track([1, 2, 3], "checking", "files"):
+        for item in track([1, 2, 3], "checking", "files", 3):
             if item == 2:
                 raise ValueError
 
@@ -98,7 +98,7 @@ def test_track_clears_its_line_also_when_the_work_fails(terminal):
         work()
     assert terminal.getvalue().endswith("\r\x1b[2K")
     assert "checking: 33%" in terminal.getvalue()
-    assert list(track([1, 2, 3], "checking", "files")) == [1, 2, 3]
+    assert list(track([1, 2, 3], "checking", "files", 3)) == [1, 2, 3]
 
 
 def test_durations():

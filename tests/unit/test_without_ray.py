@@ -13,6 +13,7 @@ WITH_RAY = {
     "bert4rec.cluster.resources",
     "bert4rec.cluster.users",
     "bert4rec.data.prepare",
+    "bert4rec.data.ray_data",
     "bert4rec.embedding.embed",
     "bert4rec.evaluation.evaluate",
     "bert4rec.inference.recommend",

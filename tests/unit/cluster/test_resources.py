@@ -2,11 +2,14 @@
 
 import os
 import socket
+import sys
 import time
 from concurrent import futures
 
 import grpc
 import pytest
+import ray
+from ray._private.utils import validate_socket_filepath
 
 from bert4rec.cluster import resources
 from bert4rec.config import load_config
@@ -149,8 +152,55 @@ def test_a_head_answers():
         server.stop(None)
 
 
+def test_a_home_that_cannot_be_written_keeps_no_token(tmp_path, monkeypatch):
+    monkeypatch.delenv("RAY_AUTH_TOKEN_PATH", raising=False)
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("HOME", str(tmp_path))
+    assert resources._keeps_tokens()
+    (tmp_path / "file").write_text("")
+    monkeypatch.setenv("HOME", str(tmp_path / "file"))
+    assert not resources._keeps_tokens()
+    monkeypatch.delenv("HOME")
+    monkeypatch.setattr("os.path.expanduser", lambda path: path)  # as for a user whom nobody knows
+    assert not resources._keeps_tokens()
+    assert not (tmp_path / "~").exists()
+    monkeypatch.setenv("RAY_AUTH_TOKEN_PATH", "/secrets/token")
+    assert resources._keeps_tokens()
+
+
+@pytest.mark.parametrize(
+    ("python", "given"),
+    [
+        ("/usr/bin/python3", {}),
+        ("/my env #1/bin/python", {"runtime_env": {"py_executable": "'/my env #1/bin/python'"}}),
+    ],
+)
+def test_an_environment_with_blanks_in_its_path_is_quoted_for_ray(monkeypatch, python, given):
+    started = {}
+    monkeypatch.delenv("RAY_ADDRESS", raising=False)
+    monkeypatch.setattr(sys, "executable", python)
+    monkeypatch.setattr(ray, "init", lambda **options: started.update(options))
+    resources._start_ray()
+    assert {key: value for key, value in started.items() if key == "runtime_env"} == given
+
+
+def test_a_long_tmpdir_is_named(tmp_path, monkeypatch):
+    long = f"{tmp_path}/{'long' * 30}"
+    monkeypatch.delenv("RAY_ADDRESS", raising=False)
+    monkeypatch.delenv("RAY_TMPDIR", raising=False)
+    monkeypatch.setenv("TMPDIR", long)
+    monkeypatch.setattr(ray, "init", lambda **_: validate_socket_filepath(f"{long}/ray/session/sockets/raylet"))
+    with pytest.raises(InputError, match=rf"^TMPDIR={long}: too long for Ray.*; set RAY_TMPDIR=/tmp$"):
+        resources._start_ray()
+
+
 def test_a_name_server_that_does_not_answer_is_not_waited_for(monkeypatch):
     monkeypatch.setattr(resources, "ANSWER_SECONDS", 0.1)
-    monkeypatch.setattr(socket, "create_connection", lambda *_: time.sleep(5))
+
+    def look_up(*_):
+        time.sleep(0.5)
+        raise socket.gaierror("Temporary failure in name resolution")
+
+    monkeypatch.setattr(socket, "create_connection", look_up)
     with pytest.raises(InputError, match=r"head\.example\.org is not found in 0\.2 s"):
         resources._check_answers("head.example.org:6379")

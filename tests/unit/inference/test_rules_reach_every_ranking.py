@@ -101,7 +101,7 @@ def everything(settings, tmp_path, name, where=EVERYWHERE):
     result = evaluate.evaluate(config, path, checkpoint)
     found["evaluation"] = result.protocols, result.beyond_accuracy
     if "programs" in where:
-        found["programs"] = exported(config, checkpoint, torch.tensor([[0, 3, 5], [9, 8, 7]]))
+        found["programs"] = exported(config, checkpoint, [torch.tensor([[0, 3, 5], [9, 8, 7]])])
     # of the same recommendations: what differs is what the page says of the rules
     same = f"{tmp_path / 'before' / 'all'}/recommendations.parquet"
     given = page.Recommendations(same, config.inference.model_dump(), num_short_users=0)
