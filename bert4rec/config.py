@@ -9,7 +9,8 @@ import numbers
 import os
 import re
 from datetime import UTC, date, datetime
-from typing import Any, Literal, Self, get_args
+from types import UnionType
+from typing import Any, Literal, Self, Union, get_args, get_origin
 
 import yaml
 from pydantic import BaseModel, ConfigDict, Field, PositiveInt, ValidationError, field_validator, model_validator
@@ -705,8 +706,9 @@ def _read_yaml(path: str) -> dict[str, Any]:
 def _parse_for(group: str, name: str, text: str) -> Any:  # noqa: ANN401 - any YAML value
     """The value of a key on the command line."""
     annotation = _annotation(group, name)
-    if annotation is str or str in get_args(annotation):
-        return None if type(None) in get_args(annotation) and text.strip() in ("", "null", "~") else text
+    choices = get_args(annotation) if get_origin(annotation) in (Union, UnionType) else (annotation,)
+    if str in choices:
+        return None if type(None) in choices and text.strip() in ("", "null", "~") else text
     try:
         written = yaml.load(text, yaml.BaseLoader)
     except yaml.YAMLError:
