@@ -56,6 +56,8 @@ class Workload:
     """DDP workers of ours, which share the threads."""
     optimizer: str = "adamw"
     """Of ours; see training.optimizer."""
+    object_store: int = 0
+    """Bytes of Ray's object store; 0 for Ray's default."""
 
     @property
     def num_heads(self) -> int:
