@@ -36,7 +36,7 @@ def data(tmp_path_factory):
     """Two million rows: 40 MB, which are 100 MB and more at several places of the shuffle."""
     path = tmp_path_factory.mktemp("data")
     rng = np.random.default_rng(0)
-    columns = {"user": rng.integers(20_000, size=2_000_000), "item": rng.integers(3000, size=2_000_000)}
+    most = {"user": 20_000, "item": 3000, "time": 10**9}
     pd.DataFrame(columns | {"time": rng.integers(10**9, size=2_000_000)}).to_csv(
         path / "train_ratings.csv", index=False
     )
