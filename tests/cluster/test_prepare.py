@@ -37,9 +37,8 @@ def data(tmp_path_factory):
     path = tmp_path_factory.mktemp("data")
     rng = np.random.default_rng(0)
     most = {"user": 20_000, "item": 3000, "time": 10**9}
-    pd.DataFrame(columns | {"time": rng.integers(10**9, size=2_000_000)}).to_csv(
-        path / "train_ratings.csv", index=False
-    )
+    rows = pd.DataFrame({name: rng.integers(most[name], size=2_000_000) for name in most})
+    rows.to_csv(path / "train_ratings.csv", index=False)
     return path
 
 
