@@ -50,7 +50,7 @@ def test_the_pipeline_where_much_is_missing(data_dir, tmp_path):  # noqa: F811
         env=environment,
         capture_output=True,
         text=True,
-        preexec_fn=lambda: os.sched_setaffinity(0, {min(os.sched_getaffinity(0))}),
+        preexec_fn=lambda: os.sched_setaffinity(0, {max(os.sched_getaffinity(0))}),
     )
     assert (done.returncode, done.stderr) == (0, "")
     assert "    Am?lie " in done.stdout

@@ -16,7 +16,8 @@ import torch
 from bert4rec import storage
 from bert4rec.data.dataset import PreparedDataset
 from bert4rec.errors import InputError
-from bert4rec.training.worker import run_epochs
+from bert4rec.model.losses import gbce, sampled_softmax
+from bert4rec.training.worker import read_sequences, run_epochs
 
 SNAPSHOT = "snapshot.json"
 
@@ -35,6 +36,19 @@ class Quiet:
 
     def skip(self, amount):
         self.skipped += amount
+
+
+def every_item_as_negative(training, counts=None):
+    """What `make_loss` gives, but for the negatives: each item once, in every step and on every worker."""
+
+    def loss(hidden, weights, bias, labels):
+        items = torch.arange(len(weights), device=hidden.device)
+        if training.loss == "gbce":
+            return gbce(hidden, weights, bias, labels, items, training.gbce_t)
+        log_q = -torch.log(torch.full_like(items, len(weights), dtype=torch.float32))
+        return sampled_softmax(hidden, weights, bias, labels, items, log_q)
+
+    return loss
 
 
 class WorkerKilledError(Exception):
@@ -95,7 +109,7 @@ def run(config, dataset_path, path, stop_after=None):
     `Kept`."""
     dataset, kept = PreparedDataset(dataset_path), Kept(path, stop_after)
     kept.path.mkdir(exist_ok=True, parents=True)
-    sequences = dataset.sequences(config.data.memory_mb)
+    sequences = read_sequences(config, dataset)
     kept.progress = Quiet()
     return run_epochs(
         config, dataset, sequences, report=kept.report, progress=kept.progress, resume_from=kept.last
@@ -117,7 +131,7 @@ class LocalTrainer:
             history = run_epochs(
                 self.config,
                 dataset,
-                dataset.sequences(self.config.data.memory_mb),
+                read_sequences(self.config, dataset),
                 report=kept.report,
                 progress=self.loop["reporter"],
                 resume_from=kept.last,
