@@ -60,6 +60,14 @@ class Workload:
     """Of ours; see model.position_encoding."""
     time_encoding: str = "none"
     """Of ours; see model.time_encoding."""
+    loss: str = "cross-entropy"
+    """Of ours; see training.loss."""
+    num_negatives: int = 256
+    """Of ours; see training.num_negatives."""
+    item_optimizer: str = "dense"
+    """Of ours; see training.item_optimizer."""
+    object_store: int = 0
+    """Bytes of Ray's object store; 0 for Ray's default."""
 
     @property
     def num_heads(self) -> int:
@@ -200,6 +208,12 @@ def peak_memory() -> int:
         if line.startswith("VmHWM:"):
             return int(line.split()[1]) * 1024
     raise RuntimeError("no VmHWM in /proc/self/status; peak memory needs Linux")
+
+
+def bytes_sent() -> int:
+    """Bytes that this machine's processes have sent to one another over TCP, as gloo's workers do."""
+    (line,) = (line for line in Path("/proc/net/dev").read_text().splitlines() if line.strip().startswith("lo:"))
+    return int(line.split()[9])
 
 
 def report(**result: float) -> None:

@@ -42,8 +42,12 @@ TABLES = {
     "busy": Table(
         "{implementation}, beside {beside}, hidden {hidden}, {data}", ("tokens/s", "spread", "memory, MiB", "ours is")
     ),
+    "catalogue": Table(
+        "{claim}", ("CPU ms a step", "of the fewest items", "memory, MiB", "MB sent", "ms a step", "spread")
+    ),
     "discount": Table("{discount}", (*_METRICS, "popularity-100-of-all", "uniform-100")),
     "embed": Table("{implementation}", ("texts/s", "spread", "of encode")),
+    "input": Table("{claim}", ("M tokens a CPU second", "M tokens/s", "spread", "waiting")),
     "memory": Table("{claim}", ("MiB", "of epoch 2")),
     "metadata": Table("{variant}", ("NDCG@10", "spread", "HR@10", "gates", "seconds a training")),
     "muon": Table("{implementation}, hidden {hidden}", ("ms a step", "spread", "float32 is")),

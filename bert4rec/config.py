@@ -7,8 +7,10 @@ import difflib
 import math
 import numbers
 import os
+import re
 from datetime import UTC, date, datetime
-from typing import Any, Literal, Self, get_args
+from types import UnionType
+from typing import Any, Literal, Self, Union, get_args, get_origin
 
 import yaml
 from pydantic import BaseModel, ConfigDict, Field, PositiveInt, ValidationError, field_validator, model_validator
@@ -22,6 +24,20 @@ LARGEST_TIME = 1e11
 
 class _Group(BaseModel):
     model_config = ConfigDict(frozen=True, extra="forbid", use_attribute_docstrings=True, protected_namespaces=())
+
+    @model_validator(mode="before")
+    @classmethod
+    def _one_is_a_list_of_one(cls, values: Any) -> Any:  # noqa: ANN401 - the group's keys
+        if not isinstance(values, dict):
+            return values
+        lists = {name for name, field in cls.model_fields.items() if "tuple" in str(field.annotation)}
+        return {
+            name: (value,) if name in lists and isinstance(value, int | str) else value
+            for name, value in values.items()
+        }
+
+
+TimeUnit = Literal["s", "ms", "us", "ns", "date", "order"]
 
 
 def moment_of(value: object) -> int:
@@ -50,7 +66,23 @@ class DataConfig(_Group):
     data_dir: str = "data/ml-100k"
     """Directory of the input files: local, s3:// or gs://. Jobs download the default data set if it is missing."""
     data_file: str = "train_ratings.csv"
-    """Interactions `user,item[,time]` in data_dir: a file name or a glob pattern; CSV, compressed CSV or Parquet."""
+    """Interactions `user,item[,time]` in data_dir: a file, a folder of files, or a pattern (`*`, `**`); CSV, compressed
+    CSV or Parquet."""
+    columns: dict[Literal["user", "item", "time"], str | None] = {}
+    """The file's own names of the columns, for example {user: userId, item: movieId, time: timestamp}. Without a
+    header, their numbers: {user: 1, item: 2, time: 4}. time: null keeps the order of rows. Default: user, item and, if
+    the file has it, time."""
+    delimiter: str = Field(",", min_length=1, max_length=8)
+    """What separates the fields of a CSV file: one character or several, such as `;`, `|`, `::` or tab."""
+    header: bool = True
+    """Whether the first line of a CSV file names the columns. false needs data.columns."""
+    time_unit: Literal["auto"] | TimeUnit = "auto"
+    """What numbers in the column time are: seconds, milli-, micro- or nanoseconds since 1970; dates such as 20240131 or
+    20240131235959; or an order alone, without years. auto: what the size of all of them agrees on. ISO 8601 text and
+    Parquet's dates and timestamps need no unit."""
+    list_separator: str = "|"
+    """Separates several values in one field of genres.tsv and writers.tsv, as in `Action|Comedy`. An empty text splits
+    nothing."""
     batch_size: int = Field(512, ge=1)
     """Users per training step, counted over all workers."""
     min_interactions: int = Field(3, ge=1)
@@ -85,10 +117,46 @@ class DataConfig(_Group):
     seed: int = Field(42, ge=0)
     """Random seed of the initial weights, the order of users, the masks and dropout."""
 
+    @field_validator("columns", mode="before")
+    @classmethod
+    def _columns_are_names(cls, columns: object) -> object:
+        """Numbers are names too, and YAML takes `{user:userId}` without a blank for a key alone."""
+        if not isinstance(columns, dict):
+            raise ValueError(
+                f"data.columns={columns!r}: expected {{user: NAME, item: NAME, time: NAME}}, in quotes on "
+                "a command line"
+            )
+        pairs = [
+            key.split(":", 1) if value is None and ":" in str(key) else (key, value) for key, value in columns.items()
+        ]
+        return {key: str(value) if isinstance(value, int) else value for key, value in pairs}
+
+    @field_validator("delimiter")
+    @classmethod
+    def _delimiter_can_separate(cls, delimiter: str) -> str:
+        delimiter = {"tab": "\t", r"\t": "\t"}.get(delimiter, delimiter)
+        if re.fullmatch(r"\\x[0-9a-f]{2}", delimiter):
+            delimiter = chr(int(delimiter[2:], 16))
+        if re.search(r'[\w"\r\n\x1f]', delimiter) or not delimiter.isascii():
+            raise ValueError(
+                f"data.delimiter={delimiter!r}: expected signs such as , ; | :: or tab, and no letter, digit or quote"
+            )
+        return delimiter
+
     @field_validator("since", "until", mode="before")
     @classmethod
     def _is_a_moment(cls, value: object) -> object:
         return None if value is None else moment_of(value)
+
+    @model_validator(mode="after")
+    def _columns_without_a_header_are_numbers(self) -> Self:
+        named = [name for name in self.columns.values() if name is not None and not re.fullmatch(r"[1-9]\d*", name)]
+        if not self.header and (named or not {"user", "item"} <= set(self.columns)):
+            raise ValueError(
+                "data.header=false needs the numbers of the columns, such as "
+                'data.columns="{user: 1, item: 2, time: 4}"' + (f"; found {named[0]}" if named else "")
+            )
+        return self
 
     @model_validator(mode="after")
     def _since_is_before_until(self) -> Self:
@@ -112,7 +180,10 @@ class DataConfig(_Group):
         return self
 
 
-DATASET_KEYS = ("include_new_items", "min_item_interactions", "since", "split", "split_time", "until")
+DATASET_KEYS = (
+    *("columns", "delimiter", "header", "time_unit", "list_separator"),
+    *("include_new_items", "min_item_interactions", "since", "split", "split_time", "until"),
+)
 """Keys of `data` that change the prepared dataset made from the same files. All other keys change the training alone,
 except `data_dir` and `data_file`, which name the files."""
 
@@ -233,6 +304,10 @@ class TrainingConfig(_Group):
     optimizer: Literal["adam", "adamw", "muon"] = "adamw"
     """Optimiser. adam and adamw use torch's fused kernels. muon updates the transformer's matrices by Muon (Jordan et
     al. 2024, scaled as in arXiv 2502.16982) and all other weights by adamw."""
+    item_optimizer: Literal["dense", "rowwise"] = "dense"
+    """How to update the item embedding and the output layer's weights and biases. dense: each step updates all rows.
+    rowwise: a step updates only the rows that it looked up, by AdamW, and its time hardly depends on the number of
+    items; a row that no step touches keeps its place. rowwise needs a loss that samples items."""
     scheduler: Literal["constant", "cosine", "linear"] = "constant"
     """Course of the learning rate after the warm-up. cosine and linear fall to zero at num_epochs."""
     warmup_epochs: float = Field(0.0, ge=0)
@@ -281,6 +356,26 @@ class TrainingConfig(_Group):
     def _negatives_suit_the_loss(self) -> Self:
         if self.negative_sampling == "popularity" and self.loss != "sampled-softmax":
             raise ValueError("training.negative_sampling=popularity is for training.loss=sampled-softmax")
+        return self
+
+    @model_validator(mode="after")
+    def _rows_can_be_updated_alone(self) -> Self:
+        if self.item_optimizer == "rowwise":
+            if self.loss == "cross-entropy":
+                raise ValueError(
+                    "training.item_optimizer=rowwise needs training.loss=sampled-softmax or gbce; cross-entropy "
+                    "changes every item in each step"
+                )
+            if self.optimizer == "adam" and self.weight_decay:
+                raise ValueError(
+                    f"training.item_optimizer=rowwise with training.optimizer=adam needs training.weight_decay=0, not "
+                    f"{self.weight_decay:g}: its L2 penalty changes every item in each step; adamw has no such limit"
+                )
+            if self.precision == "16-mixed":
+                raise ValueError(
+                    "training.item_optimizer=rowwise needs training.precision=32-true or bf16-mixed, whose gradients "
+                    "are not scaled"
+                )
         return self
 
     @model_validator(mode="after")
@@ -397,11 +492,6 @@ class InferenceConfig(_Group):
     @classmethod
     def _at_is_a_moment(cls, value: object) -> object:
         return value if value is None or value == "now" else moment_of(value)
-
-    @field_validator("users", "similar_to", "candidates", "exclude", mode="before")
-    @classmethod
-    def _one_is_a_list_of_one(cls, value: object) -> object:
-        return (value,) if isinstance(value, int | str) else value
 
     @property
     def is_for_few(self) -> bool:
@@ -568,6 +658,8 @@ METRIC_NAMES = (
 def load_config(path: str | None = None, overrides: list[str] | None = None) -> Config:
     """Read a YAML file (or take the defaults) and apply `group.key=value` overrides, whose values are YAML too.
 
+    A key of text takes its value as it is written: run.name=007 is text, and so are ids.
+
     Raises
     ------
     InputError
@@ -585,7 +677,7 @@ def load_config(path: str | None = None, overrides: list[str] | None = None) -> 
                 f"{nearest_key(key)}"
             )
         section = content.setdefault(group, {})
-        section[name] = parse_value(value)
+        section[name] = _parse_for(group, name, value)
     try:
         return Config.model_validate(content)
     except ValidationError as error:
@@ -594,7 +686,8 @@ def load_config(path: str | None = None, overrides: list[str] | None = None) -> 
 
 def _read_yaml(path: str) -> dict[str, Any]:
     try:
-        content = yaml.safe_load(storage.read_bytes(path))
+        text = storage.read_bytes(path)
+        content, written = yaml.safe_load(text), yaml.load(text, yaml.BaseLoader)
     except FileNotFoundError:
         raise InputError(f"{path}: no such config file") from None
     except OSError as error:
@@ -604,7 +697,48 @@ def _read_yaml(path: str) -> dict[str, Any]:
     content = content or {}
     if not isinstance(content, dict) or not all(isinstance(group, dict) for group in content.values()):
         raise InputError(f"{path}: expected groups ({', '.join(Config.model_fields)}) of `key: value` lines")
-    return content
+    return {
+        group: {name: _of_type(group, name, value, written[str(group)][str(name)]) for name, value in keys.items()}
+        for group, keys in content.items()
+    }
+
+
+def _parse_for(group: str, name: str, text: str) -> Any:  # noqa: ANN401 - any YAML value
+    """The value of a key on the command line."""
+    annotation = _annotation(group, name)
+    choices = get_args(annotation) if get_origin(annotation) in (Union, UnionType) else (annotation,)
+    if str in choices:
+        return None if type(None) in choices and text.strip() in ("", "null", "~") else text
+    try:
+        written = yaml.load(text, yaml.BaseLoader)
+    except yaml.YAMLError:
+        written = text
+    return _of_type(group, name, parse_value(text), written)
+
+
+def _of_type(group: str, name: str, value: Any, written: Any) -> Any:  # noqa: ANN401 - any YAML value
+    """A key's value, where YAML has read `value` and the user has `written` text, or lists and mappings of text.
+
+    A key that may hold text gets it as it is written, because YAML takes 007, 1_000, yes and 12:30 for other things
+    than ids or names.
+    """
+    annotation = str(_annotation(group, name))
+    return _as_written(value, written) if re.search(r"\bstr\b", annotation) and "Any" not in annotation else value
+
+
+def _as_written(value: Any, written: Any) -> Any:  # noqa: ANN401 - any YAML value
+    """The text `written` for each scalar of `value`, except for null."""
+    if isinstance(value, dict):
+        return {key: _as_written(each, text) for each, (key, text) in zip(value.values(), written.items(), strict=True)}
+    if isinstance(value, list):
+        return [_as_written(each, text) for each, text in zip(value, written, strict=True)]
+    return None if value is None else written
+
+
+def _annotation(group: str, name: str) -> Any:  # noqa: ANN401 - a type; Any for no key
+    section = Config.model_fields[group].annotation if group in Config.model_fields else None
+    fields = section.model_fields if section is not None else {}  # type: ignore[union-attr]
+    return fields[name].annotation if name in fields else Any
 
 
 def parse_value(text: str) -> Any:  # noqa: ANN401 - any YAML scalar or list

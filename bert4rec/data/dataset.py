@@ -67,11 +67,16 @@ class Manifest(BaseModel):
     num_interactions: int
     """Interactions without exact duplicates, and without those that data.since, data.until or the k-core left out."""
     num_duplicates: int
+    dropped: dict[str, int] = {}
+    """Number of other rows, values or files that `prepare` dropped or changed, by kind."""
     cutoffs: dict[str, int] = {}
     """Unix times by name. A temporal split has validation and test, and recent_validation and recent_test seven days
     before them. Other data with times have recent_last, seven days before the last interaction."""
     time_origin: int | None
     """Unix time of the first interaction, in whole seconds; None if the data have no times."""
+    time_unit: str = ""
+    """What the times of the input are: a `config.TimeUnit`, or clock for dates and timestamps; empty without times. An
+    order has no years, and its times are not Unix times."""
     catalogue: str
     """`metadata.catalogue_fingerprint`."""
     vocabularies: dict[str, list[str]]
@@ -400,6 +405,23 @@ class PreparedDataset:
                 f"{self.path}: a file is gone since this job began ({error}); another job has replaced or deleted the "
                 "dataset; run the same command again"
             ) from None
+
+    def descriptions(self) -> list[str]:
+        """[num_items] what people know an item by: its title, or else its genres in brackets; empty without both."""
+        items, names = self.items(), self.manifest.vocabularies["genre"]
+        _, genres = items.listed["genre"]
+        return [
+            title or (f"({', '.join(names[genre] for genre in own)})" if len(own) else "")
+            for title, own in zip(
+                items.title.to_pylist(), np.split(genres.values, genres.offsets[1:-1].tolist()), strict=True
+            )
+        ]
+
+    def names(self) -> list[str]:
+        """[num_items] title of each item; the id, and genres in brackets, of one without a title."""
+        items = self.items()
+        known = zip(items.ids.to_pylist(), items.title.to_pylist(), self.descriptions(), strict=True)
+        return [title or f"{item} {description}".strip() for item, title, description in known]
 
     @storage.patient
     def _check_files(self, verify: bool) -> None:

@@ -136,21 +136,20 @@ def _is_duplicate(user: np.ndarray, time: np.ndarray, code: np.ndarray) -> np.nd
 def leave_out(ranges: pa.Table, common: np.ndarray, k: int) -> pa.Table:
     """Keep only the `common` [V] codes, and only users with `k` of them."""
     whole = _Ranges.of(ranges)
-    kept = common[whole.code]
-    return _only(whole, kept, _sums(kept, whole.length) >= k)
+    return _keep(whole, common[whole.code], k)
 
 
-def leave_out_times(ranges: pa.Table, since: float, until: float) -> pa.Table:
-    """Keep only what happened at `since` or later, and before `until`, and only users who have any of it."""
+def between(ranges: pa.Table, since: float, until: float) -> pa.Table:
+    """Keep only interactions from `since` on and before `until`, and only users who have one."""
     whole = _Ranges.of(ranges)
     assert whole.time is not None
-    kept = (since <= whole.time) & (whole.time < until)
-    return _only(whole, kept, _sums(kept, whole.length) > 0)
+    return _keep(whole, (since <= whole.time) & (whole.time < until), 1)
 
 
-def _only(whole: _Ranges, kept: np.ndarray, enough: np.ndarray) -> pa.Table:
-    """The `kept` interactions of the users who have `enough`."""
+def _keep(whole: _Ranges, kept: np.ndarray, k: int) -> pa.Table:
+    """Keep only the interactions `kept` [T], and only users with `k` of them."""
     lengths = _sums(kept, whole.length)
+    enough = lengths >= k
     kept = kept & np.repeat(enough, whole.length)
     time = None if whole.time is None else whole.time[kept]
     user, num_users = whole.user.filter(pa.array(enough)), _sums(enough, whole.num_users)
@@ -185,17 +184,20 @@ def write(
     token_of_code: np.ndarray,
     cutoffs: dict[str, int],
     time_origin: int | None,
+    has_year: bool,
 ) -> pa.Table:
     """Write each range as a file in the folder `version` of the dataset. Return name, size and sha256 of each."""
     written = []
     for row in range(len(ranges)):
         whole = _Ranges.of(ranges.slice(row, 1))
         name = f"{version}/sequences/part-{whole.number[0]:05d}.parquet"
-        written.append(write_parquet(path, name, _final(whole, token_of_code, cutoffs, time_origin)))
+        written.append(write_parquet(path, name, _final(whole, token_of_code, cutoffs, time_origin, has_year)))
     return pa.Table.from_pylist([file.model_dump() for file in written], _WRITTEN)
 
 
-def _final(ranges: _Ranges, token_of_code: np.ndarray, cutoffs: dict[str, int], time_origin: int | None) -> pa.Table:
+def _final(
+    ranges: _Ranges, token_of_code: np.ndarray, cutoffs: dict[str, int], time_origin: int | None, has_year: bool
+) -> pa.Table:
     """Make the rows of sequences/*.parquet, with final tokens."""
     columns = {
         "user": ranges.user,
@@ -205,7 +207,8 @@ def _final(ranges: _Ranges, token_of_code: np.ndarray, cutoffs: dict[str, int], 
     if ranges.time is not None and time_origin is not None:
         since_origin = np.floor(ranges.time).astype(np.int64) - time_origin
         columns["times"] = _lists(ranges.length, pa.array(since_origin))
-        columns["last_year"] = pa.array(interactions.year_of(ranges.time[np.cumsum(ranges.length) - 1]))
+        if has_year:
+            columns["last_year"] = pa.array(interactions.year_of(ranges.time[np.cumsum(ranges.length) - 1]))
         for name, cutoff in cutoffs.items():
             columns[f"before_{name}"] = pa.array(_sums(ranges.time < cutoff, ranges.length), pa.int32())
     return pa.table(columns)

@@ -138,7 +138,7 @@ def evaluate(config: Config, dataset_path: str, checkpoint: str) -> Evaluation:
     keys, listers = _keys(systems, protocols), _listers(systems, ranking)
     num_groups = len(HISTORY_LENGTHS) * len(THIRDS)
     of_list = [dataset.num_items, RECOMMENDED + 1, 2 * DISTANCE_STEPS + 1]
-    sizes = [num_groups * (dataset.num_items + 1)] * len(keys) + of_list * len(listers) + [len(protocols), 1]
+    sizes = [num_groups * (dataset.num_items + 1)] * len(keys) + of_list * len(listers) + [len(protocols), 1, 2]
     totals = [np.zeros(size, np.int64) for size in sizes]
     with Progress("evaluating", dataset.manifest.num_users, "users") as reporter:
         counts = (popularity, recent)
@@ -148,7 +148,7 @@ def evaluate(config: Config, dataset_path: str, checkpoint: str) -> Evaluation:
             for key, total in enumerate(totals):
                 of_key = counted["key"] == key
                 np.add.at(total, counted["value"][of_key], counted["count"][of_key])
-    *totals, short, excluded = totals
+    *totals, short, excluded, repeated = totals
     shape = (len(HISTORY_LENGTHS), len(THIRDS), dataset.num_items + 1)
     ranks = {key: torch.from_numpy(total).view(shape) for key, total in zip(keys, totals, strict=False)}
     of_lists = [torch.from_numpy(total) for total in totals[len(keys) :]]
@@ -164,6 +164,8 @@ def evaluate(config: Config, dataset_path: str, checkpoint: str) -> Evaluation:
         for protocol, count in zip(protocols, short.tolist(), strict=True)
         if count and (drawn := PROTOCOLS[protocol].drawn)
     ]
+
+    notes += _note_on_repeats(int(repeated[1]), num_users, protocols)
 
     def by(dimension: int, groups: tuple[str, ...]) -> dict[str, dict[str, dict[str, Metrics]]]:
         return {
@@ -227,6 +229,18 @@ def _check_is_held_out(config: Config, dataset: PreparedDataset, model: BERT4Rec
             "checkpoint; train with data.holdout=2, or a set number of epochs with training.monitor_metric=train_loss"
         )
     model.check_is_held_out(split, data, dataset.manifest.cutoffs, checkpoint)
+
+
+def _note_on_repeats(num_repeats: int, num_users: int, protocols: list[Protocol]) -> list[str]:
+    """A line where a protocol can not rank most targets, because the user has had them before."""
+    blind = [protocol for protocol in protocols if not PROTOCOLS[protocol].drawn and not PROTOCOLS[protocol].ranks_seen]
+    if not blind or num_repeats <= num_users / 2:
+        return []
+    return [
+        f"WARNING {num_repeats:,} of {num_users:,} targets ({num_repeats / num_users:.0%}) repeat an item that the "
+        f"user has had before. Protocol {blind[0]} leaves them out, so that they count as missed. "
+        "evaluation.exclude_seen=false ranks them, and inference.exclude_seen=false recommends them"
+    ]
 
 
 def _usable_baselines(config: Config, dataset: PreparedDataset) -> tuple[list[Baseline], list[str]]:
@@ -328,7 +342,7 @@ class _Evaluator:
         keys = _keys(self.systems, self.protocols)
         ranks: list[list[Tensor]] = [[] for _ in keys]
         of_lists: list[list[Tensor]] = [[] for _ in range(3 * len(self.listers))]
-        short, excluded = [], []
+        short, excluded, repeated = [], [], []
         rules = self.rules if self.config.evaluation.candidates else None
         lists = UserLists() if rules is None else rules.lists_of(sequences)
         for users in torch.split(torch.arange(len(histories)), self.config.inference.batch_size):
@@ -336,6 +350,7 @@ class _Evaluator:
             length = torch.bucketize(history.lengths, torch.tensor([*HISTORY_LENGTHS.values()][:-1]), right=True)
             group = length * len(THIRDS) + self.thirds[target - 1]
             negatives = self._negatives(everyone.users(index[users]), target, part.low + index[users].numpy())
+            repeated.append(_is_in(history, target[:, None] - 1, self.model.num_items).flatten().long())
             short += [
                 torch.full((int((drawn < 0).any(1).sum()),), self.protocols.index(protocol))
                 for protocol, drawn in negatives.items()
@@ -357,7 +372,7 @@ class _Evaluator:
                 for place, counted in enumerate(self._of_lists(best, items, target)):
                     of_lists[3 * number + place].append(counted)
         self.reporter.advance(part.high - part.low)
-        values = [*ranks, *of_lists, short, excluded]
+        values = [*ranks, *of_lists, short, excluded, repeated]
         return _counted([torch.cat([torch.empty(0, dtype=torch.int64), *each]).numpy() for each in values])
 
     def _scorer(self, system: System, history: Windows) -> Scorer:

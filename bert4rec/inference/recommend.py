@@ -44,6 +44,8 @@ class RecommendResult:
     num_rows: int
     num_short_users: int
     """Users for whom fewer than topk items remained."""
+    num_empty_users: int
+    """Users for whom no item remained."""
     seconds: float
 
 
@@ -71,7 +73,8 @@ def recommend(config: Config, dataset_path: str, checkpoint: str, output_path: s
         print(f"{output_path} is up to date")
     else:
         with lease.held(output_path):
-            counted = _score(config, ranking, notes, dataset, checkpoint, output_path, identity)
+            counted = _finished(output_path, identity)  # by another job since the line before
+            counted = counted or _score(config, ranking, notes, dataset, checkpoint, output_path, identity)
     return RecommendResult(output_path=output_path, seconds=time.monotonic() - began, **counted)
 
 
@@ -236,6 +239,7 @@ def _write_part(work: str, part: Part, ranked: list[Ranked], inference: Inferenc
         "num_users": sum(batch.num_users for batch in ranked),
         "num_rows": len(table),
         "num_short_users": sum(batch.num_short_users for batch in ranked),
+        "num_empty_users": sum(batch.num_empty_users for batch in ranked),
     }
     storage.write_json(_part_path(work, part, "json"), counts)
     return counts

@@ -43,6 +43,8 @@ class Ranked(NamedTuple):
     num_users: int
     num_short_users: int
     """Users for whom fewer than topk items remained."""
+    num_empty_users: int
+    """Users for whom no item remained."""
 
 
 @dataclass(frozen=True)
@@ -101,7 +103,8 @@ class Recommender:
                     "score": values.cpu()[found].numpy(),
                 }
             )
-            yield Ranked(table, len(users), int((found.sum(1) < inference.topk).sum()))
+            left = found.sum(1)
+            yield Ranked(table, len(users), int((left < inference.topk).sum()), int((left == 0).sum()))
 
     def recommend(
         self,

@@ -64,8 +64,8 @@ def export_vectors(config: Config, dataset: PreparedDataset, checkpoint: str, ou
     use_gpu, num_workers = for_scoring(config)
     with Progress("computing vectors", dataset.manifest.num_users, "users") as reporter:
         opened = (dataset.path, dataset.manifest.fingerprint)
-        arguments = (inference, *opened, checkpoint, work, use_gpu, reporter)
         parts = dataset.parts()
+        arguments = (inference, *opened, checkpoint, work, use_gpu, reporter)
         for _ in map_parts(parts, _UserVectors, arguments, num_workers, use_gpu):
             pass
     users = storage.join(output_path, USER_VECTORS)

@@ -24,6 +24,7 @@ from bert4rec.model.batches import Batch, Group
 from bert4rec.model.item_vectors import ItemVectors, Metadata
 from bert4rec.model.layers import Dropout, Linear, full_size
 from bert4rec.model.losses import Loss, linear_cross_entropy
+from bert4rec.model.rows import OutputRows, RowTable
 from bert4rec.model.times import TimeEncoding, gaps_of
 
 WEIGHTS = "model.safetensors"
@@ -178,6 +179,7 @@ class BERT4Rec(nn.Module):
         self.embedding_norm = nn.LayerNorm(width)
         self.blocks = nn.ModuleList(Block(config) for _ in range(config.num_layers))
         self.output_transform = Linear(width, width)
+        self.row_tables: list[RowTable] = []  # `train_by_rows` fills it
         self._fused: Tensor | None = None  # the fused item vectors, kept while the weights do not change
         self.output_bias = nn.Parameter(torch.zeros(num_items))
         if not config.share_embeddings:
@@ -321,13 +323,30 @@ class BERT4Rec(nn.Module):
 
     def forward(self, batch: Batch) -> Tensor:
         """Sum of the loss over all targets."""
-        weights, bias = self.output_weights()
         known = self.num_items - self.num_new_items  # training would only push down an item that is never a target
         states = self.project(self.encode(batch))  # (N, D)
         labels = batch.labels.index_select(0, batch.wanted)
+        if self.row_tables:
+            biases = self.row_tables[1]
+            return self.loss(states, OutputRows(known, self._output_row), OutputRows(known, biases), labels - 1)
+        weights, bias = self.output_weights()
         if self.num_new_items:  # only then, since a slice costs a copy of the gradient
             weights, bias = weights[:known], bias[:known]
         return self.loss(states, weights, bias, labels - 1)
+
+    def train_by_rows(self) -> None:
+        """Keep gradients of the item embedding and the output layer by row, for a loss that samples items. Call it
+        before the model is wrapped in DDP."""
+        self.items.rows = RowTable(self.items.embedding, "weight", PADDING)
+        self.row_tables = [self.items.rows, RowTable(self, "output_bias")]
+        if not self.config.share_embeddings:
+            self.row_tables.append(RowTable(self, "output_embedding"))
+
+    def _output_row(self, items: Tensor) -> Tensor:
+        """[N] items, counted from 0 -> [N, D] their output weights, looked up by row."""
+        if not self.config.share_embeddings:
+            return self.row_tables[2](items)
+        return self.items.fuse(items + 1) if self.config.output_features == "fused" else self.row_tables[0](items + 1)
 
     def save_pretrained(self, directory: str) -> None:
         """Write weights and architecture into a model directory, in formats that readers need neither Ray nor pickle

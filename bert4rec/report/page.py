@@ -444,7 +444,7 @@ def _recommended_section(
     else:
         section.missing.append("No genres: there is no genres.tsv.")
     top = np.argsort(-recommended, kind="stable")[:_TOP_ITEMS]
-    names, users = _titles(items), max(dataset.manifest.num_users, 1)
+    names, users = dataset.names(), max(dataset.manifest.num_users, 1)
     section.tables.append(
         {
             "title": "Most recommended",
@@ -489,6 +489,15 @@ def _filter_section(items: ItemTable, users: _Users, settings: dict[str, Any]) -
         )
     else:
         section.missing.append("Seen items are not filtered: inference.exclude_seen=false.")
+    nothing = np.zeros(len(users.seen), np.int64)
+    nothing += users.seen if settings["exclude_seen"] else 0
+    nothing += users.future if settings["exclude_future"] else 0
+    num_empty = int((nothing >= len(items.ids)).sum())
+    if num_empty > len(nothing) / 2:
+        section.missing.append(
+            f"WARNING: the filters leave nothing for {num_empty:,} of {len(nothing):,} users. Are the times of the "
+            "interactions right (data.time_unit)? inference.exclude_future=false recommends later releases too."
+        )
     if not settings["exclude_future"]:
         section.missing.append("Later releases are not filtered: inference.exclude_future=false.")
     elif not (users.last_year != 0).any() or not items.has_year.any():
@@ -652,7 +661,7 @@ def _metric_title(name: str) -> str:
 def _number(value: float | None) -> str:
     if value is None:
         return ""
-    return f"{value:,}" if isinstance(value, int) or abs(value) >= 1000 else f"{value:.4f}"
+    return f"{value:,}" if isinstance(value, int) else f"{value:,.1f}" if abs(value) >= 1000 else f"{value:.4f}"
 
 
 def _line(x: Any, y: Any, name: str, number: int, **more: Any) -> go.Scatter:  # noqa: ANN401 - arrays or lists
@@ -719,7 +728,7 @@ def _genres(names: list[str], genres: Ragged, watched: np.ndarray, recommended: 
         "share of interactions and of recommendations",
         bars,
         {"tickformat": ".0%", "showgrid": True},
-        {"showgrid": False},
+        {"showgrid": False, **_CATEGORIES},
         height=130 + 24 * len(top),
         bargap=0.25,
         hovermode="y unified",

@@ -38,10 +38,12 @@ if TYPE_CHECKING:
     from bert4rec.training.worker import Wish
 
 LEFT_OUT_AT_DEFAULT = (
+    *("data.columns", "data.delimiter", "data.header", "data.time_unit", "data.list_separator"),
     "data.since",
     "data.until",
     "model.position_encoding",
     "model.time_encoding",
+    "training.item_optimizer",
     "training.num_workers",
     "evaluation.query_time",
 )

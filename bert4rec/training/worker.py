@@ -142,6 +142,8 @@ def run_epochs(
     if model.times is not None:
         model.times.get_buffer("usual_gap").fill_(usual_gap(windows))
 
+    if training.item_optimizer == "rowwise":
+        model.train_by_rows()
     wrapped = wrap(model)
     optimizers = make_optimizers(model, training)
     scaler = torch.amp.GradScaler(device.type, enabled=training.precision == "16-mixed")  # type: ignore[attr-defined]

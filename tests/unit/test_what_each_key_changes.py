@@ -61,6 +61,11 @@ TWO = ("training.num_workers=2",)
 CHANGES = {
     "data.data_dir": Key("/other", {DATASET}),
     "data.data_file": Key("other.csv", {DATASET}),
+    "data.columns": Key("{user: u, item: i}", {DATASET, MODEL}),
+    "data.delimiter": Key("tab", {DATASET, MODEL}),
+    "data.header": Key("false", {DATASET, MODEL}, ("data.columns={user: 1, item: 2}",)),
+    "data.time_unit": Key("ms", {DATASET, MODEL}),
+    "data.list_separator": Key("&", {DATASET, MODEL, VECTORS}),
     "data.batch_size": Key("7", TRAINED),
     "data.min_interactions": Key("5", {MODEL, EVALUATION}),
     "data.use_full_data": Key("true", {MODEL, EVALUATION}),
@@ -96,6 +101,7 @@ CHANGES = {
     "training.lr": Key("0.5", TRAINED),
     "training.weight_decay": Key("0.5", TRAINED),
     "training.optimizer": Key("muon", TRAINED),
+    "training.item_optimizer": Key("rowwise", TRAINED, SAMPLED),
     "training.scheduler": Key("cosine", TRAINED),
     "training.warmup_epochs": Key("2", TRAINED),
     "training.loss": Key("gbce", TRAINED),
@@ -199,7 +205,7 @@ class Deciders:
         for path in (self.names["MODEL"], self.names["OTHER_MODEL"]):
             shutil.copy(f"{self.dataset.path}/items.parquet", path)
         (root / "titles.tsv").write_text("item\ttitle\n1\tOne\n")
-        (root / "genres.tsv").write_text("item\tgenre\n1\tWar\n")
+        (root / "genres.tsv").write_text("item\tgenre\n1\tWar&Peace\n")
         self.root = root
         tokens = torch.arange(1, 61).view(2, 30)
         self.program_inputs = tokens, 1000 * tokens, torch.tensor([100_000, 200_000])
@@ -233,7 +239,8 @@ class Deciders:
     def _embedded(self, config):
         embedding = config.embedding
         folder = embedding.model_name if os.path.isdir(embedding.model_name) else self.names["MODEL"]
-        texts = read_texts(str(self.root), embedding.with_genres)["text"].to_pylist()
+        separator = config.data.list_separator
+        texts = read_texts(str(self.root), embedding.with_genres, separator)["text"].to_pylist()
         return identify(embedding, None if embedding.method == "tfidf-svd" else folder, texts), texts
 
 

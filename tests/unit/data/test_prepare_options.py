@@ -10,6 +10,11 @@ from bert4rec.errors import InputError
 pytestmark = pytest.mark.unit
 
 OTHER = {
+    "columns": ({"item": "other"}, {}),
+    "delimiter": (";", {"columns": {"user": "1", "item": "2"}, "header": False, "data_file": "both.csv"}),
+    "header": (False, {"columns": {"user": "1", "item": "2", "time": "3"}, "data_file": "numbers.csv"}),
+    "time_unit": ("ms", {}),
+    "list_separator": ("&", {}),
     "include_new_items": (True, {}),
     "min_item_interactions": (3, {}),
     "since": (10**9 + 3000, {}),
@@ -22,8 +27,13 @@ OTHER = {
 @pytest.fixture
 def data_dir(tmp_path, local_ray_data):
     rows = [f"{user},{item},{10**9 + 1000 * user + item}" for user in range(1, 12) for item in range(1, user + 1)]
-    (tmp_path / "train_ratings.csv").write_text("\n".join(["user,item,time", *rows]) + "\n")
-    (tmp_path / "titles.tsv").write_text("item\ttitle\n3\tThird\n77\tNew\n")
+    (tmp_path / "train_ratings.csv").write_text(
+        "\n".join(["other,user,item,time", *(f"7,{row}" for row in rows)]) + "\n"
+    )
+    (tmp_path / "both.csv").write_text("1,3;7\n9;7,3\n9;8,7\n")
+    (tmp_path / "numbers.csv").write_text("\n".join(["1,2,3", *rows]) + "\n")
+    (tmp_path / "titles.tsv").write_text("item\ttitle\n3\tThird\n7\tSeventh\n77\tNew\n")
+    (tmp_path / "genres.tsv").write_text("item\tgenre\n7\tA|B&C&D\n")
     return str(tmp_path)
 
 

@@ -6,6 +6,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
+from bert4rec import storage
 from bert4rec.config import load_config
 from bert4rec.data.dataset import PreparedDataset
 from bert4rec.report import page as report
@@ -228,3 +229,39 @@ def test_weighted_median():
     assert report._typical(np.array([10, 1, 5]), np.array([1, 1, 1])) == 5
     assert report._typical(np.array([10, 1, 5]), np.array([9, 1, 1])) == 10
     assert report._typical(np.array([10, 1]), np.array([0, 4])) == 1
+
+
+def test_names_that_are_numbers_are_names(tmp_path):
+    path = write_dataset(tmp_path / "d", HISTORIES, 5, genres=[[0], [0, 1], [], [1], []])
+    dataset = PreparedDataset(path)
+    dataset.manifest.vocabularies["genre"][:] = ["1990", "2"]
+    given = write_recommendations(tmp_path / "r", [(1, 105, 1, 2.5), (2, 104, 1, 0.5)])
+    numbers = evaluation_of({"BERT4Rec": {"hr@10": 0.5}}, groups=("1", "2"))
+    page = report.render(load_config(), dataset, "run", RUN, numbers, given)
+    bars = [chart for chart in read_block(page, "charts") if chart["data"][0]["type"] == "bar"]
+    (genres,) = [chart for chart in bars if "1990" in chart["data"][0].get("y", [])]
+    assert genres["layout"]["yaxis"]["type"] == "category"
+    bars.remove(genres)
+    assert len(bars) > 3
+    assert all(chart["layout"]["xaxis"]["type"] == "category" for chart in bars)
+
+
+def test_numbers_have_no_more_digits_than_they_mean():
+    shown = [report._number(value) for value in (1234.5678901234567, 0.123456, 12345, None)]
+    assert shown == ["1,234.6", "0.1235", "12,345", ""]
+
+
+def test_an_item_without_a_title_shows_its_genres(tmp_path):
+    path = write_dataset(tmp_path / "d", HISTORIES, 5, genres=[[0], [0, 1], [], [1], []])
+    table = pq.read_table(f"{path}/items.parquet")
+    titles = pa.array(["A", None, None, "D", None], pa.string())
+    pq.write_table(table.set_column(table.column_names.index("title"), "title", titles), f"{path}/items.parquet")
+    manifest = storage.read_sealed(f"{path}/manifest.json")
+    manifest["files"]["items.parquet"] = (tmp_path / "d" / "items.parquet").stat().st_size
+    storage.commit(path, manifest)
+    dataset = PreparedDataset(path)
+    assert dataset.descriptions() == ["A", "(genre 0, genre 1)", "", "D", ""]
+    assert dataset.names() == ["A", "102 (genre 0, genre 1)", "103", "D", "105"]
+    given = write_recommendations(tmp_path / "r", [(1, 102, 1, 2.5), (2, 105, 1, 0.5)])
+    page = report.render(load_config(), dataset, "run", RUN, None, given)
+    assert "<td>102 (genre 0, genre 1)</td>" in page
