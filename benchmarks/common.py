@@ -15,7 +15,7 @@ import time
 import venv
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass, fields
+from dataclasses import asdict, dataclass, fields, replace
 from datetime import date
 from pathlib import Path
 from typing import Any, Self
@@ -56,6 +56,16 @@ class Workload:
     """DDP workers of ours, which share the threads."""
     optimizer: str = "adamw"
     """Of ours; see training.optimizer."""
+    position_encoding: str = "learned"
+    """Of ours; see model.position_encoding."""
+    time_encoding: str = "none"
+    """Of ours; see model.time_encoding."""
+    loss: str = "cross-entropy"
+    """Of ours; see training.loss."""
+    num_negatives: int = 256
+    """Of ours; see training.num_negatives."""
+    item_optimizer: str = "dense"
+    """Of ours; see training.item_optimizer."""
     object_store: int = 0
     """Bytes of Ray's object store; 0 for Ray's default."""
 
@@ -81,10 +91,12 @@ class Histories:
     """[N] original ids."""
     item_ids: np.ndarray
     """[V] original ids; item i has item_ids[i-1]."""
+    times: np.ndarray | None = None
+    """[T] int64 Unix seconds, if the data have times."""
 
     def save(self, path: str) -> None:
         """Write one .npz file."""
-        np.savez(path, items=self.items, offsets=self.offsets, user_ids=self.user_ids, item_ids=self.item_ids)
+        np.savez(path, **{name: values for name, values in vars(self).items() if values is not None})
 
     @classmethod
     def load(cls, path: str) -> Self:
@@ -111,7 +123,8 @@ def read_histories(data: str, seed: int) -> Histories:
     by_time = ["time"] if "time" in ratings else []
     ratings = ratings.sort_values(["user", *by_time], kind="stable")
     items, item_ids = pd.factorize(ratings["item"])
-    return _histories(ratings["user"].to_numpy(), items, np.asarray(item_ids))
+    histories = _histories(ratings["user"].to_numpy(), items, np.asarray(item_ids))
+    return replace(histories, times=ratings["time"].to_numpy(np.int64)) if by_time else histories
 
 
 def synthetic_histories(num_users: int, num_items: int, mean_length: int, seed: int) -> Histories:
@@ -195,6 +208,12 @@ def peak_memory() -> int:
         if line.startswith("VmHWM:"):
             return int(line.split()[1]) * 1024
     raise RuntimeError("no VmHWM in /proc/self/status; peak memory needs Linux")
+
+
+def bytes_sent() -> int:
+    """Bytes that this machine's processes have sent to one another over TCP, as gloo's workers do."""
+    (line,) = (line for line in Path("/proc/net/dev").read_text().splitlines() if line.strip().startswith("lo:"))
+    return int(line.split()[9])
 
 
 def report(**result: float) -> None:

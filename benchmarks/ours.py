@@ -4,6 +4,7 @@ import json
 import tempfile
 import time
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -11,12 +12,13 @@ import torch
 import torch.distributed
 import torch.multiprocessing
 
-from benchmarks.common import Histories, Meter, Workload, peak_memory, report
+from benchmarks.common import Histories, Meter, Workload, bytes_sent, peak_memory, report
 from bert4rec.config import DataConfig, ModelConfig, TrainingConfig
 from bert4rec.data.windows import Windows, training_windows
 from bert4rec.inference.ranking import Exclusions, score_next, top_k
 from bert4rec.model.batches import iter_steps, steps_ahead
 from bert4rec.model.layers import product
+from bert4rec.model.losses import make_loss
 from bert4rec.model.network import BERT4Rec
 from bert4rec.training.loop import DDP_OPTIONS, PASS_TOKENS, make_optimizers, train_step
 
@@ -28,12 +30,15 @@ GPU_STEPS_AT_ONCE = 8
 
 def windows_of(histories: Histories) -> Windows:
     offsets = torch.from_numpy(histories.offsets)
-    return Windows(torch.from_numpy(histories.items), offsets[:-1], offsets[1:])
+    times = None if histories.times is None else torch.from_numpy(histories.times)
+    return Windows(torch.from_numpy(histories.items), offsets[:-1], offsets[1:], times)
 
 
 def model_config(workload: Workload) -> ModelConfig:
     return ModelConfig(
         hidden_units=workload.hidden,
+        position_encoding="rotary" if workload.position_encoding == "rotary" else "learned",
+        time_encoding=workload.time_encoding,
         num_heads=workload.num_heads,
         num_layers=workload.num_layers,
         max_len=workload.max_len,
@@ -49,12 +54,18 @@ def train(workload: Workload, histories: Histories, rank: int = 0) -> dict[str, 
     Of several workers each runs this in a process of its own (`train_together`), and all return the same counts.
     """
     data = DataConfig(batch_size=workload.batch_size, use_full_data=True, min_interactions=2, seed=workload.seed)
-    training = TrainingConfig.model_validate({"precision": workload.precision, "optimizer": workload.optimizer})
+    keys = ("precision", "optimizer", "loss", "num_negatives", "item_optimizer")
+    training = TrainingConfig.model_validate({key: getattr(workload, key) for key in keys})
     device, size = torch.device(workload.device), workload.workers
     num_items = len(histories.item_ids)
     windows = training_windows(windows_of(histories), data)
+    if workload.time_encoding == "none":
+        windows = replace(windows, times=None)
     torch.manual_seed(workload.seed)
     model = BERT4Rec(model_config(workload), num_items).to(device).train()
+    model.loss = make_loss(training)
+    if training.item_optimizer == "rowwise":
+        model.train_by_rows()
     wrapped = torch.nn.parallel.DistributedDataParallel
     trained = wrapped(model, **DDP_OPTIONS) if size > 1 else model  # type: ignore[arg-type]
     optimizers = make_optimizers(model, training)
@@ -62,6 +73,7 @@ def train(workload: Workload, histories: Histories, rank: int = 0) -> dict[str, 
     at_once = GPU_STEPS_AT_ONCE if device.type == "cuda" else STEPS_OF_WORKERS if size > 1 else 1
     meter, epoch, waited, is_over = Meter(workload.seconds, warmup_steps=3 * at_once), 0, 0.0, False
     lengths: list[torch.Tensor] = []  # of the users of each step that is not counted yet
+    cpu, sent = 0.0, 0
     while not is_over:
         steps = iter_steps(windows, data, model.config, num_items, epoch, rank, size, PASS_TOKENS[device.type], device)
         if device.type == "cuda":
@@ -75,7 +87,7 @@ def train(workload: Workload, histories: Histories, rank: int = 0) -> dict[str, 
                 break
             train_step(trained, step, optimizers, scaler, training, size)
             if meter.warmup_steps > 0:
-                waited = 0.0
+                waited, cpu, sent = 0.0, time.process_time(), bytes_sent()
             lengths.append(torch.cat([(rows > 0).sum(1) for batch in step.batches for rows in batch.rectangles()]))
             if len(lengths) == at_once:
                 _wait(device)
@@ -84,7 +96,8 @@ def train(workload: Workload, histories: Histories, rank: int = 0) -> dict[str, 
     result = meter.result()
     names = ("users", "tokens", "squares")
     counted = dict(zip(names, _summed(size, *(result[name] for name in names)), strict=True))
-    return {**result, **counted, "input_share": waited / result["seconds"]}
+    costs = {"cpu_seconds": time.process_time() - cpu, "bytes_sent": (bytes_sent() - sent) / size}
+    return {**result, **counted, **costs, "input_share": waited / result["seconds"]}
 
 
 def _summed(size: int, *values: float) -> list[float]:

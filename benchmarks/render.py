@@ -42,8 +42,12 @@ TABLES = {
     "busy": Table(
         "{implementation}, beside {beside}, hidden {hidden}, {data}", ("tokens/s", "spread", "memory, MiB", "ours is")
     ),
+    "catalogue": Table(
+        "{claim}", ("CPU ms a step", "of the fewest items", "memory, MiB", "MB sent", "ms a step", "spread")
+    ),
     "discount": Table("{discount}", (*_METRICS, "popularity-100-of-all", "uniform-100")),
     "embed": Table("{implementation}", ("texts/s", "spread", "of encode")),
+    "input": Table("{claim}", ("M tokens a CPU second", "M tokens/s", "spread", "waiting")),
     "memory": Table("{claim}", ("MiB", "of epoch 2")),
     "metadata": Table("{variant}", ("NDCG@10", "spread", "HR@10", "gates", "seconds a training")),
     "muon": Table("{implementation}, hidden {hidden}", ("ms a step", "spread", "float32 is")),
@@ -64,6 +68,10 @@ TABLES = {
     ),
     "short_histories": Table("{model}", ("HR@1", "HR@10", "NDCG@10", "spread", "coverage", "one core"), "NDCG@10"),
     "start": Table("{claim}", ("seconds", "spread", "of before")),
+    "times": Table(
+        "{encoding}, seed {seed}",
+        ("epochs", "loss", "NDCG@10, last", "NDCG@10, target", "NDCG@10, with the item before", "HR@10, last"),
+    ),
     "training": Table(
         "{implementation}, hidden {hidden}, {data}",
         ("tokens/s", "spread", "useful GFLOP/s", "share of peak", "memory, MiB", "input", "ours is"),

@@ -40,6 +40,8 @@ def main() -> None:
     parser.add_argument("--peers", default="rectools,plain", help=f"of {','.join(PEERS)}")
     parser.add_argument("--beside", type=int, nargs="+", default=[0], help="processes that compute beside it")
     parser.add_argument("--optimizer", choices=("adam", "adamw", "muon"), default="adamw", help="of ours")
+    parser.add_argument("--positions", choices=("learned", "rotary"), default="learned", help="of ours")
+    parser.add_argument("--time-encodings", nargs="*", default=[], help="ours once more with each, for example gap")
     parser.add_argument("--before", metavar="DIR", help="a checkout of an earlier commit, for ours of then")
     parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu", help="cuda: ours alone")
     parser.add_argument("--precision", choices=("32-true", "bf16-mixed"), default="32-true", help="of ours, on cuda")
@@ -55,7 +57,9 @@ def main() -> None:
     histories = read_histories(args.data, args.seed)
     max_len = args.max_len or (50 if args.data == SYNTHETIC_SHORT else 200)
     real = histories.lengths.clip(max=max_len)
-    contenders = _contenders(peers, args.threads, args.before)
+    if args.time_encodings and histories.times is None:
+        parser.error(f"--time-encodings: {args.data} has no times")
+    contenders = _contenders(peers, args.threads, args.before, args.time_encodings)
     rows = []
     with tempfile.TemporaryDirectory() as directory:
         path = os.path.join(directory, "histories.npz")
@@ -73,6 +77,7 @@ def main() -> None:
                     device=args.device,
                     precision=args.precision,
                     optimizer=args.optimizer,
+                    position_encoding=args.positions,
                 )
                 for beside in args.beside:
                     rows += _measure(workload, contenders, args.repeats, len(histories.item_ids), args.data, beside)
@@ -97,11 +102,14 @@ class Contender(NamedTuple):
     environment: Mapping[str, str] = MappingProxyType({})
     loader_workers: int = 0
     workers: int = 1
+    time_encoding: str = "none"
 
 
-def _contenders(peers: list[str], threads: int, before: str | None) -> dict[str, Contender]:
+def _contenders(peers: list[str], threads: int, before: str | None, time_encodings: list[str]) -> dict[str, Contender]:
     """Ours as a job runs it by default, a worker of one thread a core; ours in one process; and the peers."""
     found = {"ours": Contender("benchmarks.ours", environment=WORKER_ENVIRONMENT, workers=threads)}
+    for encoding in time_encodings:
+        found[f"ours, {encoding}"] = found["ours"]._replace(time_encoding=encoding)
     if threads > 1:
         found["ours, one process"] = Contender("benchmarks.ours", environment=WORKER_ENVIRONMENT)
     if before:
@@ -125,6 +133,7 @@ def _measure(
         peaks.append(run("benchmarks.ours", replace(workload, task="peak", seconds=6)))
         for name, each in contenders.items():
             own = replace(workload, loader_workers=each.loader_workers, workers=each.workers)
+            own = replace(own, time_encoding=each.time_encoding)
             with busy(beside):
                 ran = run(each.module, own, each.python, each.root, each.environment)
             flops = training_flops(workload, ran["tokens"], ran["squares"], num_items)

@@ -44,7 +44,8 @@ def embed(config: Config) -> EmbedResult:
         If there are no titles, or the encoder is not available.
     """
     fetch_if_default(config.data.data_dir)
-    return embed_titles(config, read_texts(config.data.data_dir, config.embedding.with_genres))
+    texts = read_texts(config.data.data_dir, config.embedding.with_genres, config.data.list_separator)
+    return embed_titles(config, texts)
 
 
 def train(config: Config, path: str) -> TrainResult:

@@ -4,9 +4,13 @@ The groups are frozen and refuse unknown keys.
 """
 
 import difflib
+import math
+import numbers
 import os
-from datetime import date
-from typing import Any, Literal, Self
+import re
+from datetime import UTC, date, datetime
+from types import UnionType
+from typing import Any, Literal, Self, Union, get_args, get_origin
 
 import yaml
 from pydantic import BaseModel, ConfigDict, Field, PositiveInt, ValidationError, field_validator, model_validator
@@ -14,9 +18,46 @@ from pydantic import BaseModel, ConfigDict, Field, PositiveInt, ValidationError,
 from bert4rec import storage
 from bert4rec.errors import InputError
 
+LARGEST_TIME = 1e11
+"""Largest Unix time: the year 5138 in seconds, but 1973 in milliseconds, so it tells the two units apart."""
+
 
 class _Group(BaseModel):
     model_config = ConfigDict(frozen=True, extra="forbid", use_attribute_docstrings=True, protected_namespaces=())
+
+    @model_validator(mode="before")
+    @classmethod
+    def _one_is_a_list_of_one(cls, values: Any) -> Any:  # noqa: ANN401 - the group's keys
+        if not isinstance(values, dict):
+            return values
+        lists = {name for name, field in cls.model_fields.items() if "tuple" in str(field.annotation)}
+        return {
+            name: (value,) if name in lists and isinstance(value, int | str) else value
+            for name, value in values.items()
+        }
+
+
+TimeUnit = Literal["s", "ms", "us", "ns", "date", "order"]
+
+
+def moment_of(value: object) -> int:
+    """Unix seconds of a Unix time, or of an ISO 8601 date or time, in UTC where it names no offset.
+
+    Raises
+    ------
+    ValueError
+        If it is neither.
+    """
+    expected = "expected a Unix time in seconds, or an ISO date or time such as 2026-01-01 or 2026-01-01T12:30"
+    if isinstance(value, numbers.Real) and not isinstance(value, bool):  # of numpy too
+        if not abs(seconds := float(value)) <= LARGEST_TIME:
+            raise ValueError(f"{value} is no Unix time in seconds; {expected}")
+        return math.floor(seconds)
+    try:
+        moment = datetime.fromisoformat(str(value))
+    except ValueError:
+        raise ValueError(f"{value!r} is no time; {expected}") from None
+    return math.floor((moment if moment.tzinfo else moment.replace(tzinfo=UTC)).timestamp())
 
 
 class DataConfig(_Group):
@@ -25,7 +66,23 @@ class DataConfig(_Group):
     data_dir: str = "data/ml-100k"
     """Directory of the input files: local, s3:// or gs://. Jobs download the default data set if it is missing."""
     data_file: str = "train_ratings.csv"
-    """Interactions `user,item[,time]` in data_dir: a file name or a glob pattern; CSV, compressed CSV or Parquet."""
+    """Interactions `user,item[,time]` in data_dir: a file, a folder of files, or a pattern (`*`, `**`); CSV, compressed
+    CSV or Parquet."""
+    columns: dict[Literal["user", "item", "time"], str | None] = {}
+    """The file's own names of the columns, for example {user: userId, item: movieId, time: timestamp}. Without a
+    header, their numbers: {user: 1, item: 2, time: 4}. time: null keeps the order of rows. Default: user, item and, if
+    the file has it, time."""
+    delimiter: str = Field(",", min_length=1, max_length=8)
+    """What separates the fields of a CSV file: one character or several, such as `;`, `|`, `::` or tab."""
+    header: bool = True
+    """Whether the first line of a CSV file names the columns. false needs data.columns."""
+    time_unit: Literal["auto"] | TimeUnit = "auto"
+    """What numbers in the column time are: seconds, milli-, micro- or nanoseconds since 1970; dates such as 20240131 or
+    20240131235959; or an order alone, without years. auto: what the size of all of them agrees on. ISO 8601 text and
+    Parquet's dates and timestamps need no unit."""
+    list_separator: str = "|"
+    """Separates several values in one field of genres.tsv and writers.tsv, as in `Action|Comedy`. An empty text splits
+    nothing."""
     batch_size: int = Field(512, ge=1)
     """Users per training step, counted over all workers."""
     min_interactions: int = Field(3, ge=1)
@@ -53,8 +110,59 @@ class DataConfig(_Group):
     """Test cut-off of data.split=temporal: a Unix time, or a number below 1 for the share of interactions before it."""
     holdout: Literal[1, 2] = 1
     """How many last items of each user to hold out: 1 for validation alone, 2 for validation and test."""
+    since: int | None = None
+    """Leave out interactions before this moment: an ISO date or time (UTC), or a Unix time."""
+    until: int | None = None
+    """Leave out interactions from this moment on."""
     seed: int = Field(42, ge=0)
     """Random seed of the initial weights, the order of users, the masks and dropout."""
+
+    @field_validator("columns", mode="before")
+    @classmethod
+    def _columns_are_names(cls, columns: object) -> object:
+        """Numbers are names too, and YAML takes `{user:userId}` without a blank for a key alone."""
+        if not isinstance(columns, dict):
+            raise ValueError(
+                f"data.columns={columns!r}: expected {{user: NAME, item: NAME, time: NAME}}, in quotes on "
+                "a command line"
+            )
+        pairs = [
+            key.split(":", 1) if value is None and ":" in str(key) else (key, value) for key, value in columns.items()
+        ]
+        return {key: str(value) if isinstance(value, int) else value for key, value in pairs}
+
+    @field_validator("delimiter")
+    @classmethod
+    def _delimiter_can_separate(cls, delimiter: str) -> str:
+        delimiter = {"tab": "\t", r"\t": "\t"}.get(delimiter, delimiter)
+        if re.fullmatch(r"\\x[0-9a-f]{2}", delimiter):
+            delimiter = chr(int(delimiter[2:], 16))
+        if re.search(r'[\w"\r\n\x1f]', delimiter) or not delimiter.isascii():
+            raise ValueError(
+                f"data.delimiter={delimiter!r}: expected signs such as , ; | :: or tab, and no letter, digit or quote"
+            )
+        return delimiter
+
+    @field_validator("since", "until", mode="before")
+    @classmethod
+    def _is_a_moment(cls, value: object) -> object:
+        return None if value is None else moment_of(value)
+
+    @model_validator(mode="after")
+    def _columns_without_a_header_are_numbers(self) -> Self:
+        named = [name for name in self.columns.values() if name is not None and not re.fullmatch(r"[1-9]\d*", name)]
+        if not self.header and (named or not {"user", "item"} <= set(self.columns)):
+            raise ValueError(
+                "data.header=false needs the numbers of the columns, such as "
+                'data.columns="{user: 1, item: 2, time: 4}"' + (f"; found {named[0]}" if named else "")
+            )
+        return self
+
+    @model_validator(mode="after")
+    def _since_is_before_until(self) -> Self:
+        if self.since is not None and self.until is not None and self.since >= self.until:
+            raise ValueError(f"data.since={self.since} is not before data.until={self.until} (Unix times)")
+        return self
 
     @model_validator(mode="after")
     def _split_time_is_a_time_or_a_share(self) -> Self:
@@ -72,7 +180,10 @@ class DataConfig(_Group):
         return self
 
 
-DATASET_KEYS = ("include_new_items", "min_item_interactions", "split", "split_time")
+DATASET_KEYS = (
+    *("columns", "delimiter", "header", "time_unit", "list_separator"),
+    *("include_new_items", "min_item_interactions", "since", "split", "split_time", "until"),
+)
 """Keys of `data` that change the prepared dataset made from the same files. All other keys change the training alone,
 except `data_dir` and `data_file`, which name the files."""
 
@@ -81,6 +192,10 @@ def data_identity(data: DataConfig) -> dict[str, Any]:
     """The `DATASET_KEYS` that are set: they tell apart the prepared datasets made from the same files."""
     without = {"split_time"} if data.split == "leave-one-out" else set()
     return data.model_dump(mode="json", include=set(DATASET_KEYS) - without, exclude_defaults=True)
+
+
+TimePart = Literal["rotary", "gap", "bias", "calendar"]
+"""A way in which the network reads times; `model.time_encoding` combines them."""
 
 
 class ModelConfig(_Group):
@@ -98,6 +213,12 @@ class ModelConfig(_Group):
     """How the network knows an item's place. learned: an embedding of its distance from the end, as in the paper.
     rotary: the same, and attention also rotates queries and keys by that distance (RoPE, Su et al. 2021, arXiv
     2104.09864), so that it sees how far apart two items are."""
+    time_encoding: str = "none"
+    """How the network knows when interactions happened: none, or one or more of rotary, gap, bias and calendar, joined
+    by +, for example rotary+gap. rotary: attention rotates half of each head by time, with periods from a minute to a
+    year. gap: an embedding of the logarithm of the time since the item before. bias: attention adds a learned number
+    that depends on the time between two items. calendar: embeddings of the hour and the day of the week (UTC). Needs a
+    column time."""
     dropout_rate: float = Field(0.2, ge=0, lt=1)
     """Dropout rate after the embeddings and after each sub-layer (Section 3.3)."""
     random_mask_prob: float = Field(0.2, gt=0, le=1)
@@ -125,6 +246,24 @@ class ModelConfig(_Group):
     vectors with metadata, which can also rank items without interactions (data.include_new_items). fused needs
     share_embeddings."""
 
+    @field_validator("time_encoding")
+    @classmethod
+    def _time_encoding_is_known(cls, text: str) -> str:
+        parts, known = {part.strip() for part in text.split("+")}, get_args(TimePart)
+        if parts == {"none"}:
+            return "none"
+        if parts - set(known):
+            raise ValueError(
+                f"model.time_encoding={text}: expected none, or some of {', '.join(known)} joined by +, such as "
+                "rotary+gap"
+            )
+        return "+".join(part for part in known if part in parts)  # one spelling, so that one model has one name
+
+    @property
+    def time_parts(self) -> tuple[str, ...]:
+        """The parts of time_encoding; empty if the network reads no times."""
+        return () if self.time_encoding == "none" else tuple(self.time_encoding.split("+"))
+
     @property
     def uses_metadata(self) -> bool:
         """Whether items have more than their id."""
@@ -138,6 +277,11 @@ class ModelConfig(_Group):
             raise ValueError(
                 "model.position_encoding=rotary needs an even width of each head, and model.hidden_units="
                 f"{self.hidden_units} with model.num_heads={self.num_heads} gives {self.hidden_units // self.num_heads}"
+            )
+        if "rotary" in self.time_parts and (width := self.hidden_units // self.num_heads) % 2 + (width < 4):
+            raise ValueError(
+                "model.time_encoding=rotary needs heads of an even width of 4 or more, and model.hidden_units="
+                f"{self.hidden_units} with model.num_heads={self.num_heads} gives {width}"
             )
         if self.output_features == "fused" and not self.share_embeddings:
             raise ValueError("model.output_features=fused needs model.share_embeddings=true")
@@ -160,6 +304,10 @@ class TrainingConfig(_Group):
     optimizer: Literal["adam", "adamw", "muon"] = "adamw"
     """Optimiser. adam and adamw use torch's fused kernels. muon updates the transformer's matrices by Muon (Jordan et
     al. 2024, scaled as in arXiv 2502.16982) and all other weights by adamw."""
+    item_optimizer: Literal["dense", "rowwise"] = "dense"
+    """How to update the item embedding and the output layer's weights and biases. dense: each step updates all rows.
+    rowwise: a step updates only the rows that it looked up, by AdamW, and its time hardly depends on the number of
+    items; a row that no step touches keeps its place. rowwise needs a loss that samples items."""
     scheduler: Literal["constant", "cosine", "linear"] = "constant"
     """Course of the learning rate after the warm-up. cosine and linear fall to zero at num_epochs."""
     warmup_epochs: float = Field(0.0, ge=0)
@@ -211,6 +359,26 @@ class TrainingConfig(_Group):
         return self
 
     @model_validator(mode="after")
+    def _rows_can_be_updated_alone(self) -> Self:
+        if self.item_optimizer == "rowwise":
+            if self.loss == "cross-entropy":
+                raise ValueError(
+                    "training.item_optimizer=rowwise needs training.loss=sampled-softmax or gbce; cross-entropy "
+                    "changes every item in each step"
+                )
+            if self.optimizer == "adam" and self.weight_decay:
+                raise ValueError(
+                    f"training.item_optimizer=rowwise with training.optimizer=adam needs training.weight_decay=0, not "
+                    f"{self.weight_decay:g}: its L2 penalty changes every item in each step; adamw has no such limit"
+                )
+            if self.precision == "16-mixed":
+                raise ValueError(
+                    "training.item_optimizer=rowwise needs training.precision=32-true or bf16-mixed, whose gradients "
+                    "are not scaled"
+                )
+        return self
+
+    @model_validator(mode="after")
     def _no_more_at_least_than_at_most(self) -> Self:
         if self.min_workers is not None and self.num_workers is None:
             raise ValueError(
@@ -226,6 +394,7 @@ class TrainingConfig(_Group):
 Protocol = Literal[
     "all", "all-with-seen", "popularity-100", "popularity-100-of-all", "uniform-100", "uniform-100-of-all"
 ]
+QueryTime = Literal["last", "target"]
 Baseline = Literal["popularity", "popularity-7-days", "item-knn", "ease"]
 
 
@@ -242,6 +411,11 @@ class EvaluationConfig(_Group):
     """Items among which `jobs.evaluate` ranks the target. all: all items that the user has not seen. all-with-seen: all
     items. popularity-100, uniform-100: 100 sampled items that are nowhere in the user's history. ...-100-of-all: 100
     items sampled from all but the target, without those that the user has seen, as in some published figures."""
+    query_time: QueryTime = "last"
+    """When validation and `jobs.evaluate` ask a model with model.time_encoding for the held-out item. last: at the
+    usual time (the median gap in the training data) after the item before it, as nobody knows when a user comes back.
+    target: at the time of the held-out item itself, as in HSTU's figures, which are not comparable with others.
+    `jobs.evaluate` reports both and names them."""
     seed: int = Field(42, ge=0)
     """Random seed of the sampled items, which are the same for every model."""
     baselines: tuple[Baseline, ...] = ("popularity",)
@@ -272,8 +446,12 @@ class InferenceConfig(_Group):
     exclude_seen: bool = True
     """Never recommend an item that is anywhere in the user's history."""
     exclude_future: bool = True
-    """Never recommend an item released in a later year than the user's last interaction. Applies if both years are
-    known."""
+    """Never recommend an item released in a later year than that of inference.at, or, where that is not set and the
+    model reads no times, of the user's last interaction. Applies if both years are known."""
+    at: int | Literal["now"] | None = None
+    """When users are asked for their next item: an ISO date or time (UTC), a Unix time, or now. A model with
+    model.time_encoding reads it at [MASK]; it may not be before a user's last interaction. Default: the time of the
+    last interaction in the data."""
     popularity_discount: float = Field(0.0, ge=0, allow_inf_nan=False)
     """Prefer less popular items: subtract this factor times log(1 + training interactions) from each item's score."""
     candidates: tuple[str, ...] | None = Field(None, min_length=1)
@@ -310,10 +488,10 @@ class InferenceConfig(_Group):
     """For each of these items, for example [50, 100], print the topk items with the most similar vectors in the model
     (cosine)."""
 
-    @field_validator("users", "similar_to", "candidates", "exclude", mode="before")
+    @field_validator("at", mode="before")
     @classmethod
-    def _one_is_a_list_of_one(cls, value: object) -> object:
-        return (value,) if isinstance(value, int | str) else value
+    def _at_is_a_moment(cls, value: object) -> object:
+        return value if value is None or value == "now" else moment_of(value)
 
     @property
     def is_for_few(self) -> bool:
@@ -480,6 +658,8 @@ METRIC_NAMES = (
 def load_config(path: str | None = None, overrides: list[str] | None = None) -> Config:
     """Read a YAML file (or take the defaults) and apply `group.key=value` overrides, whose values are YAML too.
 
+    A key of text takes its value as it is written: run.name=007 is text, and so are ids.
+
     Raises
     ------
     InputError
@@ -497,7 +677,7 @@ def load_config(path: str | None = None, overrides: list[str] | None = None) -> 
                 f"{nearest_key(key)}"
             )
         section = content.setdefault(group, {})
-        section[name] = parse_value(value)
+        section[name] = _parse_for(group, name, value)
     try:
         return Config.model_validate(content)
     except ValidationError as error:
@@ -506,7 +686,8 @@ def load_config(path: str | None = None, overrides: list[str] | None = None) -> 
 
 def _read_yaml(path: str) -> dict[str, Any]:
     try:
-        content = yaml.safe_load(storage.read_bytes(path))
+        text = storage.read_bytes(path)
+        content, written = yaml.safe_load(text), yaml.load(text, yaml.BaseLoader)
     except FileNotFoundError:
         raise InputError(f"{path}: no such config file") from None
     except OSError as error:
@@ -516,7 +697,48 @@ def _read_yaml(path: str) -> dict[str, Any]:
     content = content or {}
     if not isinstance(content, dict) or not all(isinstance(group, dict) for group in content.values()):
         raise InputError(f"{path}: expected groups ({', '.join(Config.model_fields)}) of `key: value` lines")
-    return content
+    return {
+        group: {name: _of_type(group, name, value, written[str(group)][str(name)]) for name, value in keys.items()}
+        for group, keys in content.items()
+    }
+
+
+def _parse_for(group: str, name: str, text: str) -> Any:  # noqa: ANN401 - any YAML value
+    """The value of a key on the command line."""
+    annotation = _annotation(group, name)
+    choices = get_args(annotation) if get_origin(annotation) in (Union, UnionType) else (annotation,)
+    if str in choices:
+        return None if type(None) in choices and text.strip() in ("", "null", "~") else text
+    try:
+        written = yaml.load(text, yaml.BaseLoader)
+    except yaml.YAMLError:
+        written = text
+    return _of_type(group, name, parse_value(text), written)
+
+
+def _of_type(group: str, name: str, value: Any, written: Any) -> Any:  # noqa: ANN401 - any YAML value
+    """A key's value, where YAML has read `value` and the user has `written` text, or lists and mappings of text.
+
+    A key that may hold text gets it as it is written, because YAML takes 007, 1_000, yes and 12:30 for other things
+    than ids or names.
+    """
+    annotation = str(_annotation(group, name))
+    return _as_written(value, written) if re.search(r"\bstr\b", annotation) and "Any" not in annotation else value
+
+
+def _as_written(value: Any, written: Any) -> Any:  # noqa: ANN401 - any YAML value
+    """The text `written` for each scalar of `value`, except for null."""
+    if isinstance(value, dict):
+        return {key: _as_written(each, text) for each, (key, text) in zip(value.values(), written.items(), strict=True)}
+    if isinstance(value, list):
+        return [_as_written(each, text) for each, text in zip(value, written, strict=True)]
+    return None if value is None else written
+
+
+def _annotation(group: str, name: str) -> Any:  # noqa: ANN401 - a type; Any for no key
+    section = Config.model_fields[group].annotation if group in Config.model_fields else None
+    fields = section.model_fields if section is not None else {}  # type: ignore[union-attr]
+    return fields[name].annotation if name in fields else Any
 
 
 def parse_value(text: str) -> Any:  # noqa: ANN401 - any YAML scalar or list

@@ -102,9 +102,20 @@ def is_local(path: str) -> bool:
 
 @patient
 def exists(path: str) -> bool:
-    """Whether a file or a directory exists at `path`."""
+    """Whether a file or a directory exists at `path`.
+
+    Raises
+    ------
+    InputError
+        If the store does not let us look: the first that a job learns of wrong credentials.
+    """
     filesystem, inner = open_store(path)
-    return bool(filesystem.get_file_info(inner).type != pafs.FileType.NotFound)
+    try:
+        return bool(filesystem.get_file_info(inner).type != pafs.FileType.NotFound)
+    except OSError as error:
+        if "ACCESS_DENIED" not in str(error):
+            raise
+        raise InputError(f"{path}: no access ({error}); check the credentials and their rights") from None
 
 
 @patient
@@ -218,7 +229,8 @@ def wait_until_listed(path: str, names: Sequence[str]) -> None:
     filesystem, inner = open_store(path)
     end = time.monotonic() + _SECONDS_TO_LIST
     while True:
-        found = {info.base_name for info in filesystem.get_file_info(pafs.FileSelector(inner)) if info.is_file}
+        listing = filesystem.get_file_info(pafs.FileSelector(inner, allow_not_found=True))
+        found = {info.base_name for info in listing if info.is_file}
         if found == set(names):
             return
         if time.monotonic() > end:

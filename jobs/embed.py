@@ -14,7 +14,7 @@ def embed_items(config: Config) -> EmbedResult:
     """Embed the titles of the config's data and print a summary."""
     model = find_model(config.embedding)  # report a missing model before any download
     fetch_if_default(config.data.data_dir)
-    texts = read_texts(config.data.data_dir, config.embedding.with_genres)
+    texts = read_texts(config.data.data_dir, config.embedding.with_genres, config.data.list_separator)
     print("texts, such as:\n" + "\n".join(f"    {text}" for text in texts["text"][:SHOWN_TEXTS].to_pylist()))
     result = embed_titles(config, texts)
     without_genres = texts["genres"].null_count

@@ -54,7 +54,9 @@ def _export_programs(config: Config, checkpoint: str, forms: list[Literal["torch
     later = ranking.identity().keys() - NO_RULES.identity().keys()
     items = recommender.items if later else None
     program = export_program(ScoringFunction(recommender.model, topk, ranking, items))
-    print("history [users, length] int64 -> " + _outputs(topk, num_items))
+    times = ", times [users, length] int64 Unix seconds, at [users] int64 Unix seconds"
+    inputs = "history [users, length] int64" + times * bool(recommender.model.config.time_parts)
+    print(f"{inputs} -> " + _outputs(topk, num_items))
     for form in forms:
         print(f"{form}: {_write(form, program, output_path)}")
     print(f"tokens of items: {write_catalogue(recommender.items, output_path)}")

@@ -37,8 +37,8 @@ def run_pipeline(config: Config) -> None:
 def _show_users(dataset: PreparedDataset, output_path: str) -> None:
     """Print the last items and the first recommendations of a few users, by title."""
     items = dataset.items()
-    ids, titles = items.ids.to_pylist(), items.title.to_pylist()
-    title_of = {item: title or str(item) for item, title in zip(ids, titles, strict=True)}
+    ids, names = items.ids.to_pylist(), dataset.names()
+    title_of = dict(zip(ids, names, strict=True))
     first = dataset.parts()[0]
     sequences = dataset.read_part(first)
     filesystem, inner = storage.open_store(storage.join(output_path, PARQUET, f"part-{first.number:05d}.parquet"))

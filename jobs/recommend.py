@@ -3,7 +3,9 @@
 from bert4rec.cli import run_job
 from bert4rec.config import Config
 from bert4rec.data.dataset import PreparedDataset, Sequences
+from bert4rec.errors import InputError
 from bert4rec.inference.few_users import choose_users, users_of_dataset, users_of_file
+from bert4rec.inference.moment import moment_asked
 from bert4rec.inference.ranking import Ranking, load_for
 from bert4rec.inference.recommend import CSV, PARQUET, RecommendResult, check_request, recommend, write_few
 from bert4rec.inference.recommender import Ranked, Recommender, device_for
@@ -29,10 +31,13 @@ def recommend_users(config: Config) -> None:
     for note in recommender.rules(ranking).notes:
         print(f"note: {note}")
     if inference.users is not None or inference.users_file is not None:
-        sequences = _few_users(config, dataset, recommender)
+        sequences, last = _few_users(config, dataset, recommender)
+        if (moment := moment_asked(inference, model, last)) is not None:
+            inference = inference.model_copy(update={"at": moment})
+            sequences = sequences.asked_at(moment)
         ranked = list(recommender.rank(sequences, inference, ranking))
         shown = len(sequences) if inference.users is not None else min(len(sequences), SHOWN_NEW_USERS)
-        _show_users(recommender, sequences, ranked, shown)
+        _show_users(recommender, sequences, ranked, shown, dataset.descriptions())
         if inference.output_path:
             print()
             _say_what_was_written(config, write_few(ranked, inference, ranking, checkpoint, output_path))
@@ -55,24 +60,37 @@ def _say_what_was_written(config: Config, result: RecommendResult) -> None:
         f"{result.num_rows:,} recommendations for {result.num_users:,} users in {duration(result.seconds)}{rate}; "
         f"{result.num_short_users:,} users have fewer than {config.inference.topk}"
     )
+    if result.num_empty_users > result.num_users / 2:
+        print(
+            f"note: WARNING {result.num_empty_users:,} of {result.num_users:,} users get no recommendation: they have "
+            "seen every other item, or it was released in a later year than their last interaction "
+            "(inference.exclude_future). Are the times right that jobs.prepare prints?"
+        )
     names = {"parquet": PARQUET, "csv": CSV}
     print("\n".join(f"{form}: {result.output_path}/{names[form]}" for form in config.inference.formats))
 
 
-def _few_users(config: Config, dataset: PreparedDataset, recommender: Recommender) -> Sequences:
+def _few_users(config: Config, dataset: PreparedDataset, recommender: Recommender) -> tuple[Sequences, int | None]:
+    """The histories, and the time of the last interaction where they are from, if it has times."""
     users, path = config.inference.users, config.inference.users_file
     if path is None:
-        return users_of_dataset(dataset, users or ())
-    sequences, notes = users_of_file(path, recommender.items)
+        last = dataset.time_span()[1] if dataset.manifest.has_time else None
+        return users_of_dataset(dataset, users or ()), last
+    sequences, notes = users_of_file(path, recommender.items, config.data)
     for note in notes:
         print(f"note: {path}: {note}")
-    return sequences if users is None else choose_users(sequences, users, path)
+    if sequences.times is None and recommender.model.config.time_parts:
+        raise InputError(f"{path}: no column time, which the model needs (model.time_encoding)")
+    last = None if sequences.times is None else int(sequences.times.max())
+    return sequences if users is None else choose_users(sequences, users, path), last
 
 
-def _show_users(recommender: Recommender, sequences: Sequences, ranked: list[Ranked], count: int) -> None:
-    """Print the last items and the recommendations of the first `count` users."""
-    ids, titles = recommender.items.ids.to_pylist(), recommender.items.title.to_pylist()
-    title_of = {item: title or "" for item, title in zip(ids, titles, strict=True)}
+def _show_users(
+    recommender: Recommender, sequences: Sequences, ranked: list[Ranked], count: int, descriptions: list[str]
+) -> None:
+    """Print the last items and the recommendations of the first `count` users. `descriptions` [V] are of the items."""
+    ids = recommender.items.ids.to_pylist()
+    title_of = dict(zip(ids, descriptions, strict=True))
     rows: dict[int | str, list[tuple[int | str, float]]] = {}
     for batch in ranked:
         for row in batch.table.to_pylist() if len(rows) < count else ():

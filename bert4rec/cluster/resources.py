@@ -5,7 +5,9 @@ import json
 import logging
 import os
 import secrets
+import shlex
 import socket
+import sys
 import threading
 import uuid
 from collections.abc import Iterator
@@ -74,6 +76,8 @@ def _start_ray() -> None:
         only_here = {"include_dashboard": False, "num_cpus": usable_cores()}
         os.environ.setdefault("RAY_TRAIN_ENABLE_PREEMPTION_WATCHER", "0")  # nobody takes this machine's nodes away
         os.environ.setdefault("RAY_worker_niceness", "0")  # with Ray's 15 its other processes interrupt the work's
+        if (python := shlex.quote(sys.executable)) != sys.executable:  # Ray gives it to a shell as it is
+            only_here["runtime_env"] = {"py_executable": python}
         if not _keeps_tokens():  # as Ray would do at home
             os.environ.setdefault("RAY_AUTH_TOKEN", secrets.token_hex(32))
     else:

@@ -56,6 +56,8 @@ class Manifest(BaseModel):
     num_items: int
     num_new_items: int = 0
     """Items without interactions, which have the last tokens (data.include_new_items)."""
+    num_outside: int = 0
+    """Interactions before data.since, or from data.until on."""
     num_core_items: int = 0
     """Items that the k-core left out."""
     num_core_users: int = 0
@@ -63,13 +65,18 @@ class Manifest(BaseModel):
     num_core_interactions: int = 0
     """Interactions that the k-core left out."""
     num_interactions: int
-    """Interactions without exact duplicates and without those that the k-core left out."""
+    """Interactions without exact duplicates, and without those that data.since, data.until or the k-core left out."""
     num_duplicates: int
+    dropped: dict[str, int] = {}
+    """Number of other rows, values or files that `prepare` dropped or changed, by kind."""
     cutoffs: dict[str, int] = {}
     """Unix times by name. A temporal split has validation and test, and recent_validation and recent_test seven days
     before them. Other data with times have recent_last, seven days before the last interaction."""
     time_origin: int | None
     """Unix time of the first interaction, in whole seconds; None if the data have no times."""
+    time_unit: str = ""
+    """What the times of the input are: a `config.TimeUnit`, or clock for dates and timestamps; empty without times. An
+    order has no years, and its times are not Unix times."""
     catalogue: str
     """`metadata.catalogue_fingerprint`."""
     vocabularies: dict[str, list[str]]
@@ -110,18 +117,31 @@ class Sequences:
     """[N] bool."""
     before: dict[str, np.ndarray] = field(default_factory=dict)
     """By name of a cut-off in the manifest: [N] int32 interactions before it."""
+    times: np.ndarray | None = None
+    """[T] int64 Unix seconds of each item; None where the data have none, or nobody asked for them."""
+    asked: np.ndarray | None = None
+    """[N] int64 Unix seconds at which recommendations are asked for, if that was decided (`asked_at`)."""
 
     @classmethod
-    def of(cls, users: pa.Array, histories: Sequence[np.ndarray], last_years: pa.Array | None = None) -> Self:
-        """Make sequences from users [N], their tokens, latest last, and int16 years of last interactions, null if
-        unknown."""
+    def of(
+        cls,
+        users: pa.Array,
+        histories: Sequence[np.ndarray],
+        last_years: pa.Array | None = None,
+        times: Sequence[np.ndarray] | None = None,
+    ) -> Self:
+        """Make sequences from users [N], their tokens, latest last, int16 years of last interactions, null if unknown,
+        and Unix seconds of each token."""
         years = pa.nulls(len(users), pa.int16()) if last_years is None else last_years
-        items = pa.array(histories, pa.list_(pa.int32()))
-        return cls.from_table(pa.table({"user": users, "items": items, "last_year": years}))
+        columns = {"user": users, "items": pa.array(histories, pa.list_(pa.int32())), "last_year": years}
+        if times is not None:
+            columns["times"] = pa.array(times, pa.list_(pa.int64()))
+        return cls.from_table(pa.table(columns))
 
     @classmethod
-    def from_table(cls, table: pa.Table) -> Self:
-        """Read rows of sequences/*.parquet, without a copy if the table has one chunk."""
+    def from_table(cls, table: pa.Table, time_origin: int = 0) -> Self:
+        """Read rows of sequences/*.parquet, without a copy of the items if the table has one chunk. Times count from
+        `time_origin`."""
         table = table.combine_chunks()
         items = _one_chunk(table["items"])
         year = _one_chunk(table["last_year"])
@@ -137,15 +157,54 @@ class Sequences:
                 for name in table.column_names
                 if name.startswith("before_")
             },
+            times=_flat_values(_one_chunk(table["times"])) + time_origin if "times" in table.column_names else None,
         )
 
     def __len__(self) -> int:
         return len(self.users)
 
+    def asked_at(self, moment: int | np.ndarray) -> Self:
+        """The same histories, whose next items are asked for at `moment`, Unix seconds, one for all or [N] int64;
+        `last_year` is then its year.
+
+        Raises
+        ------
+        InputError
+            If that is before the last interaction of a user.
+        """
+        asked = np.broadcast_to(np.asarray(moment, np.int64), len(self)).copy()
+        if self.times is not None:
+            some = self.lengths > 0
+            last = self.times[self.offsets[1:][some] - 1]
+            if (early := np.flatnonzero(asked[some] < last)).size:
+                check_is_after(int(asked[some][early[0]]), int(last[early].max()))
+        year = (asked.astype("datetime64[s]").astype("datetime64[Y]").astype(np.int64) + 1970).astype(np.int16)
+        return replace(self, asked=asked, last_year=year, has_last_year=np.ones(len(self), bool))
+
     @property
     def lengths(self) -> np.ndarray:
         """[N] int64 interactions of each user."""
         return np.diff(self.offsets)
+
+
+def check_is_after(moment: int, last: int) -> None:
+    """Check that recommendations are not asked for before the last interaction that they are made from.
+
+    Raises
+    ------
+    InputError
+        If they are.
+    """
+    if moment < last:
+        raise InputError(
+            f"recommendations are asked for at {moment_text(moment)} (inference.at), before an interaction of "
+            f"{moment_text(last)}; expected no earlier time, or data.until={moment} to leave out what came later"
+        )
+
+
+def moment_text(moment: int) -> str:
+    """ISO 8601, in UTC, of Unix seconds."""
+    return f"{np.datetime64(moment, 's')}Z"
 
 
 class Ragged(NamedTuple):
@@ -245,24 +304,25 @@ class PreparedDataset:
         (name,) = (name for name in self.manifest.files if os.path.basename(name) == ITEMS)
         return storage.join(self.path, name)
 
-    def sequences(self, memory_mb: int | None = None) -> Sequences:
+    def sequences(self, memory_mb: int | None = None, with_times: bool = False) -> Sequences:
         """Read every user, sorted by id.
 
-        If the items take more than `memory_mb` MiB, they go into a temporary file on the local disk, which is mapped
-        into memory. The system then keeps only the pages in use in memory; readers see no difference.
+        If the items (and their times, with `with_times`) take more than `memory_mb` MiB, they go into temporary files
+        on the local disk, which are mapped into memory. The system then keeps only the pages in use in memory; readers
+        see no difference.
         """
         count = self.manifest.num_interactions
-        if memory_mb is None or 4 * count <= memory_mb * 2**20:
-            items = np.empty(count, np.int32)
-        else:
-            with tempfile.TemporaryFile() as file:  # the mapping keeps it alive
-                items = np.memmap(file, np.int32, "w+", shape=(count,))
+        fits = memory_mb is None or (12 if with_times else 4) * count <= memory_mb * 2**20
+        items = _empty(count, np.int32, fits)
+        times = _empty(count, np.int64, fits) if with_times else None
         parts, filled = [], 0
         for part in self.parts():
-            read = self.read_part(part)
+            read = self.read_part(part, with_times)
             items[filled : filled + len(read.items)] = read.items
+            if times is not None:
+                times[filled : filled + len(read.items)] = read.times
             filled += len(read.items)
-            parts.append(replace(read, items=items[:0]))
+            parts.append(replace(read, items=items[:0], times=None))
         lengths = np.concatenate([part.lengths for part in parts])
         return Sequences(
             users=pa.concat_arrays([part.users for part in parts]),
@@ -271,6 +331,7 @@ class PreparedDataset:
             last_year=np.concatenate([part.last_year for part in parts]),
             has_last_year=np.concatenate([part.has_last_year for part in parts]),
             before={name: np.concatenate([part.before[name] for part in parts]) for name in self.manifest.cutoffs},
+            times=times,
         )
 
     def parts(self) -> list["Part"]:
@@ -282,17 +343,38 @@ class PreparedDataset:
         ]
 
     @storage.patient
-    def read_part(self, part: "Part") -> Sequences:
-        """Read the histories of one part."""
+    def read_part(self, part: "Part", with_times: bool = False) -> Sequences:
+        """Read the histories of one part, and the times of their items only if asked to."""
         tables = []
         for file, group, first, rows in self._row_groups:
             low, high = max(part.low - first, 0), min(part.high - first, rows)
             if low < high:
                 filesystem, inner = storage.open_store(file)
                 with self._still_there(), pq.ParquetFile(inner, filesystem=filesystem) as parquet:
-                    columns = [name for name in parquet.schema_arrow.names if name != "times"]
+                    columns = [name for name in parquet.schema_arrow.names if with_times or name != "times"]
                     tables.append(parquet.read_row_group(group, columns).slice(low, high - low))
-        return Sequences.from_table(pa.concat_tables(tables))
+        return Sequences.from_table(pa.concat_tables(tables), self.manifest.time_origin or 0)
+
+    @storage.patient
+    def time_span(self) -> tuple[int, int]:
+        """Unix times, in whole seconds, of the first and the last interaction.
+
+        Raises
+        ------
+        InputError
+            If the data have no times.
+        """
+        if self.manifest.time_origin is None:
+            raise InputError(f"{self.path}: the interactions have no column time, which model.time_encoding needs")
+        last = 0
+        for file in self.sequence_files:
+            filesystem, inner = storage.open_store(file)
+            with self._still_there():
+                metadata = pq.read_metadata(inner, filesystem=filesystem)
+            for group in range(metadata.num_row_groups):
+                chunks = (metadata.row_group(group).column(i) for i in range(metadata.num_columns))
+                last = max([last, *(c.statistics.max for c in chunks if c.path_in_schema.startswith("times."))])
+        return self.manifest.time_origin, self.manifest.time_origin + last
 
     @cached_property
     @storage.patient
@@ -323,6 +405,23 @@ class PreparedDataset:
                 f"{self.path}: a file is gone since this job began ({error}); another job has replaced or deleted the "
                 "dataset; run the same command again"
             ) from None
+
+    def descriptions(self) -> list[str]:
+        """[num_items] what people know an item by: its title, or else its genres in brackets; empty without both."""
+        items, names = self.items(), self.manifest.vocabularies["genre"]
+        _, genres = items.listed["genre"]
+        return [
+            title or (f"({', '.join(names[genre] for genre in own)})" if len(own) else "")
+            for title, own in zip(
+                items.title.to_pylist(), np.split(genres.values, genres.offsets[1:-1].tolist()), strict=True
+            )
+        ]
+
+    def names(self) -> list[str]:
+        """[num_items] title of each item; the id, and genres in brackets, of one without a title."""
+        items = self.items()
+        known = zip(items.ids.to_pylist(), items.title.to_pylist(), self.descriptions(), strict=True)
+        return [title or f"{item} {description}".strip() for item, title, description in known]
 
     @storage.patient
     def _check_files(self, verify: bool) -> None:
@@ -381,6 +480,21 @@ def read_items(path: str, sizes: dict[str, int] | None = None) -> ItemTable:
             for name, ragged in listed.items()
         },
     )
+
+
+def _empty(count: int, kind: type, in_memory: bool) -> np.ndarray:
+    """[count] values to be filled, in memory or in a file that only this array keeps alive."""
+    if in_memory:
+        return np.empty(count, kind)
+    with tempfile.TemporaryFile() as file:
+        return np.memmap(file, kind, "w+", shape=(count,))
+
+
+def _flat_values(lists: pa.Array) -> np.ndarray:
+    """The values of all lists of a column, end to end."""
+    offsets = lists.offsets.to_numpy()
+    values: np.ndarray = lists.values.to_numpy()[offsets[0] : offsets[-1]]
+    return values
 
 
 def _one_chunk(column: pa.ChunkedArray) -> pa.Array:

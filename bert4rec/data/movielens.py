@@ -25,14 +25,16 @@ import pyarrow as pa
 import pyarrow.csv as pacsv
 
 from bert4rec.config import DataConfig
-from bert4rec.errors import InputError
+from bert4rec.errors import InputError, shown
 
 FILES = ("train_ratings.csv", "titles.tsv", "genres.tsv", "years.tsv")
 URL = "https://files.grouplens.org/datasets/movielens/{}.zip"
 LICENCE = "MovieLens is for research use, no redistribution; cite Harper & Konstan 2015, doi.org/10.1145/2827872"
-MD5 = {  # as GroupLens publishes them beside the archives
+MD5: dict[str, str | None] = {  # as GroupLens publishes them beside the archives; None: at each download
+    "ml-latest-small": None,  # GroupLens replaces it from time to time
     "ml-100k": "0e33842e24a9c977be4e0107933c0723",
     "ml-1m": "c4d9eecfca2ab87c1945afe126590906",
+    "ml-10m": "ce571fd55effeba0271552578f2648bd",
     "ml-20m": "cd245b17a1ae2cc31bb14903e1204af3",
     "ml-25m": "6b51fb2759a8657d3bfcbfc42b592ada",
     "ml-32m": "d472be332d4daa821edc399621853b57",
@@ -160,7 +162,7 @@ def convert(
 
 
 def download(name: str, path: Path) -> None:
-    """Download GroupLens's archive of `name` to `path`, and check its MD5.
+    """Download GroupLens's archive of `name` to `path`, and check the MD5 that GroupLens publishes.
 
     Raises
     ------
@@ -170,6 +172,7 @@ def download(name: str, path: Path) -> None:
         If the MD5 is not the published one.
     """
     path.parent.mkdir(parents=True, exist_ok=True)
+    expected = MD5[name] or _published_md5(name)
     part, url, done, begin = path.with_name(f"{path.name}.part"), URL.format(name), 0, time.monotonic()
     try:
         with urllib.request.urlopen(url, timeout=10) as response, part.open("wb") as file:
@@ -183,10 +186,21 @@ def download(name: str, path: Path) -> None:
         if done < total:
             raise OSError(f"broke off after {done:,} of {total:,} bytes")
         with part.open("rb") as stream:
-            _check_hash(url, "md5", stream, MD5[name])
+            _check_hash(url, "md5", stream, expected)
         part.rename(path)
     finally:
         part.unlink(missing_ok=True)
+
+
+def _published_md5(name: str) -> str:
+    """The MD5 that lies beside an archive."""
+    url = f"{URL.format(name)}.md5"
+    with urllib.request.urlopen(url, timeout=10) as response:
+        text = response.read(1000).decode(errors="replace")
+    found = re.search(r"\b[0-9a-f]{32}\b", text)
+    if found is None:
+        raise InputError(f"{url}: holds no MD5, but {shown(text)}")
+    return found[0]
 
 
 def download_recbole(directory: str) -> Path:
@@ -315,9 +329,13 @@ def _items_100k(archive: Path) -> Iterator[_Item]:
         yield _Item(row[0], row[1], [genre for genre, flag in zip(genres, row[5:], strict=True) if flag == "1"], row[2])
 
 
-def _items_1m(archive: Path) -> Iterator[_Item]:
-    for item, title, genres in _rows(archive, "movies.dat", "::", "latin-1", ("item", "title", "genres")):
+def _items_1m(archive: Path, encoding: str = "latin-1") -> Iterator[_Item]:
+    for item, title, genres in _rows(archive, "movies.dat", "::", encoding, ("item", "title", "genres")):
         yield _Item(item, title, genres.split("|"))
+
+
+def _items_10m(archive: Path) -> Iterator[_Item]:
+    return _items_1m(archive, "utf-8")
 
 
 def _items_csv(archive: Path) -> Iterator[_Item]:
@@ -335,13 +353,14 @@ def _items_recbole(archive: Path) -> Iterator[_Item]:
         yield _Item(item, title, genres.split(" "))
 
 
+# pyarrow splits at single characters: `::` is two separators with an unnamed column between them
+_DAT_COLUMNS = ("user", "", "item", "", "rating", "", "time")
 _CSV = _Layout("ratings.csv", ",", ("userId", "movieId", "timestamp"), (), _items_csv)
 LAYOUTS = {
     "ml-100k": _Layout("u.data", "\t", ("user", "item", "time"), ("user", "item", "rating", "time"), _items_100k),
-    # pyarrow splits at single characters: `::` is two separators with an unnamed column between them
-    "ml-1m": _Layout(
-        "ratings.dat", ":", ("user", "item", "time"), ("user", "", "item", "", "rating", "", "time"), _items_1m
-    ),
+    "ml-1m": _Layout("ratings.dat", ":", ("user", "item", "time"), _DAT_COLUMNS, _items_1m),
+    "ml-10m": _Layout("ratings.dat", ":", ("user", "item", "time"), _DAT_COLUMNS, _items_10m),
+    "ml-latest-small": _CSV,
     "ml-20m": _CSV,
     "ml-25m": _CSV,
     "ml-32m": _CSV,

@@ -10,9 +10,8 @@ counts and sampled users.
 
 import math
 import pickle
-from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any
 
@@ -23,11 +22,21 @@ import pyarrow.compute as pc
 from bert4rec import lease, storage
 from bert4rec.config import DataConfig, data_identity
 from bert4rec.data import files, interactions
-from bert4rec.data.dataset import ITEMS, InputFile, Manifest, PreparedDataset
+from bert4rec.data.dataset import ITEMS, InputFile, Manifest, PreparedDataset, moment_text
 from bert4rec.data.ids import ascending
-from bert4rec.data.interactions import Chunk, ChunkSummary
-from bert4rec.data.metadata import catalogue_fingerprint, item_table, new_items, read_metadata
-from bert4rec.data.ranges import Vocabulary, build, count_before, encode, leave_out, total, write, write_parquet
+from bert4rec.data.interactions import Chunk, Settled
+from bert4rec.data.metadata import catalogue_fingerprint, check_items, item_table, new_items, read_all_metadata
+from bert4rec.data.ranges import (
+    Vocabulary,
+    between,
+    build,
+    count_before,
+    encode,
+    leave_out,
+    total,
+    write,
+    write_parquet,
+)
 from bert4rec.errors import InputError
 from bert4rec.progress import track
 
@@ -86,14 +95,17 @@ def prepare(data: DataConfig, path: str, report: Callable[[str], None] = lambda 
     data_dir = storage.absolute(data.data_dir)
     names = files.find_interactions(data_dir, data.data_file)
     metadata_names = files.find_metadata(data_dir)
-    scans = _scan(data_dir, names)
+    scans = _scan(data_dir, names, data)
     metadata_files = {key: files.hash_file(data_dir, name) for key, name in metadata_names.items()}
     identities = [*(identity for identity, _ in scans), *metadata_files.values()]
     if (present := _up_to_date(path, identities, data)) is not None:
         report("up to date: the input files have not changed")
         return present
-    with lease.held(path), _ray_data().settings():
-        return _write(data, path, scans, metadata_files, report)
+    with lease.held(path):
+        if (present := _up_to_date(path, identities, data)) is not None:  # another job has written it since
+            return present
+        with _ray_data().settings():
+            return _write(data, path, scans, metadata_files, report)
 
 
 def _write(
@@ -107,18 +119,28 @@ def _write(
     identities = [*(identity for identity, _ in scans), *metadata_files.values()]
     megabytes = sum(identity.size for identity in identities) / 1e6
     report(f"reading {len(identities)} file{'s' * (len(identities) > 1)}, {megabytes:,.1f} MB")
-    metadata = {key: read_metadata(data_dir, file.name, files.METADATA[key]) for key, file in metadata_files.items()}
-    chunks = [chunk for _, chunks in scans for chunk in chunks]
-    has_time = _has_time(chunks)
+    metadata_names = {key: file.name for key, file in metadata_files.items()}
+    metadata, dropped = read_all_metadata(data_dir, metadata_names, data.list_separator)
+    has_time = _has_time([chunk for _, chunks in scans for chunk in chunks])
     source = storage.join(data_dir, data.data_file)
     if data.split == "temporal" and not has_time:
         raise InputError(f"{source}: no column time, which data.split=temporal needs")
-    checked = _check(source, chunks)
+    has_limits = data.since is not None or data.until is not None
+    if has_limits and not has_time:
+        raise InputError(f"{source}: no column time, which data.since and data.until need")
+    checked, settled = _check(source, [chunks for _, chunks in scans])
     item_ids = checked.vocabulary.item_ids
+    dropped |= settled.dropped
+    if settled.times:
+        report(f"times: {settled.times}")
+    few = check_items(data_dir, metadata_names, metadata, item_ids)
 
     report(f"sorting {sum(checked.rows):,} interactions with {len(item_ids):,} items")
-    sequences = _shuffle(chunks, checked)
+    sequences = _shuffle(settled.chunks, checked)
     everything = _totals(sequences, len(item_ids))
+    num_unique = int(everything.counts.sum())
+    if has_limits:
+        sequences, everything = _between(sequences, everything, data, source)
     sequences, core = _k_core(sequences, everything, data.min_item_interactions)
     counts = core.counts
     num_interactions = int(counts.sum())
@@ -133,13 +155,16 @@ def _write(
     if data.include_new_items:
         new = new_items(item_ids, metadata)
         ids, item_counts = pa.concat_arrays([ids, new]), np.append(item_counts, np.zeros(len(new), np.int64))
-    items, vocabularies, notes = item_table(ids, item_counts, metadata)
+    items, vocabularies, notes = item_table(ids, item_counts, metadata, metadata_names, dropped)
+    notes = [*settled.notes, *few, *files.unread_metadata(data_dir), *notes]
     if not has_time:
         notes.append("no column time: the order of rows is the order of interactions, and no interaction has a year")
-    if num_duplicates := sum(checked.rows) - int(everything.counts.sum()):
+    if num_duplicates := sum(checked.rows) - num_unique:
         notes.append(f"exact duplicates of an interaction dropped: {num_duplicates:,}")
+    if num_outside := num_unique - int(everything.counts.sum()):
+        notes.append(f"interactions before data.since or from data.until on left out: {num_outside:,}")
     left_out = {
-        "num_core_items": len(counts) - len(order),
+        "num_core_items": np.count_nonzero(everything.counts) - len(order),
         "num_core_users": everything.num_users - core.num_users,
         "num_core_interactions": int(everything.counts.sum()) - num_interactions,
     }
@@ -154,6 +179,7 @@ def _write(
     made_of = [Manifest.model_fields["format_version"].default, *(file.model_dump() for file in identities)]
     version = f"data-{storage.fingerprint([*made_of, data_identity(data)])[:8]}"
     fixed = {"token_of_code": token_of_code, "cutoffs": cutoffs, "time_origin": time_origin}
+    fixed["has_year"] = settled.time_unit != "order"
     writing = _map(sequences, write, path=path, version=version, **fixed)
     tables = list(_tables_of(writing, sequences.num_blocks(), "writing"))
     written = sorted((InputFile(**row) for table in tables for row in table.to_pylist()), key=lambda file: file.name)
@@ -163,11 +189,14 @@ def _write(
         num_items=len(items),
         num_new_items=len(items) - len(order),
         identity=data_identity(data),
+        num_outside=num_outside,
         **left_out,
         cutoffs=cutoffs,
         num_interactions=num_interactions,
         num_duplicates=num_duplicates,
         time_origin=time_origin,
+        time_unit=settled.time_unit,
+        dropped=dropped,
         catalogue=catalogue_fingerprint(items, vocabularies),
         vocabularies=vocabularies,
         notes=notes,
@@ -225,11 +254,11 @@ def _chunk_size_for(total: float, smallest: int, shard: int) -> int:
     return max(smallest, int((total * shard) ** 0.5))
 
 
-def _scan(data_dir: str, names: list[str]) -> list[tuple[InputFile, list[Chunk]]]:
+def _scan(data_dir: str, names: list[str], data: DataConfig) -> list[tuple[InputFile, list[Chunk]]]:
     sizes = [files.size_of(data_dir, name) for name in names]
     chunk_bytes = _chunk_size_for(sum(sizes), CHUNK_BYTES, _SHARD_ROWS * _ROW_BYTES)
     return list(
-        _results_of(interactions.scan_interactions, [(data_dir, name, chunk_bytes) for name in names], "scanning")
+        _results_of(interactions.scan_interactions, [(data_dir, name, chunk_bytes, data) for name in names], "scanning")
     )
 
 
@@ -251,7 +280,7 @@ def _has_time(chunks: list[Chunk]) -> bool:
     return with_time is not None
 
 
-def _check(path: str, chunks: list[Chunk]) -> _Checked:
+def _check(path: str, chunks_of_files: list[list[Chunk]]) -> tuple[_Checked, Settled]:
     """Read and check every chunk.
 
     Raises
@@ -259,27 +288,19 @@ def _check(path: str, chunks: list[Chunk]) -> _Checked:
     InputError
         If a row is unusable: the error of the first such row.
     """
-    rows, int_users, int_items, bad = [], True, True, Counter[str]()
-    items, users = pa.array([], pa.string()), []
-    first: tuple[Chunk, ChunkSummary] | None = None
-    checked = _results_of(
-        interactions.check_chunk, [(chunk, interactions.SAMPLE_EVERY) for chunk in chunks], "checking"
-    )
-    for chunk, summary in zip(chunks, checked, strict=True):
-        if first is None and (summary.error or summary.bad):
-            first = chunk, summary
-        bad += summary.bad
-        rows.append(summary.num_rows)
+    int_users, int_items = True, True
+    items, users, light = pa.array([], pa.string()), [], []
+    arguments = [(chunk, interactions.SAMPLE_EVERY) for chunks in chunks_of_files for chunk in chunks]
+    for summary in _results_of(interactions.check_chunk, arguments, "checking"):
         int_users, int_items = int_users and summary.int_users, int_items and summary.int_items
         items = pa.concat_arrays([items, summary.items]).unique()
         users.append(summary.user_sample)
-    if first is not None:
-        raise interactions.explain(*first, bad)
-    if not sum(rows):
-        raise InputError(f"{path}: no data rows; expected interactions below the header")
+        light.append(replace(summary, items=items[:0], user_sample=items[:0]))
+    settled = interactions.settle(path, chunks_of_files, light)
+    rows = [summary.num_rows for summary in light]
     item_ids = ascending(items.cast(pa.int64()) if int_items else items)
     sample = ascending(pa.concat_arrays(users).cast(pa.int64() if int_users else pa.string()))
-    return _Checked(Vocabulary(item_ids, _boundaries(sample, sum(rows))), int_users, int_items, rows)
+    return _Checked(Vocabulary(item_ids, _boundaries(sample, sum(rows))), int_users, int_items, rows), settled
 
 
 def _boundaries(sample: pa.Array, num_rows: int) -> pa.Array:
@@ -320,6 +341,26 @@ def _totals(sequences: Any, num_items: int) -> _Totals:  # noqa: ANN401
         num_users += pc.sum(table["num_users"]).as_py()
         first, last = min(first, pc.min(table["first"]).as_py()), max(last, pc.max(table["last"]).as_py())
     return _Totals(counts, num_users, first, last)
+
+
+def _between(sequences: Any, totals: _Totals, data: DataConfig, source: str) -> tuple[Any, _Totals]:  # noqa: ANN401
+    """Leave out interactions before data.since or from data.until on, and users who then have none.
+
+    Raises
+    ------
+    InputError
+        If no interaction is left.
+    """
+    since, until = -math.inf if data.since is None else data.since, math.inf if data.until is None else data.until
+    kept = _map(sequences, between, since=since, until=until).materialize()
+    left = _totals(kept, len(totals.counts))
+    if not left.num_users:
+        first, last = (moment_text(math.floor(time)) for time in (totals.first, totals.last))
+        raise InputError(
+            f"{source}: data.since={data.since} and data.until={data.until} (Unix times) leave no interaction; the "
+            f"times run from {first} to {last}"
+        )
+    return kept, left
 
 
 def _k_core(sequences: Any, totals: _Totals, k: int) -> tuple[Any, _Totals]:  # noqa: ANN401

@@ -136,10 +136,21 @@ def _is_duplicate(user: np.ndarray, time: np.ndarray, code: np.ndarray) -> np.nd
 def leave_out(ranges: pa.Table, common: np.ndarray, k: int) -> pa.Table:
     """Keep only the `common` [V] codes, and only users with `k` of them."""
     whole = _Ranges.of(ranges)
-    kept = common[whole.code]
+    return _keep(whole, common[whole.code], k)
+
+
+def between(ranges: pa.Table, since: float, until: float) -> pa.Table:
+    """Keep only interactions from `since` on and before `until`, and only users who have one."""
+    whole = _Ranges.of(ranges)
+    assert whole.time is not None
+    return _keep(whole, (since <= whole.time) & (whole.time < until), 1)
+
+
+def _keep(whole: _Ranges, kept: np.ndarray, k: int) -> pa.Table:
+    """Keep only the interactions `kept` [T], and only users with `k` of them."""
     lengths = _sums(kept, whole.length)
     enough = lengths >= k
-    kept &= np.repeat(enough, whole.length)
+    kept = kept & np.repeat(enough, whole.length)
     time = None if whole.time is None else whole.time[kept]
     user, num_users = whole.user.filter(pa.array(enough)), _sums(enough, whole.num_users)
     return _Ranges(whole.number, num_users, user, lengths[enough], whole.code[kept], time).table()
@@ -173,17 +184,20 @@ def write(
     token_of_code: np.ndarray,
     cutoffs: dict[str, int],
     time_origin: int | None,
+    has_year: bool,
 ) -> pa.Table:
     """Write each range as a file in the folder `version` of the dataset. Return name, size and sha256 of each."""
     written = []
     for row in range(len(ranges)):
         whole = _Ranges.of(ranges.slice(row, 1))
         name = f"{version}/sequences/part-{whole.number[0]:05d}.parquet"
-        written.append(write_parquet(path, name, _final(whole, token_of_code, cutoffs, time_origin)))
+        written.append(write_parquet(path, name, _final(whole, token_of_code, cutoffs, time_origin, has_year)))
     return pa.Table.from_pylist([file.model_dump() for file in written], _WRITTEN)
 
 
-def _final(ranges: _Ranges, token_of_code: np.ndarray, cutoffs: dict[str, int], time_origin: int | None) -> pa.Table:
+def _final(
+    ranges: _Ranges, token_of_code: np.ndarray, cutoffs: dict[str, int], time_origin: int | None, has_year: bool
+) -> pa.Table:
     """Make the rows of sequences/*.parquet, with final tokens."""
     columns = {
         "user": ranges.user,
@@ -193,7 +207,8 @@ def _final(ranges: _Ranges, token_of_code: np.ndarray, cutoffs: dict[str, int], 
     if ranges.time is not None and time_origin is not None:
         since_origin = np.floor(ranges.time).astype(np.int64) - time_origin
         columns["times"] = _lists(ranges.length, pa.array(since_origin))
-        columns["last_year"] = pa.array(interactions.year_of(ranges.time[np.cumsum(ranges.length) - 1]))
+        if has_year:
+            columns["last_year"] = pa.array(interactions.year_of(ranges.time[np.cumsum(ranges.length) - 1]))
         for name, cutoff in cutoffs.items():
             columns[f"before_{name}"] = pa.array(_sums(ranges.time < cutoff, ranges.length), pa.int32())
     return pa.table(columns)

@@ -4,14 +4,14 @@ Shapes: N users, T interactions in all, V items.
 """
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Self
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from bert4rec.config import DataConfig
+from bert4rec.config import DataConfig, QueryTime
 from bert4rec.data.dataset import Sequences
 
 
@@ -25,14 +25,18 @@ class Windows:
     """[N] int64."""
     end: Tensor
     """[N] int64."""
+    times: Tensor | None = None
+    """[T] int64 Unix seconds of each item; None where nobody reads them."""
+    asked: Tensor | None = None
+    """[N] int64 Unix seconds at which each user's next item is asked for, where times are read."""
 
     @classmethod
     def from_sequences(cls, sequences: Sequences, device: torch.device | str = "cpu") -> Self:
         """Windows that cover whole histories."""
         offsets = torch.from_numpy(sequences.offsets)
-        own = sequences.items if sequences.items.flags.writeable else sequences.items.copy()  # Arrow's is read-only
-        items = torch.from_numpy(own)
-        return cls(items.to(device), offsets[:-1].to(device), offsets[1:].to(device))
+        items, times, asked = (_tensor(each, device) for each in (sequences.items, sequences.times, sequences.asked))
+        assert items is not None
+        return cls(items, offsets[:-1].to(device), offsets[1:].to(device), times, asked)
 
     def __len__(self) -> int:
         return len(self.start)
@@ -44,26 +48,44 @@ class Windows:
 
     def users(self, index: Tensor) -> "Windows":
         """Keep only the users in `index`."""
-        return Windows(self.items, self.start[index], self.end[index])
+        asked = None if self.asked is None else self.asked[index]
+        return Windows(self.items, self.start[index], self.end[index], self.times, asked)
 
     def to(self, device: torch.device) -> "Windows":
         """Move to `device`. If this needs a copy, leave out items that no window covers."""
         if self.items.device == device:
             return self
         ends = torch.cumsum(self.lengths, 0)
-        return Windows(self.flat()[1].to(device), (ends - self.lengths).to(device), ends.to(device))
+        place = self.flat_places()[1]
+        times = None if self.times is None else self.times[place].to(device)
+        asked = None if self.asked is None else self.asked.to(device)
+        items = self.items[place].to(device)
+        return Windows(items, (ends - self.lengths).to(device), ends.to(device), times, asked)
 
     def flat(self) -> tuple[Tensor, Tensor]:
         """[S] int64 row and [S] int32 item of each interaction of all windows, in order."""
+        row, place = self.flat_places()
+        return row, self.items[place]
+
+    def flat_places(self) -> tuple[Tensor, Tensor]:
+        """[S] int64 row and [S] int64 place in `items` of each interaction of all windows, in order."""
         lengths = self.lengths
         row = torch.repeat_interleave(torch.arange(len(self), device=lengths.device), lengths)
         shift = self.start - (torch.cumsum(lengths, 0) - lengths)
-        return row, self.items[shift[row] + torch.arange(len(row), device=row.device)]
+        return row, shift[row] + torch.arange(len(row), device=row.device)
 
     def without_last(self, count: int) -> "Windows":
         """All but each user's last `count` items."""
-        return Windows(self.items, self.start, torch.maximum(self.end - count, self.start))
+        return replace(self, end=torch.maximum(self.end - count, self.start))
 
+
+def _tensor(values: np.ndarray | None, device: torch.device | str) -> Tensor | None:
+    if values is None:
+        return None
+    return torch.from_numpy(values if values.flags.writeable else values.copy()).to(device)  # Arrow's is read-only
+
+
+_MOST_GAPS = 10_000_000
 
 Before = Mapping[str, np.ndarray]
 """By name of a cut-off of the prepared dataset: [N] interactions of each user before it (`Sequences.before`)."""
@@ -95,8 +117,21 @@ def held_out_users(windows: Windows, data: DataConfig, split: str, before: Befor
     return torch.nonzero((known >= data.min_interactions) & (until > known)).flatten()
 
 
-def held_out(windows: Windows, data: DataConfig, split: str, before: Before | None = None) -> tuple[Windows, Tensor]:
+def held_out(
+    windows: Windows,
+    data: DataConfig,
+    split: str,
+    before: Before | None = None,
+    query_time: QueryTime = "last",
+    usual_gap: int = 0,
+) -> tuple[Windows, Tensor]:
     """Histories and targets of `held_out_users`.
+
+    Parameters
+    ----------
+    query_time
+        When the target is asked for, if the windows have times: at its own time, or `usual_gap` seconds after the item
+        before it.
 
     Returns
     -------
@@ -111,13 +146,29 @@ def held_out(windows: Windows, data: DataConfig, split: str, before: Before | No
         histories = windows_before(windows, split, before).users(users)
     else:
         histories = windows.users(users).without_last(data.holdout if split == "validation" else 1)
+    if histories.times is not None:
+        times, end = histories.times, histories.end
+        asked = times[end] if query_time == "target" else times[end - 1] + usual_gap
+        histories = replace(histories, asked=asked)
     return histories, histories.items[histories.end].long()
 
 
 def windows_before(windows: Windows, cutoff: str, before: Before | None) -> Windows:
     """Each history up to a cut-off of the prepared dataset."""
     assert before is not None, "a temporal split needs the interactions before its cut-offs"
-    return Windows(windows.items, windows.start, windows.start + torch.tensor(before[cutoff], dtype=torch.int64))
+    return replace(windows, end=windows.start + torch.tensor(before[cutoff], dtype=torch.int64))
+
+
+def usual_gap(windows: Windows) -> int:
+    """Median seconds between two items of a history that follow one another, but not in the same second; of many
+    histories, of an even sample."""
+    assert windows.times is not None
+    num_items = int(windows.lengths.sum())
+    sample = windows.users(torch.arange(0, len(windows), 1 + num_items // _MOST_GAPS))
+    row, place = sample.flat_places()
+    gaps = windows.times[place].diff()[row.diff() == 0]
+    gaps = gaps[gaps > 0]
+    return int(gaps.median()) if len(gaps) else 0
 
 
 def item_counts(windows: Windows, num_items: int) -> Tensor:

@@ -45,7 +45,7 @@ class EmbedResult:
     seconds: float
 
 
-def read_texts(data_dir: str, with_genres: bool) -> pa.Table:
+def read_texts(data_dir: str, with_genres: bool, list_separator: str = "|") -> pa.Table:
     """Read the columns `item`, `text` and `genres` (null if it has none) of each item with a title, in file order.
 
     Raises
@@ -56,14 +56,14 @@ def read_texts(data_dir: str, with_genres: bool) -> pa.Table:
     files = find_metadata(data_dir)
     if "titles" not in files:
         raise InputError(f"{data_dir}: no titles.tsv; expected one with the columns item and title")
-    titles = read_metadata(data_dir, files["titles"], "title")
+    titles = read_metadata(data_dir, files["titles"], "title", list_separator).table
     if not len(titles):
         raise InputError(f"{storage.join(data_dir, files['titles'])}: no titles in it")
     _, first = np.unique(_codes(titles["item"]), return_index=True)  # the first title of an item counts, as in prepare
     items, title = (titles[name].take(pa.array(first)).combine_chunks() for name in ("item", "title"))
     genres = pa.nulls(len(items), pa.string())
     if "genres" in files:
-        genres = _join_genres(items, read_metadata(data_dir, files["genres"], "genre"))
+        genres = _join_genres(items, read_metadata(data_dir, files["genres"], "genre", list_separator).table)
     text = pc.binary_join_element_wise(title, genres, ". Genres: ", null_handling="skip") if with_genres else title
     return pa.table({"item": as_ids(items), "text": text, "genres": genres})
 

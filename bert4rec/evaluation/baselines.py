@@ -4,6 +4,7 @@ Shapes: B users, V items.
 """
 
 from collections.abc import Iterator
+from dataclasses import replace
 from typing import TypeAlias
 
 import numpy as np
@@ -30,10 +31,10 @@ def recent_windows(windows: Windows, data: DataConfig, split: str, before: Befor
     """The seven days before the cut-off of `split`; without one, training's part of the last seven days of the data."""
     if data.split == "temporal":
         begin, end = (windows_before(windows, name, before) for name in (f"recent_{split}", split))
-        return Windows(windows.items, begin.end, end.end)
+        return replace(end, start=begin.end)
     kept = torch.nonzero(windows.lengths >= data.min_interactions).flatten()
     begin, end = windows_before(windows, "recent_last", before).users(kept), training_windows(windows, data)
-    return Windows(windows.items, torch.minimum(begin.end, end.end), end.end)
+    return replace(end, start=torch.minimum(begin.end, end.end))
 
 
 def same_for_all(scores: Tensor, num_users: int) -> Scorer:

@@ -15,14 +15,14 @@ from torch import Tensor
 
 from bert4rec.cluster.resources import begin, for_scoring
 from bert4rec.cluster.users import map_parts
-from bert4rec.config import Baseline, Config, Protocol
+from bert4rec.config import Baseline, Config, Protocol, QueryTime
 from bert4rec.data.dataset import Part, PreparedDataset
 from bert4rec.data.windows import Windows, held_out, held_out_users, training_windows
 from bert4rec.errors import InputError
 from bert4rec.evaluation import baselines, metrics
 from bert4rec.evaluation.metrics import RankCounts
 from bert4rec.evaluation.negatives import draw_negatives
-from bert4rec.evaluation.protocols import PROTOCOLS, Drawn
+from bert4rec.evaluation.protocols import MODEL, OTHER_QUERY, PROTOCOLS, Drawn, OtherQuery
 from bert4rec.inference.ranking import (
     Exclusions,
     Ranking,
@@ -40,10 +40,9 @@ from bert4rec.inference.sort_lists import sort_lists
 from bert4rec.model.network import BERT4Rec
 from bert4rec.progress import Progress, Reporter
 
-MODEL: Literal["BERT4Rec"] = "BERT4Rec"
 RERANKED: Literal["re-ranked"] = "re-ranked"
 """The model's lists by `inference.max_per`, `diversity` and `min_score`."""
-System = Literal["BERT4Rec"] | Baseline
+System = Literal["BERT4Rec"] | OtherQuery | Baseline
 Lister = System | Literal["re-ranked"]
 DISTANCE_STEPS = 10_000
 """Steps of a distance of 1 in which intra-list distances are counted, so that their sum is exact."""
@@ -79,6 +78,8 @@ class Evaluation:
     split: str
     popularity_discount: float
     """Of the model's scores: `inference.popularity_discount`."""
+    query_time: QueryTime | None
+    """When `MODEL` was asked for the target: `evaluation.query_time`; None for a model that reads no times."""
     rules: dict[str, Any]
     """What the ranking has besides: `Ranking.identity`."""
     is_among_candidates: bool
@@ -131,12 +132,13 @@ def evaluate(config: Config, dataset_path: str, checkpoint: str) -> Evaluation:
     if fitted:
         print(f"fitting {', '.join(fitted)} on {dataset.num_items:,} items", flush=True)
         ray.wait(list(fitted.values()), num_returns=len(fitted))  # before the actors take all cores
-    systems: list[System] = [MODEL, *names]
+    query_time = config.evaluation.query_time if model.config.time_parts else None
+    systems: list[System] = [MODEL, *([] if query_time is None else [OTHER_QUERY[query_time][0]]), *names]
     protocols = evaluated_protocols(config)
     keys, listers = _keys(systems, protocols), _listers(systems, ranking)
     num_groups = len(HISTORY_LENGTHS) * len(THIRDS)
     of_list = [dataset.num_items, RECOMMENDED + 1, 2 * DISTANCE_STEPS + 1]
-    sizes = [num_groups * (dataset.num_items + 1)] * len(keys) + of_list * len(listers) + [len(protocols), 1]
+    sizes = [num_groups * (dataset.num_items + 1)] * len(keys) + of_list * len(listers) + [len(protocols), 1, 2]
     totals = [np.zeros(size, np.int64) for size in sizes]
     with Progress("evaluating", dataset.manifest.num_users, "users") as reporter:
         counts = (popularity, recent)
@@ -146,7 +148,7 @@ def evaluate(config: Config, dataset_path: str, checkpoint: str) -> Evaluation:
             for key, total in enumerate(totals):
                 of_key = counted["key"] == key
                 np.add.at(total, counted["value"][of_key], counted["count"][of_key])
-    *totals, short, excluded = totals
+    *totals, short, excluded, repeated = totals
     shape = (len(HISTORY_LENGTHS), len(THIRDS), dataset.num_items + 1)
     ranks = {key: torch.from_numpy(total).view(shape) for key, total in zip(keys, totals, strict=False)}
     of_lists = [torch.from_numpy(total) for total in totals[len(keys) :]]
@@ -162,6 +164,8 @@ def evaluate(config: Config, dataset_path: str, checkpoint: str) -> Evaluation:
         for protocol, count in zip(protocols, short.tolist(), strict=True)
         if count and (drawn := PROTOCOLS[protocol].drawn)
     ]
+
+    notes += _note_on_repeats(int(repeated[1]), num_users, protocols)
 
     def by(dimension: int, groups: tuple[str, ...]) -> dict[str, dict[str, dict[str, Metrics]]]:
         return {
@@ -184,6 +188,7 @@ def evaluate(config: Config, dataset_path: str, checkpoint: str) -> Evaluation:
         },
         split=split,
         popularity_discount=ranking.popularity_discount,
+        query_time=query_time,
         rules={name: value for name, value in ranking.identity().items() if name not in _TOLD_ELSEWHERE},
         is_among_candidates=config.evaluation.candidates,
         num_excluded_targets=int(excluded[0]),
@@ -224,6 +229,18 @@ def _check_is_held_out(config: Config, dataset: PreparedDataset, model: BERT4Rec
             "checkpoint; train with data.holdout=2, or a set number of epochs with training.monitor_metric=train_loss"
         )
     model.check_is_held_out(split, data, dataset.manifest.cutoffs, checkpoint)
+
+
+def _note_on_repeats(num_repeats: int, num_users: int, protocols: list[Protocol]) -> list[str]:
+    """A line where a protocol can not rank most targets, because the user has had them before."""
+    blind = [protocol for protocol in protocols if not PROTOCOLS[protocol].drawn and not PROTOCOLS[protocol].ranks_seen]
+    if not blind or num_repeats <= num_users / 2:
+        return []
+    return [
+        f"WARNING {num_repeats:,} of {num_users:,} targets ({num_repeats / num_users:.0%}) repeat an item that the "
+        f"user has had before. Protocol {blind[0]} leaves them out, so that they count as missed. "
+        "evaluation.exclude_seen=false ranks them, and inference.exclude_seen=false recommends them"
+    ]
 
 
 def _usable_baselines(config: Config, dataset: PreparedDataset) -> tuple[list[Baseline], list[str]]:
@@ -315,14 +332,17 @@ class _Evaluator:
             self.rules = Rules(replace(ranking, exclude_seen=False), self.dataset.items(), self.device)
 
     def __call__(self, part: Part) -> dict[str, np.ndarray]:
-        sequences = self.dataset.read_part(part)
+        sequences = self.dataset.read_part(part, with_times=bool(self.model.config.time_parts))
         everyone, split = Windows.from_sequences(sequences), evaluated_split(self.config)
-        histories, targets = held_out(everyone, self.config.data, split, sequences.before)
+        data, query_time = self.config.data, self.config.evaluation.query_time
+        gap = self.model.usual_gap
+        histories, targets = held_out(everyone, data, split, sequences.before, query_time, gap)
+        otherwise, _ = held_out(everyone, data, split, sequences.before, OTHER_QUERY[query_time][1], gap)
         index = held_out_users(everyone, self.config.data, split, sequences.before)
         keys = _keys(self.systems, self.protocols)
         ranks: list[list[Tensor]] = [[] for _ in keys]
         of_lists: list[list[Tensor]] = [[] for _ in range(3 * len(self.listers))]
-        short, excluded = [], []
+        short, excluded, repeated = [], [], []
         rules = self.rules if self.config.evaluation.candidates else None
         lists = UserLists() if rules is None else rules.lists_of(sequences)
         for users in torch.split(torch.arange(len(histories)), self.config.inference.batch_size):
@@ -330,11 +350,13 @@ class _Evaluator:
             length = torch.bucketize(history.lengths, torch.tensor([*HISTORY_LENGTHS.values()][:-1]), right=True)
             group = length * len(THIRDS) + self.thirds[target - 1]
             negatives = self._negatives(everyone.users(index[users]), target, part.low + index[users].numpy())
+            repeated.append(_is_in(history, target[:, None] - 1, self.model.num_items).flatten().long())
             short += [
                 torch.full((int((drawn < 0).any(1).sum()),), self.protocols.index(protocol))
                 for protocol, drawn in negatives.items()
             ]
-            scorers = {system: _remembered(self._scorer(system, history)) for system in self.systems}
+            asked: dict[System, Windows] = {MODEL: history, OTHER_QUERY[query_time][0]: otherwise.users(users)}
+            scorers = {system: _remembered(self._scorer(system, asked.get(system, history))) for system in self.systems}
             if rules is not None:
                 offer = rules.offer(history.to(self.device), sequences, index[users], lists, only_some=False)
                 scorers = {system: masked(scores, offer.exclusions) for system, scores in scorers.items()}
@@ -350,12 +372,12 @@ class _Evaluator:
                 for place, counted in enumerate(self._of_lists(best, items, target)):
                     of_lists[3 * number + place].append(counted)
         self.reporter.advance(part.high - part.low)
-        values = [*ranks, *of_lists, short, excluded]
+        values = [*ranks, *of_lists, short, excluded, repeated]
         return _counted([torch.cat([torch.empty(0, dtype=torch.int64), *each]).numpy() for each in values])
 
     def _scorer(self, system: System, history: Windows) -> Scorer:
         match system:
-            case "BERT4Rec":
+            case "BERT4Rec" | "BERT4Rec/last" | "BERT4Rec/target":
                 return score_next(self.model, history.to(self.device), self.ranking)
             case "item-knn" | "ease":
                 scores = baselines.from_history(self.fitted[system], history)

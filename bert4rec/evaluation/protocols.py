@@ -2,7 +2,7 @@
 
 from typing import Literal, NamedTuple
 
-from bert4rec.config import Protocol
+from bert4rec.config import Protocol, QueryTime
 
 
 class Drawn(NamedTuple):
@@ -26,6 +26,20 @@ class RankedAmong(NamedTuple):
     with_seen: Protocol | None = None
     """The same with the items of the history: evaluation.exclude_seen=false takes it instead."""
 
+
+ASKED: dict[QueryTime, str] = {
+    "last": "at the usual time after the item before it",
+    "target": "at its own time, which nobody knows in advance",
+}
+"""What a model that reads times is told of the query's time, by evaluation.query_time."""
+
+MODEL: Literal["BERT4Rec"] = "BERT4Rec"
+OtherQuery = Literal["BERT4Rec/last", "BERT4Rec/target"]
+OTHER_QUERY: dict[QueryTime, tuple[OtherQuery, QueryTime]] = {
+    "last": ("BERT4Rec/target", "target"),
+    "target": ("BERT4Rec/last", "last"),
+}
+"""By evaluation.query_time: a model that reads times is also ranked by the other query time, under this name."""
 
 PROTOCOLS: dict[Protocol, RankedAmong] = {
     "all": RankedAmong("all items ranked without the user's seen ones", with_seen="all-with-seen"),

@@ -26,6 +26,7 @@ from bert4rec.inference.ranking import NO_RULES, Ranking
 from bert4rec.inference.rules import Rules
 from bert4rec.inference.selection import Selection, list_of
 from bert4rec.model.network import BERT4Rec
+from bert4rec.model.times import phases
 
 TORCH = "model.pt2"
 ONNX = "model.onnx"
@@ -94,35 +95,58 @@ class ScoringFunction(nn.Module):
         if self.is_rotary:  # [max_len, D/H] cosines and sines, because ONNX has no complex numbers
             turns = model.get_buffer("turns")
             self.register_buffer("turns", torch.cat([turns.real, turns.imag], dim=1))
+        self.times = model.times
+        self.head_width = model.config.hidden_units // model.config.num_heads
         self.embedding_norm = model.embedding_norm
         self.blocks = model.blocks
         self.output_transform = model.output_transform
 
-    def forward(self, history: Tensor) -> Tensor | tuple[Tensor, Tensor]:
+    def forward(
+        self, history: Tensor, times: Tensor | None = None, at: Tensor | None = None
+    ) -> Tensor | tuple[Tensor, Tensor]:
         """Return the scores of all items, or the best items.
 
         Parameters
         ----------
         history : Tensor
             [B, L] int64 tokens, the latest last, padded with 0 on the left. Only the last max_len-1 count.
+        times, at : Tensor
+            [B, L] int64 Unix seconds of each token, any at padding, and [B] those at which the next item is asked for.
+            Only a model with model.time_encoding takes them, and it needs both.
 
         Returns
         -------
         Tensor or tuple
             [B, V] float32, column j for token j+1; or [B, K] scores, falling (-inf where fewer than K items remain),
             and [B, K] int64 tokens.
+
+        Raises
+        ------
+        InputError
+            If the model reads times and gets none.
         """
+        if self.times is not None and (times is None or at is None):
+            raise InputError("this program reads times (model.time_encoding); expected history, times and at")
         tokens = torch.cat([history, torch.full_like(history[:, :1], self.mask_token)], dim=1)
         from_end = torch.arange(tokens.shape[1], device=tokens.device).flip(0)
         # Mask items that are too old instead of cutting them off, so that one program serves any length.
         keep = ((tokens != PADDING) & (from_end < self.max_len))[:, None, None, :]  # (B, 1, 1, L+1)
         position = from_end.clamp(max=self.max_len - 1)
         x = F.embedding(tokens, self.get_buffer("vectors")) + self.position_embedding(position)  # (B, L+1, D)
-        x = self.embedding_norm(x)
         turns = F.embedding(position, self.get_buffer("turns")) if self.is_rotary else None  # (L+1, D/H)
+        moments = None
+        if self.times is not None and times is not None and at is not None:
+            moments = torch.cat([times, at[:, None]], dim=1)  # (B, L+1)
+            x = self._with_times(x, keep, moments)
+            turns = self._turns_by_time(turns, moments)
+        x = self.embedding_norm(x)
         for number, block in enumerate(self.blocks):
             is_last = number == len(self.blocks) - 1
-            x = self._block(block, x, x[:, -1:] if is_last else x, keep, turns)
+            query, mask = x[:, -1:] if is_last else x, keep
+            if moments is not None and self.times is not None and self.times.bias is not None:
+                bias = self.times.attention_bias(number, moments[:, -query.shape[1] :], moments)
+                mask = bias.masked_fill(~keep, -torch.inf)
+            x = self._block(block, x, query, mask, turns)
         state = F.gelu(self.output_transform(x[:, -1]))  # (B, D)
         if self.is_tied:
             scores = F.linear(state, self.get_buffer("vectors"))[:, 1:-1]
@@ -157,13 +181,36 @@ class ScoringFunction(nn.Module):
         )
         return values, chosen + 1
 
+    def _with_times(self, x: Tensor, keep: Tensor, times: Tensor) -> Tensor:
+        """`x` [B, L, D] with the embeddings of times [B, L]; `keep` [B, 1, 1, L] is false at what is not read."""
+        assert self.times is not None
+        is_read = keep[:, 0, 0, :]
+        gaps = torch.where(is_read[:, :-1], (times[:, 1:] - times[:, :-1]).clamp(min=0), -1)
+        embedded = self.times.embedded(times, torch.cat([torch.full_like(times[:, :1], -1), gaps], dim=1))
+        return x if embedded is None else x + embedded
+
+    def _turns_by_time(self, by_place: Tensor | None, times: Tensor) -> Tensor | None:
+        """[L, D/H], or by times [B, L] [B, 1, L, D/H], cosines and sines: `BERT4Rec._turns`."""
+        assert self.times is not None
+        if not self.times.turns_by_time:
+            return by_place
+        angles = phases(times, self.times.get_buffer("periods"))[:, None]  # (B, 1, L, W/4)
+        rest = self.head_width // 2 - angles.shape[-1]
+        if by_place is None:
+            cos, sin = torch.ones_like(angles[..., :1]), torch.zeros_like(angles[..., :1])
+        else:
+            cos, sin = (part[None, None, :, :rest] for part in by_place.chunk(2, dim=-1))
+        shape = (*angles.shape[:-1], rest)
+        parts = (cos.expand(shape), torch.cos(angles), sin.expand(shape), torch.sin(angles))
+        return torch.cat(parts, dim=-1)
+
     def _block(self, block: nn.Module, x: Tensor, query: Tensor, keep: Tensor, turns: Tensor | None) -> Tensor:
         """Post-norm transformer block: hidden states of the positions in `query`, which attend to `x`."""
         layer = dict(block.named_children())
         key, value = layer["key_value"](x).chunk(2, dim=-1)
         q, k, v = self._heads(layer["query"](query)), self._heads(key), self._heads(value)
         if turns is not None:
-            q, k = _turned(q, turns[-q.shape[2] :]), _turned(k, turns)
+            q, k = _turned(q, turns[..., -q.shape[2] :, :]), _turned(k, turns)
         attended = F.scaled_dot_product_attention(q, k, v, attn_mask=keep)
         attended = attended.transpose(1, 2).flatten(2)
         hidden = layer["attention_norm"](query + layer["attention_output"](attended))
@@ -175,7 +222,7 @@ class ScoringFunction(nn.Module):
 
 
 def _turned(x: Tensor, turns: Tensor) -> Tensor:
-    """`network.turned` in real numbers: rotate [B, H, L, D/H] by cosines and sines [L, D/H]."""
+    """`network.turned` in real numbers: rotate [B, H, L, D/H] by cosines and sines [L, D/H] or [B, 1, L, D/H]."""
     (a, b), (cos, sin) = (x[..., ::2], x[..., 1::2]), turns.chunk(2, dim=-1)
     return torch.stack([a * cos - b * sin, a * sin + b * cos], dim=-1).flatten(-2)
 
@@ -183,11 +230,15 @@ def _turned(x: Tensor, turns: Tensor) -> Tensor:
 def export_program(function: ScoringFunction) -> torch.export.ExportedProgram:
     """Export the function for any number of users and any length of history."""
     example = torch.ones(2, 3, dtype=torch.int64, device=function.get_buffer("bias").device)
-    return torch.export.export(function.eval(), (example,), dynamic_shapes=_any_shape())
+    # Copies, because the export takes inputs that share memory for one.
+    inputs = (example,) if function.times is None else (example, example.clone(), example[:, 0].clone())
+    return torch.export.export(function.eval(), inputs, dynamic_shapes=_any_shape(len(inputs)))
 
 
-def _any_shape() -> dict[str, dict[int, torch.export.Dim]]:
-    return {"history": {0: torch.export.Dim("users", min=1), 1: torch.export.Dim("length", min=1)}}
+def _any_shape(num_inputs: int) -> dict[str, dict[int, torch.export.Dim]]:
+    users, length = torch.export.Dim("users", min=1), torch.export.Dim("length", min=1)
+    shapes = {"history": {0: users, 1: length}, "times": {0: users, 1: length}, "at": {0: users}}
+    return dict(list(shapes.items())[:num_inputs])
 
 
 def write_torch(program: torch.export.ExportedProgram, directory: str) -> str:
@@ -209,15 +260,16 @@ def write_onnx(program: torch.export.ExportedProgram, directory: str) -> str:
     """
     check_onnx()
     scores = ["scores"] if len(program.graph_signature.user_outputs) == 1 else ["scores", "items"]
+    shapes = _any_shape(len(program.graph_signature.user_inputs))
     num_bytes = sum(tensor.nbytes for tensor in program.state_dict.values())
     with tempfile.TemporaryDirectory() as local, _quiet():
         torch.onnx.export(
             program,
             (),
             os.path.join(local, ONNX),
-            input_names=["history"],
+            input_names=list(shapes),
             output_names=scores,
-            dynamic_shapes=_any_shape(),
+            dynamic_shapes=shapes,
             dynamo=True,
             external_data=num_bytes > _LARGEST_ONNX,
             verbose=False,

@@ -1,6 +1,5 @@
 """Reads histories of a few users from a prepared dataset, or of new users from a file. Does not use Ray."""
 
-from collections import Counter
 from collections.abc import Sequence
 from typing import NamedTuple
 
@@ -11,10 +10,11 @@ import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
 from bert4rec import storage
+from bert4rec.config import DataConfig
 from bert4rec.data.dataset import ItemTable, PreparedDataset, Sequences
 from bert4rec.data.files import find_interactions
 from bert4rec.data.ids import find_ids, some_of
-from bert4rec.data.interactions import check_chunk, explain, read_chunk, scan_interactions, year_of
+from bert4rec.data.interactions import Settled, check_chunk, read_chunk, scan_interactions, settle, year_of
 from bert4rec.errors import InputError
 
 _CHUNK_BYTES = 32 << 20
@@ -45,10 +45,12 @@ def choose_users(sequences: Sequences, users: Sequence[int | str], source: str) 
             "histories of new users go into a file for inference.users_file"
         )
     place = place[np.sort(np.unique(place, return_index=True)[1])]  # without repetitions
+    ranges = [slice(*sequences.offsets[user : user + 2]) for user in place]
     return Sequences.of(
         sequences.users.take(pa.array(place)),
-        [sequences.items[sequences.offsets[user] : sequences.offsets[user + 1]] for user in place],
+        [sequences.items[own] for own in ranges],
         pa.array(sequences.last_year[place], pa.int16(), mask=~sequences.has_last_year[place]),
+        None if sequences.times is None else [sequences.times[own] for own in ranges],
     )
 
 
@@ -67,14 +69,16 @@ def users_of_dataset(dataset: PreparedDataset, users: Sequence[int | str]) -> Se
         wanted = _spelled_as(schema.field("user").type, users)
         tables.append(pq.read_table(inner, filesystem=filesystem, filters=pc.field("user").isin(wanted)))
     return choose_users(
-        Sequences.from_table(pa.concat_tables(tables)),
+        Sequences.from_table(pa.concat_tables(tables), dataset.manifest.time_origin or 0),
         users,
         f"the data, which have {dataset.manifest.num_users:,} users, such as {some_of(_first_users(dataset))}",
     )
 
 
-def users_of_file(path: str, items: ItemTable) -> NewUsers:
+def users_of_file(path: str, items: ItemTable, data: DataConfig | None = None) -> NewUsers:
     """Read histories `user,item[,time]` from a CSV or Parquet file and make sequences from them as `prepare` does.
+
+    `data` says how the file is written (columns, delimiter, header, time_unit), as for `prepare`.
 
     Leaves out interactions with items that are not in the catalogue, and users who then have no interactions.
 
@@ -84,10 +88,10 @@ def users_of_file(path: str, items: ItemTable) -> NewUsers:
         If the file is unusable, or no interaction is left.
     """
     path = storage.absolute(path)
-    table = _read(path)
+    table, settled = _read(path, data)
     users = table["user"].combine_chunks()
     frame = pd.DataFrame({"user": users.to_numpy(zero_copy_only=False), "item": table["item"].to_numpy()})
-    notes = []
+    notes = list(settled.notes)
     if has_time := "time" in table.column_names:
         frame["time"] = table["time"].to_numpy()
         if num_duplicates := int(frame.duplicated().sum()):
@@ -96,7 +100,8 @@ def users_of_file(path: str, items: ItemTable) -> NewUsers:
     frame["user"], ids = pd.factorize(frame["user"], sort=True)
     frame = frame.sort_values(["user", "time"] if has_time else "user", kind="stable")
     last = ~frame["user"].duplicated(keep="last")
-    last_year = year_of(frame.loc[last, "time"].to_numpy()) if has_time else np.zeros(len(ids), np.int16)
+    has_year = has_time and settled.time_unit != "order"
+    last_year = year_of(frame.loc[last, "time"].to_numpy()) if has_year else np.zeros(len(ids), np.int16)
 
     place = find_ids(pa.array(frame["item"]).cast(pa.string()), items.ids)
     frame["token"] = place + 1
@@ -116,15 +121,17 @@ def users_of_file(path: str, items: ItemTable) -> NewUsers:
     if num_empty := int((lengths == 0).sum()):
         notes.append(f"users without any item that the model knows; they get no recommendations: {num_empty:,}")
     kept = np.flatnonzero(lengths)
+    ends = np.cumsum(lengths[kept])[:-1]
     sequences = Sequences.of(
         pa.array(ids[kept], users.type),
-        np.split(known["token"].to_numpy(np.int32), np.cumsum(lengths[kept])[:-1]),
-        pa.array(last_year[kept], pa.int16()) if has_time else None,
+        np.split(known["token"].to_numpy(np.int32), ends),
+        pa.array(last_year[kept], pa.int16()) if has_year else None,
+        np.split(np.floor(known["time"].to_numpy()).astype(np.int64), ends) if has_time else None,
     )
     return NewUsers(sequences, notes)
 
 
-def _read(path: str) -> pa.Table:
+def _read(path: str, data: DataConfig | None) -> tuple[pa.Table, Settled]:
     """Read user (int64 or string), item (string) and, if the file has it, time, in file order.
 
     Raises
@@ -134,20 +141,16 @@ def _read(path: str) -> pa.Table:
     """
     directory, _, name = path.rpartition("/")
     find_interactions(directory, name)  # says what is there instead
-    _, chunks = scan_interactions(directory, name, _CHUNK_BYTES)
+    _, chunks = scan_interactions(directory, name, _CHUNK_BYTES, data)
     summaries = [check_chunk(chunk) for chunk in chunks]
-    bad: Counter[str] = sum((summary.bad for summary in summaries), Counter[str]())
-    for chunk, summary in zip(chunks, summaries, strict=True):
-        if summary.error or summary.bad:
-            raise explain(chunk, summary, bad)
-    if not sum(summary.num_rows for summary in summaries):
-        raise InputError(f"{path}: no data rows; expected interactions below the header")
+    settled = settle(path, [chunks], summaries)
     int_users = all(summary.int_users for summary in summaries)
-    table = pa.concat_tables([piece for chunk in chunks for piece in read_chunk(chunk, int_users)])
+    table = pa.concat_tables([piece for chunk in settled.chunks for piece in read_chunk(chunk, int_users)])
     spelled = {"user": pa.int64() if int_users else pa.string(), "item": pa.string()}
-    return pa.table(
+    columns = pa.table(
         {column: table[column].cast(spelled.get(column, table[column].type)) for column in table.column_names}
     )
+    return columns, settled
 
 
 def _spelled_as(kind: pa.DataType, users: Sequence[int | str]) -> pa.Array:

@@ -308,6 +308,8 @@ def load_for(dataset: PreparedDataset, checkpoint: str, ranking: Ranking) -> BER
             f"{model.num_items} items) than {dataset.path} (fingerprint {dataset.manifest.catalogue}, "
             f"{dataset.num_items} items); train on this dataset, or name a checkpoint that was"
         )
+    if model.config.time_parts:
+        dataset.time_span()  # raises where there are no times
     return model
 
 
@@ -316,8 +318,8 @@ def next_item_states(model: BERT4Rec, histories: Windows) -> Tensor:
     """[B, D] projected states at a [MASK] behind each history (Section 3.6); `output_weights` turn them into scores."""
     states = torch.empty(len(histories), model.config.hidden_units, device=model.output_bias.device)
     for rows in by_length((histories.lengths + 1).clamp(max=model.config.max_len), PASS_TOKENS):
-        tokens = append_mask(histories.users(rows), model.config.max_len, model.num_items)
-        states[rows] = model.project(model.encode(pack(tokens, None, tokens.device))).float()
+        tokens, times = append_mask(histories.users(rows), model.config.max_len, model.num_items)
+        states[rows] = model.project(model.encode(pack(tokens, None, tokens.device, times=times))).float()
     return states
 
 

@@ -21,6 +21,7 @@ from bert4rec.cluster.users import map_parts
 from bert4rec.config import Config, InferenceConfig
 from bert4rec.data.dataset import Part, PreparedDataset
 from bert4rec.errors import InputError
+from bert4rec.inference.moment import read_asked, settled
 from bert4rec.inference.ranking import Ranking, load_for
 from bert4rec.inference.recommender import Ranked, Recommender
 from bert4rec.inference.rules import Rules
@@ -43,6 +44,8 @@ class RecommendResult:
     num_rows: int
     num_short_users: int
     """Users for whom fewer than topk items remained."""
+    num_empty_users: int
+    """Users for whom no item remained."""
     seconds: float
 
 
@@ -60,7 +63,9 @@ def recommend(config: Config, dataset_path: str, checkpoint: str, output_path: s
     began = time.monotonic()
     inference, ranking = config.inference, Ranking.of(config.inference)
     dataset = PreparedDataset(dataset_path, verify=True)
-    load_for(dataset, checkpoint, ranking)  # a wrong model is found here, not in an actor
+    model = load_for(dataset, checkpoint, ranking)  # a wrong model is found here, not in an actor
+    inference = settled(inference, model, dataset)
+    config = config.model_copy(update={"inference": inference})
     notes = check_request(inference, dataset, output_path, ranking)
     identity = {"dataset": dataset.manifest.fingerprint, **_identity(checkpoint, inference, ranking)}
     counted = _finished(output_path, identity)
@@ -68,7 +73,8 @@ def recommend(config: Config, dataset_path: str, checkpoint: str, output_path: s
         print(f"{output_path} is up to date")
     else:
         with lease.held(output_path):
-            counted = _score(config, ranking, notes, dataset, checkpoint, output_path, identity)
+            counted = _finished(output_path, identity)  # by another job since the line before
+            counted = counted or _score(config, ranking, notes, dataset, checkpoint, output_path, identity)
     return RecommendResult(output_path=output_path, seconds=time.monotonic() - began, **counted)
 
 
@@ -210,7 +216,8 @@ class _Recommender:
     def __call__(self, part: Part) -> dict[str, list[int]]:
         """Score a part and write its files; their counts."""
         ranked = []
-        for batch in self.recommender.rank(self.dataset.read_part(part), self.inference, self.ranking):
+        sequences = read_asked(self.dataset, part, self.recommender.model, self.inference)
+        for batch in self.recommender.rank(sequences, self.inference, self.ranking):
             ranked.append(batch)
             self.reporter.advance(batch.num_users)
         return {name: [count] for name, count in _write_part(self.work, part, ranked, self.inference).items()}
@@ -230,6 +237,7 @@ def _write_part(work: str, part: Part, ranked: list[Ranked], inference: Inferenc
         "num_users": sum(batch.num_users for batch in ranked),
         "num_rows": len(table),
         "num_short_users": sum(batch.num_short_users for batch in ranked),
+        "num_empty_users": sum(batch.num_empty_users for batch in ranked),
     }
     storage.write_json(_part_path(work, part, "json"), counts)
     return counts

@@ -5,7 +5,8 @@ Shapes: N users, B users of a batch, K top-k.
 """
 
 from collections.abc import Collection, Iterator, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
+from datetime import date, datetime
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -15,7 +16,7 @@ import pyarrow.compute as pc
 import torch
 
 from bert4rec import storage
-from bert4rec.config import InferenceConfig
+from bert4rec.config import InferenceConfig, moment_of
 from bert4rec.data.dataset import ITEMS, ItemTable, Sequences, read_items
 from bert4rec.data.ids import find_ids, some_of
 from bert4rec.data.windows import Windows
@@ -27,6 +28,8 @@ from bert4rec.inference.selection import best_list, item_vectors_of
 from bert4rec.model.network import BERT4Rec
 
 ItemId = int | str
+Moment = int | float | str | datetime | date
+"""Unix seconds, or an ISO date or time."""
 GivenItems = Collection[ItemId] | Sequence[Collection[ItemId]]
 """Item ids for all histories, or a collection of item ids for each."""
 DEFAULT_RULES = Ranking()
@@ -40,6 +43,8 @@ class Ranked(NamedTuple):
     num_users: int
     num_short_users: int
     """Users for whom fewer than topk items remained."""
+    num_empty_users: int
+    """Users for whom no item remained."""
 
 
 @dataclass(frozen=True)
@@ -98,7 +103,8 @@ class Recommender:
                     "score": values.cpu()[found].numpy(),
                 }
             )
-            yield Ranked(table, len(users), int((found.sum(1) < inference.topk).sum()))
+            left = found.sum(1)
+            yield Ranked(table, len(users), int((left < inference.topk).sum()), int((left == 0).sum()))
 
     def recommend(
         self,
@@ -106,6 +112,8 @@ class Recommender:
         topk: int = 10,
         *,
         last_year: int | None = None,
+        times: Sequence[Moment] | None = None,
+        at: Moment | None = None,
         ranking: Ranking = DEFAULT_RULES,
     ) -> pd.DataFrame:
         """The next items of one history.
@@ -117,7 +125,12 @@ class Recommender:
         topk
             Rows, at most.
         last_year
-            Year of the last interaction: items released later are left out.
+            Items released later than this year are left out. Default: the year of `at`.
+        times
+            When each item of the history was had: Unix seconds, or ISO dates or times (UTC). A model with
+            model.time_encoding needs them.
+        at
+            When the next item is asked for. Default: `BERT4Rec.usual_gap` seconds after the last of `times`.
         ranking
             The rules: `Ranking(exclude_seen=False)` ranks the history's items too.
 
@@ -129,15 +142,19 @@ class Recommender:
         Raises
         ------
         InputError
-            If the history is empty, an item is not in the catalogue, or there are fewer than topk items.
+            If the history is empty, an item is not in the catalogue, there are fewer than topk items, or the times are
+            missing, out of order, or later than `at`.
         """
         if not 1 <= topk <= len(self.items.ids):
             raise InputError(f"topk={topk}: expected 1 to {len(self.items.ids)}, the size of the catalogue")
         if len(history) == 0:
             raise InputError("the history is empty; expected at least one item id")
         tokens = self.tokens(history) + 1
-        sequences = Sequences.of(pa.array([0]), [tokens], pa.array([last_year], pa.int16()))
         _refuse_users_lists(ranking)
+        sequences = self._asked(self._sequences([tokens], None if times is None else [times]), at)
+        if last_year is not None:
+            year = np.array([last_year], np.int16)
+            sequences = replace(sequences, last_year=year, has_last_year=np.ones(1, bool))
         (ranked,) = self.rank(sequences, InferenceConfig(topk=topk), ranking)
         return self._frame(pc.index_in(ranked.table["item"], self.items.ids), "score", ranked.table["score"])
 
@@ -149,6 +166,8 @@ class Recommender:
         candidates: GivenItems | None = None,
         exclude: GivenItems | None = None,
         last_years: Sequence[int | None] | None = None,
+        times: Sequence[Sequence[Moment]] | None = None,
+        at: Moment | None = None,
         ranking: Ranking = DEFAULT_RULES,
         batch_size: int = 512,
     ) -> pd.DataFrame:
@@ -163,7 +182,9 @@ class Recommender:
         candidates, exclude
             What may be recommended, and what must not be: item ids, or a collection of item ids for each history.
         last_years
-            Years of the last interactions: items released later are left out.
+            Items released later than these years are left out. Default: the years of `at`.
+        times, at
+            As of `recommend`: the times of each history, and one moment for all.
         ranking
             All other rules.
         batch_size
@@ -177,8 +198,8 @@ class Recommender:
         Raises
         ------
         InputError
-            If a history is empty, an item is not in the catalogue, the lengths differ, or there are fewer than topk
-            items.
+            If a history is empty, an item is not in the catalogue, the lengths differ, there are fewer than topk items,
+            or the times are missing, out of order, or later than `at`.
         """
         if not 1 <= topk <= len(self.items.ids):
             raise InputError(f"topk={topk}: expected 1 to {len(self.items.ids)}, the size of the catalogue")
@@ -201,11 +222,10 @@ class Recommender:
                 own[name] = self._lists(name, list(given), len(histories))
         lengths = [len(history) for history in histories]
         flat = self.tokens([item for history in histories for item in history]) + 1
-        sequences = Sequences.of(
-            pa.array(range(len(histories)), pa.int64()),
-            np.split(flat, np.cumsum(lengths)[:-1]) if lengths else [],
-            pa.array([None] * len(histories) if last_years is None else last_years, pa.int16()),
-        )
+        sequences = self._asked(self._sequences(np.split(flat, np.cumsum(lengths)[:-1]) if lengths else [], times), at)
+        if last_years is not None:
+            years = np.array([year or 0 for year in last_years], np.int16)
+            sequences = replace(sequences, last_year=years, has_last_year=np.array([y is not None for y in last_years]))
         inference = InferenceConfig(topk=topk, batch_size=batch_size)
         ranked = [batch.table for batch in self.rank(sequences, inference, ranking, UserLists(**own))]
         table = pa.concat_tables(ranked) if ranked else None
@@ -261,11 +281,51 @@ class Recommender:
             )
         return index
 
+    def _sequences(self, tokens: list[np.ndarray], times: Sequence[Sequence[Moment]] | None) -> Sequences:
+        """N histories [S] int64 tokens, with their times, checked."""
+        if times is None and self.model.config.time_parts:
+            raise InputError(
+                f"this model reads times (model.time_encoding={self.model.config.time_encoding}); expected times=, "
+                "one for each item of the history"
+            )
+        seconds = None
+        if times is not None:
+            if len(times) != len(tokens):
+                raise InputError(f"times: {len(times)} lists for {len(tokens)} histories")
+            seconds = [_checked_times(own, len(history)) for own, history in zip(times, tokens, strict=True)]
+        return Sequences.of(pa.array(range(len(tokens)), pa.int64()), tokens, None, seconds)
+
+    def _asked(self, sequences: Sequences, at: Moment | None) -> Sequences:
+        """The histories, asked for their next items at `at`, by default the usual time after their last ones."""
+        if at is not None:
+            return sequences.asked_at(_seconds_of("at", at))
+        if sequences.times is None:
+            return sequences
+        return sequences.asked_at(sequences.times[sequences.offsets[1:] - 1] + self.model.usual_gap)
+
     def _frame(self, index: pa.Array, name: str, values: pa.Array) -> pd.DataFrame:
         columns = {"item": self.items.ids.take(index), "title": self.items.title.take(index), name: values}
         frame: pd.DataFrame = pa.table(columns).to_pandas()
         frame.index = pd.RangeIndex(1, len(frame) + 1, name="rank")
         return frame
+
+
+def _checked_times(times: Sequence[Moment], count: int) -> np.ndarray:
+    """[count] int64 Unix seconds."""
+    if len(times) != count:
+        raise InputError(f"times: {len(times)} for a history of {count} items; expected one for each")
+    seconds = np.array([_seconds_of("times", time) for time in times], np.int64)
+    if (np.diff(seconds) < 0).any():
+        place = int(np.flatnonzero(np.diff(seconds) < 0)[0])
+        raise InputError(f"times: {times[place]} stands before {times[place + 1]}; expected the latest last")
+    return seconds
+
+
+def _seconds_of(name: str, value: Moment) -> int:
+    try:
+        return moment_of(value)
+    except ValueError as error:
+        raise InputError(f"{name}: {error}") from None
 
 
 def _refuse_users_lists(ranking: Ranking) -> None:

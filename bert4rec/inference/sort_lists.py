@@ -80,7 +80,8 @@ def _sort(given: ItemList, dataset: PreparedDataset, path: str) -> None:
     items = dataset.items()
     unknown = distinct.filter(pa.array(find_ids(distinct, items.ids) < 0))
     note = given.unknown_items(unknown, len(distinct), items)
-    storage.begin(path)
+    storage.remove(path)  # what a killed job left
+    storage.check_writable(path)
     ids, chunks = ray.put(items.ids.cast(pa.string())), ray.put(given.chunks)
     kind, opened = _kind_of_users(dataset), (dataset.path, dataset.manifest.fingerprint)
 

@@ -13,10 +13,11 @@ from torch import Tensor
 from bert4rec import storage
 from bert4rec.cluster.resources import begin, for_scoring
 from bert4rec.cluster.users import map_parts
-from bert4rec.config import Config
+from bert4rec.config import Config, InferenceConfig
 from bert4rec.data.dataset import Part, PreparedDataset
 from bert4rec.data.windows import Windows
 from bert4rec.errors import InputError
+from bert4rec.inference.moment import read_asked, settled
 from bert4rec.inference.ranking import Ranking, load_for, next_item_states
 from bert4rec.inference.rules import Rules
 from bert4rec.model.network import BERT4Rec
@@ -31,7 +32,8 @@ def export_vectors(config: Config, dataset: PreparedDataset, checkpoint: str, ou
     """Write items.parquet (item, vector) and users.parquet/ (user, vector), each vector [D+1] float32.
 
     The inner product of a user's and an item's vector is the score that `recommend` gives, with
-    `inference.popularity_discount`. Items that nobody may get have no row. All other rules are the index's user's.
+    `inference.popularity_discount` and at the moment `inference.at`. Items that nobody may get have no row. All other
+    rules are the index's user's.
 
     Returns
     -------
@@ -45,6 +47,7 @@ def export_vectors(config: Config, dataset: PreparedDataset, checkpoint: str, ou
     """
     ranking = Ranking.of(config.inference)
     model, items = load_for(dataset, checkpoint, ranking), dataset.items()
+    inference = settled(config.inference, model, dataset)
     rules = Rules(ranking, items)
     kept, vectors = item_vectors(model, ranking, rules)
     if not len(kept):
@@ -61,12 +64,15 @@ def export_vectors(config: Config, dataset: PreparedDataset, checkpoint: str, ou
     use_gpu, num_workers = for_scoring(config)
     with Progress("computing vectors", dataset.manifest.num_users, "users") as reporter:
         opened = (dataset.path, dataset.manifest.fingerprint)
-        arguments = (config.inference.batch_size, *opened, checkpoint, work, use_gpu, reporter)
-        for _ in map_parts(dataset.parts(), _UserVectors, arguments, num_workers, use_gpu):
+        parts = dataset.parts()
+        arguments = (inference, *opened, checkpoint, work, use_gpu, reporter)
+        for _ in map_parts(parts, _UserVectors, arguments, num_workers, use_gpu):
             pass
     users = storage.join(output_path, USER_VECTORS)
     storage.remove(users)
-    storage.move(work, users)
+    names = [_name_of(part) for part in parts]
+    storage.move(work, users, names)
+    storage.wait_until_listed(users, names)
     return notes
 
 
@@ -92,7 +98,7 @@ class _UserVectors:
 
     def __init__(
         self,
-        batch_size: int,
+        inference: InferenceConfig,
         dataset_path: str,
         fingerprint: str,
         checkpoint: str,
@@ -100,20 +106,20 @@ class _UserVectors:
         use_gpu: bool,
         reporter: Reporter,
     ) -> None:
-        self.batch_size, self.work, self.reporter = batch_size, work, reporter
+        self.inference, self.work, self.reporter = inference, work, reporter
         self.dataset = PreparedDataset(dataset_path, fingerprint=fingerprint)
         self.model = BERT4Rec.from_pretrained(checkpoint).to("cuda" if use_gpu else "cpu")
 
     def __call__(self, part: Part) -> dict[str, list[int]]:
-        sequences = self.dataset.read_part(part)
+        sequences = read_asked(self.dataset, part, self.model, self.inference)
         windows = Windows.from_sequences(sequences)
         vectors = []
-        for users in torch.split(torch.arange(len(windows)), self.batch_size):
+        for users in torch.split(torch.arange(len(windows)), self.inference.batch_size):
             vectors.append(
                 user_vectors(self.model, windows.users(users).to(self.model.output_bias.device)).cpu().numpy()
             )
             self.reporter.advance(len(users))
-        path = storage.join(self.work, f"part-{part.number:05d}.parquet")
+        path = storage.join(self.work, _name_of(part))
         _write(path, "user", sequences.users, np.concatenate(vectors))
         return {"num_users": [len(windows)]}
 
@@ -123,3 +129,7 @@ def _write(path: str, name: str, ids: pa.Array, vectors: np.ndarray) -> None:
     sink = pa.BufferOutputStream()
     pq.write_table(pa.table({name: ids, "vector": column}), sink)
     storage.write_bytes(path, sink.getvalue())
+
+
+def _name_of(part: Part) -> str:
+    return f"part-{part.number:05d}.parquet"

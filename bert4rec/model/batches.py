@@ -7,6 +7,7 @@ Sequences are padded on the left, so that the last column is always the latest p
 from collections import deque
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
 from typing import NamedTuple, assert_never
 
 import numpy as np
@@ -59,11 +60,14 @@ class Batch(NamedTuple):
     distinct: tuple[Tensor, Tensor] | None = None
     """[U] int64 the distinct tokens, ascending, and [S] int64 which of them each token is, if `pack` was asked for it.
     """
+    times: Tensor | None = None
+    """[S] int64 Unix seconds of each token, or None. A masked position has the time of its own item."""
 
-    def rectangles(self) -> list[Tensor]:
-        """Each group's tokens [B, L]."""
+    def rectangles(self, flat: Tensor | None = None) -> list[Tensor]:
+        """Each group's part [B, L] of `flat` [S], by default of the tokens."""
+        flat = self.tokens if flat is None else flat
         sizes = [group.rows * group.length for group in self.groups]
-        parts = torch.split(self.tokens[: sum(sizes)], sizes)
+        parts = torch.split(flat[: sum(sizes)], sizes)
         return [part.view(group.rows, -1) for group, part in zip(self.groups, parts, strict=True)]
 
 
@@ -81,41 +85,56 @@ class Step(NamedTuple):
 
 def last_items(windows: Windows, max_len: int) -> Tensor:
     """[B, L] int64 tokens of each user's last `max_len` items; L is the longest row."""
+    return tokens_at(windows, last_places(windows, max_len))
+
+
+def tokens_at(windows: Windows, places: Tensor) -> Tensor:
+    """[B, L] int64 tokens at `places` [B, L] of the windows' items, which are -1 at padding."""
+    return windows.items[places.clamp(min=0)].long().masked_fill(places < 0, PADDING)
+
+
+def times_at(windows: Windows, places: Tensor) -> Tensor | None:
+    """[B, L] int64 times at `places` [B, L], 0 at padding; None if the windows have no times."""
+    return None if windows.times is None else windows.times[places.clamp(min=0)].masked_fill(places < 0, 0)
+
+
+def last_places(windows: Windows, max_len: int) -> Tensor:
+    """[B, L] int64 places in windows.items of each user's last `max_len` items, -1 at padding; L is the longest
+    row."""
     length = windows.lengths.clamp(max=max_len)
     width = max(int(length.max()), 1)
     column = torch.arange(width, device=length.device)
     index = windows.end[:, None] - width + column
-    padding = column < width - length[:, None]
-    return windows.items[index.masked_fill(padding, 0)].long().masked_fill(padding, PADDING)
+    return index.masked_fill(column < width - length[:, None], -1)
 
 
-def weighted_items(windows: Windows, max_len: int, generator: torch.Generator) -> Tensor:
-    """[B, L] int64 tokens. From a history longer than `max_len`, draw that many items without replacement.
+def weighted_places(windows: Windows, max_len: int, generator: torch.Generator) -> Tensor:
+    """[B, L] int64 places. From a history longer than `max_len`, draw that many items without replacement.
 
     The n-th item of a user has weight n. The items with the smallest Exp(1) / weight win (Efraimidis & Spirakis 2006)
     and keep their order in time.
     """
-    tokens = last_items(windows, max_len)
+    places = last_places(windows, max_len)
     is_long = windows.lengths > max_len
     if not is_long.any():
-        return tokens
+        return places
     long = windows.users(is_long.nonzero().flatten())
-    row, items = long.flat()  # [S], S = all items of the long histories
+    row, flat = long.flat_places()  # [S], S = all items of the long histories
     first = torch.cumsum(long.lengths, 0) - long.lengths
     place = torch.arange(len(row)) - first[row]
     draw = torch.empty(len(row), dtype=torch.float64).exponential_(generator=generator) / (place + 1)
     by_row_then_draw = torch.argsort(row + draw / (1 + draw))  # the fraction lies in [0, 1)
     chosen = by_row_then_draw[place < max_len].sort().values  # max_len of each row, in order of time
-    tokens[is_long] = items[chosen].long().view(len(long), max_len)
-    return tokens
+    places[is_long] = flat[chosen].view(len(long), max_len)
+    return places
 
 
-def window_items(windows: Windows, max_len: int, generator: torch.Generator) -> Tensor:
-    """[B, L] int64 tokens. From a history longer than `max_len`, take consecutive items from a uniformly drawn
+def window_places(windows: Windows, max_len: int, generator: torch.Generator) -> Tensor:
+    """[B, L] int64 places. From a history longer than `max_len`, take consecutive items from a uniformly drawn
     place."""
     spare = (windows.lengths - max_len).clamp(min=0)
     left_out = (torch.rand(len(windows), generator=generator, dtype=torch.float64) * (spare + 1)).long()
-    return last_items(Windows(windows.items, windows.start, windows.end - left_out), max_len)
+    return last_places(replace(windows, end=windows.end - left_out), max_len)
 
 
 def mask_items(
@@ -153,10 +172,22 @@ def mask_items(
     return masked, torch.where(target, tokens, PADDING)
 
 
-def append_mask(windows: Windows, max_len: int, num_items: int) -> Tensor:
-    """[B, L] the last max_len-1 items, then [MASK]: the model's input to predict the next item."""
-    items = last_items(windows, max_len - 1)
-    return torch.cat([items, items.new_full((len(items), 1), num_items + 1)], dim=1)
+def append_mask(windows: Windows, max_len: int, num_items: int) -> tuple[Tensor, Tensor | None]:
+    """The last max_len-1 items, then [MASK]: the model's input to predict the next item.
+
+    Returns
+    -------
+    tokens : Tensor
+        [B, L] int64.
+    times : Tensor or None
+        [B, L] int64 Unix seconds, at [MASK] those of `windows.asked`; None if the windows do not say when they ask.
+    """
+    places = last_places(windows, max_len - 1)
+    items, times = tokens_at(windows, places), times_at(windows, places)
+    tokens = torch.cat([items, items.new_full((len(items), 1), num_items + 1)], dim=1)
+    if times is None or windows.asked is None:
+        return tokens, None
+    return tokens, torch.cat([times, windows.asked[:, None]], dim=1)
 
 
 def by_length(lengths: Tensor, max_tokens: int) -> Iterator[Tensor]:
@@ -169,7 +200,13 @@ def by_length(lengths: Tensor, max_tokens: int) -> Iterator[Tensor]:
     yield from torch.split(order, torch.unique_consecutive(part, return_counts=True)[1].tolist())
 
 
-def pack(tokens: Tensor, labels: Tensor | None, device: torch.device, finds_distinct: bool = False) -> Batch:
+def pack(
+    tokens: Tensor,
+    labels: Tensor | None,
+    device: torch.device,
+    finds_distinct: bool = False,
+    times: Tensor | None = None,
+) -> Batch:
     """Lay rows end to end in groups of similar length, so that layers do almost no work for padding.
 
     Only attention needs rectangles. A row is therefore padded only to the longest row of its group, and a group ends
@@ -183,6 +220,8 @@ def pack(tokens: Tensor, labels: Tensor | None, device: torch.device, finds_dist
         [B, L] true token at targets, 0 at other places. With None, the last position of each row is queried.
     finds_distinct : bool
         Whether to find the distinct tokens of the batch. On a GPU, the model would have to wait for their number.
+    times : Tensor or None
+        [B, L] int64 Unix seconds of each token.
     """
     lengths = (tokens != PADDING).sum(1).tolist()
     assert lengths == sorted(lengths, reverse=True)
@@ -200,21 +239,23 @@ def pack(tokens: Tensor, labels: Tensor | None, device: torch.device, finds_dist
             query = torch.argsort((own == PADDING).to(torch.uint8), dim=1, stable=True)[:, :most]
             answers = own.gather(1, query)
         query = query + (offset + length * torch.arange(rows, device=tokens.device))[:, None]
-        parts.append([part.reshape(-1) for part in (inner, position, query, answers)])
+        moments = [] if times is None else [times[begin:end, -length:]]
+        parts.append([part.reshape(-1) for part in (inner, position, query, answers, *moments)])
         groups.append(Group(rows, length, query.shape[1], lengths[end - 1] < length))
         begin, offset = end, offset + inner.numel()
     flat = [torch.cat(part) for part in zip(*parts, strict=True)]
     wanted = torch.arange(len(flat[3]), device=tokens.device) if labels is None else torch.nonzero(flat[3]).flatten()
     flat = [F.pad(part, (0, full_size(len(part), device.type) - len(part))) for part in flat]
     distinct = torch.unique(flat[0], return_inverse=True) if finds_distinct else ()
-    tensors = [*flat, wanted, *distinct]
+    tensors = [*flat[:4], wanted, *distinct, *flat[4:]]
     if device.type == "cuda" and tokens.device.type == "cpu":
         tensors = [
             part.pin_memory() for part in tensors
         ]  # otherwise each copy waits until the GPU has done all its work
     tensors = [part.to(device, non_blocking=True) for part in tensors]
     found = (tensors[5], tensors[6]) if finds_distinct else None
-    return Batch(tensors[0], tensors[1], tensors[2], tensors[3], tensors[4], groups, found)
+    own_times = None if times is None else tensors[-1]
+    return Batch(tensors[0], tensors[1], tensors[2], tensors[3], tensors[4], groups, found, own_times)
 
 
 def _group_ends(lengths: np.ndarray, group_tokens: int) -> Iterator[int]:
@@ -263,24 +304,25 @@ def iter_steps(
         chosen = windows.users(users)
         match data.sampling_strategy:
             case "recent":
-                tokens = last_items(chosen, model.max_len)
+                places = last_places(chosen, model.max_len)
             case "weighted":
-                tokens = weighted_items(chosen, model.max_len, generator)
+                places = weighted_places(chosen, model.max_len, generator)
             case "window":
-                tokens = window_items(chosen, model.max_len, generator)
+                places = window_places(chosen, model.max_len, generator)
             case _:
                 assert_never(data.sampling_strategy)
+        tokens, times = tokens_at(chosen, places), times_at(chosen, places)
         masked, labels = mask_items(tokens, model, num_items, generator, num_new_items)
         lengths = (tokens != PADDING).sum(1)
         rows = torch.argsort(lengths, descending=True, stable=True)[rank::world_size]
         batches = [
-            pack(masked[rows[part]], labels[rows[part]], device, model.uses_metadata)
-            for part in by_length(lengths[rows], max_tokens)
+            pack(masked[part], labels[part], device, model.uses_metadata, None if times is None else times[part])
+            for part in (rows[chosen] for chosen in by_length(lengths[rows], max_tokens))
         ]
         if not batches:  # fewer users than workers: DDP still needs a forward pass, so make one without targets
             length = int(lengths[0])
-            none = torch.zeros_like(labels[:1, -length:])
-            batches = [pack(masked[:1, -length:], none, device, model.uses_metadata)]
+            none, own_times = torch.zeros_like(labels[:1, -length:]), None if times is None else times[:1, -length:]
+            batches = [pack(masked[:1, -length:], none, device, model.uses_metadata, own_times)]
         yield Step(batches, int((labels != PADDING).sum()), int(lengths.sum()), generator.get_state())
 
 

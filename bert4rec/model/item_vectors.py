@@ -15,6 +15,7 @@ from bert4rec.config import ModelConfig
 from bert4rec.data.dataset import PADDING, ItemTable, Ragged
 from bert4rec.data.features import FEATURES
 from bert4rec.model.layers import Dropout
+from bert4rec.model.rows import RowTable
 
 
 class Metadata(NamedTuple):
@@ -55,6 +56,7 @@ class ItemVectors(nn.Module):
         self.features = ["item", *shape]
         self.fusion = config.metadata_fusion
         self.embedding = nn.Embedding(num_items + 2, width, padding_idx=PADDING)
+        self.rows: RowTable | None = None  # of the embedding, where gradients are kept by row
         self.dropout = Dropout(config.metadata_dropout)
         self.listed = nn.ModuleDict()
         self._most_values: dict[str, int] = {}  # of an item, by feature
@@ -114,8 +116,7 @@ class ItemVectors(nn.Module):
     def fuse(self, tokens: Tensor) -> Tensor:
         """[U] -> [U, D], of each token by itself."""
         if self.features == ["item"]:
-            plain: Tensor = self.embedding(tokens)
-            return plain
+            return self._embed(tokens)
         vectors, present = self._features(tokens)
         match self.fusion:
             case "concat":
@@ -132,6 +133,10 @@ class ItemVectors(nn.Module):
         logits: Tensor = self.gate(vectors.flatten(1))
         return logits.masked_fill(~present, -torch.inf).softmax(1)
 
+    def _embed(self, tokens: Tensor) -> Tensor:
+        vectors: Tensor = self.embedding(tokens) if self.rows is None else self.rows(tokens)
+        return vectors
+
     def _num_values(self, feature: str, length: Tensor) -> int:
         """How many values to read for items with `length` [U] of them. The true number would have to wait for a GPU,
         which gets the largest possible one."""
@@ -143,7 +148,7 @@ class ItemVectors(nn.Module):
 
     def _features(self, tokens: Tensor) -> tuple[Tensor, Tensor]:
         """[U] -> [U, F, D] vectors, zero if an item lacks the feature, and [U, F] bool: whether it has the feature."""
-        vectors = [self.embedding(tokens)]
+        vectors = [self._embed(tokens)]
         present = [torch.ones_like(tokens, dtype=torch.bool)]
         for feature, embedding in cast(dict[str, nn.Embedding], self.listed).items():
             offsets = self.get_buffer(f"{feature}_offsets")

@@ -13,9 +13,13 @@ from torch import Tensor
 
 from bert4rec.config import TrainingConfig
 from bert4rec.model.layers import add_product_over_rows, full_size, product
+from bert4rec.model.rows import OutputRows
 
-Loss = Callable[[Tensor, Tensor, Tensor, Tensor], Tensor]
-"""loss(hidden [N, D], weights [V, D], bias [V], labels [N] from 0) -> sum of the losses of all targets."""
+Loss = Callable[[Tensor, Any, Any, Tensor], Tensor]
+"""loss(hidden [N, D], weights [V, D], bias [V], labels [N] from 0) -> sum of the losses of all targets.
+
+Weights and bias are tensors. A loss that samples items also takes `rows.OutputRows`."""
+Rows = Tensor | OutputRows
 
 
 _CPU_LOGIT_BYTES = 4 * 2**20  # fits into the caches...
@@ -98,7 +102,7 @@ def make_loss(training: TrainingConfig, counts: Tensor | None = None) -> Loss:
     def uniform(num_items: int, device: torch.device) -> Tensor:
         return torch.randint(num_items, (k,), device=device)
 
-    def sampled(hidden: Tensor, weights: Tensor, bias: Tensor, labels: Tensor) -> Tensor:
+    def sampled(hidden: Tensor, weights: Rows, bias: Rows, labels: Tensor) -> Tensor:
         match training.negative_sampling:
             case "uniform":
                 negatives = uniform(len(weights), hidden.device)
@@ -145,7 +149,7 @@ class _ByPopularity:
 
 
 def sampled_softmax(
-    hidden: Tensor, weights: Tensor, bias: Tensor, labels: Tensor, negatives: Tensor, log_q: Tensor
+    hidden: Tensor, weights: Rows, bias: Rows, labels: Tensor, negatives: Tensor, log_q: Tensor
 ) -> Tensor:
     """Sum over targets of the cross-entropy against sampled items. It approaches the full loss as K grows.
 
@@ -165,9 +169,7 @@ def sampled_softmax(
     return (torch.logsumexp(torch.cat([target[:, None], others], dim=1), dim=1) - target).sum()
 
 
-def gbce(
-    hidden: Tensor, weights: Tensor, bias: Tensor, labels: Tensor, negatives: Tensor, calibration: float
-) -> Tensor:
+def gbce(hidden: Tensor, weights: Rows, bias: Rows, labels: Tensor, negatives: Tensor, calibration: float) -> Tensor:
     """Sum over targets of the generalised binary cross-entropy (gBCE, Petrov and Macdonald 2023, arXiv 2308.07192).
 
     (-beta log sigmoid(s+) - sum over negatives of log(1 - sigmoid(s-))) / (K + 1), with beta = a (t (1 - 1/a) + 1/a)
@@ -188,7 +190,7 @@ def gbce(
 
 
 def _sampled_logits(
-    hidden: Tensor, weights: Tensor, bias: Tensor, labels: Tensor, negatives: Tensor
+    hidden: Tensor, weights: Rows, bias: Rows, labels: Tensor, negatives: Tensor
 ) -> tuple[Tensor, Tensor]:
     """Float32 logits: [N] of the targets and [N, K] of the negatives."""
     target = (hidden * weights.index_select(0, labels)).sum(1) + bias.index_select(0, labels)

@@ -24,6 +24,8 @@ from bert4rec.model.batches import Batch, Group
 from bert4rec.model.item_vectors import ItemVectors, Metadata
 from bert4rec.model.layers import Dropout, Linear, full_size
 from bert4rec.model.losses import Loss, linear_cross_entropy
+from bert4rec.model.rows import OutputRows, RowTable
+from bert4rec.model.times import TimeEncoding, gaps_of
 
 WEIGHTS = "model.safetensors"
 CONFIG = "config.json"
@@ -60,7 +62,8 @@ class Block(nn.Module):
         x : Tensor
             [S, D].
         keep : list
-            For each group [B, 1, 1, L] bool, false at padding, or None if the group has no padding.
+            For each group [B, 1, 1, L] bool, false at padding, or None if the group has no padding; or, with a bias by
+            time, [B, H, L, L] to add to the scaled products, -inf at padding ([B, H, M, L] with `query`).
         turns : Tensor
             [S, 1, D/2H] complex factors that rotate queries and keys, with rotary positions.
         query, wanted : Tensor
@@ -171,10 +174,12 @@ class BERT4Rec(nn.Module):
         if self.is_rotary:
             turns = rotary_turns(config.max_len, width // config.num_heads)
             self.register_buffer("turns", turns, persistent=False)
+        self.times = TimeEncoding(config) if config.time_parts else None
         self.dropout = Dropout(config.dropout_rate)
         self.embedding_norm = nn.LayerNorm(width)
         self.blocks = nn.ModuleList(Block(config) for _ in range(config.num_layers))
         self.output_transform = Linear(width, width)
+        self.row_tables: list[RowTable] = []  # `train_by_rows` fills it
         self._fused: Tensor | None = None  # the fused item vectors, kept while the weights do not change
         self.output_bias = nn.Parameter(torch.zeros(num_items))
         if not config.share_embeddings:
@@ -189,8 +194,12 @@ class BERT4Rec(nn.Module):
     def encode(self, batch: Batch) -> Tensor:
         """[N, D] final hidden states at the queries that have a label, in the order of the queries."""
         x = self.items(batch.tokens, batch.distinct) + self.position_embedding(batch.position)  # (S, D)
+        if self.times is not None:
+            assert batch.times is not None, f"model.time_encoding={self.config.time_encoding} needs times"
+            embedded = self.times.embedded(batch.times, gaps_of(batch.tokens, batch.position, batch.times))
+            x = x if embedded is None else x + embedded
         x = self.embedding_norm(self.dropout(x))
-        turns = self.get_buffer("turns")[batch.position][:, None] if self.is_rotary else None
+        turns = self._turns(batch)
         keep = [
             (tokens != PADDING)[:, None, None, :] if group.is_padded else None
             for group, tokens in zip(batch.groups, batch.rectangles(), strict=True)
@@ -198,10 +207,43 @@ class BERT4Rec(nn.Module):
         wanted, count = batch.wanted, len(batch.wanted)
         wanted = F.pad(wanted, (0, full_size(count, x.device.type) - count))
         with without_cudnn_attention():
-            for block in self.blocks[:-1]:
-                x = block(x, batch.groups, keep, turns)
-            hidden: Tensor = self.blocks[-1](x, batch.groups, keep, turns, batch.query, wanted)
+            last = len(self.blocks) - 1
+            for layer, block in enumerate(self.blocks[:-1]):
+                x = block(x, batch.groups, self._with_bias(layer, batch, keep), turns)
+            keep = self._with_bias(last, batch, keep)
+            hidden: Tensor = self.blocks[last](x, batch.groups, keep, turns, batch.query, wanted)
         return hidden[:count]
+
+    def _turns(self, batch: Batch) -> Tensor | None:
+        """[S, 1, D/2H] complex factors for `Block`: by place, by time, or half and half."""
+        by_place = self.get_buffer("turns")[batch.position] if self.is_rotary else None
+        if self.times is not None and self.times.turns_by_time and batch.times is not None:
+            by_time = self.times.turns(batch.times)
+            rest = self.config.hidden_units // self.config.num_heads // 2 - by_time.shape[1]
+            others = torch.ones_like(by_time[:, :1]).expand(-1, rest) if by_place is None else by_place[:, :rest]
+            return torch.cat([others, by_time], dim=1)[:, None]
+        return None if by_place is None else by_place[:, None]
+
+    def _with_bias(self, layer: int, batch: Batch, keep: list[Tensor | None]) -> list[Tensor | None]:
+        """The masks `keep`, with the bias by time of one layer where the model has one."""
+        if self.times is None or self.times.bias is None or batch.times is None:
+            return keep
+        times = batch.rectangles(batch.times)
+        asking = times
+        if layer == len(self.blocks) - 1:
+            sizes = [group.rows * group.queries for group in batch.groups]
+            places = torch.split(batch.query[: sum(sizes)], sizes)
+            asking = [batch.times[own].view(group.rows, -1) for group, own in zip(batch.groups, places, strict=True)]
+        biases = [self.times.attention_bias(layer, query, own) for query, own in zip(asking, times, strict=True)]
+        return [
+            bias if mask is None else bias.masked_fill(~mask, -torch.inf)
+            for bias, mask in zip(biases, keep, strict=True)
+        ]
+
+    @property
+    def usual_gap(self) -> int:
+        """`windows.usual_gap` of the training data, in seconds; 0 of a model that reads no times."""
+        return 0 if self.times is None else int(self.times.get_buffer("usual_gap"))
 
     def project(self, hidden: Tensor) -> Tensor:
         """[N, D] -> [N, D]: the dense layer with GELU in equation 7. Its product with `output_weights` gives the
@@ -281,13 +323,30 @@ class BERT4Rec(nn.Module):
 
     def forward(self, batch: Batch) -> Tensor:
         """Sum of the loss over all targets."""
-        weights, bias = self.output_weights()
         known = self.num_items - self.num_new_items  # training would only push down an item that is never a target
         states = self.project(self.encode(batch))  # (N, D)
         labels = batch.labels.index_select(0, batch.wanted)
+        if self.row_tables:
+            biases = self.row_tables[1]
+            return self.loss(states, OutputRows(known, self._output_row), OutputRows(known, biases), labels - 1)
+        weights, bias = self.output_weights()
         if self.num_new_items:  # only then, since a slice costs a copy of the gradient
             weights, bias = weights[:known], bias[:known]
         return self.loss(states, weights, bias, labels - 1)
+
+    def train_by_rows(self) -> None:
+        """Keep gradients of the item embedding and the output layer by row, for a loss that samples items. Call it
+        before the model is wrapped in DDP."""
+        self.items.rows = RowTable(self.items.embedding, "weight", PADDING)
+        self.row_tables = [self.items.rows, RowTable(self, "output_bias")]
+        if not self.config.share_embeddings:
+            self.row_tables.append(RowTable(self, "output_embedding"))
+
+    def _output_row(self, items: Tensor) -> Tensor:
+        """[N] items, counted from 0 -> [N, D] their output weights, looked up by row."""
+        if not self.config.share_embeddings:
+            return self.row_tables[2](items)
+        return self.items.fuse(items + 1) if self.config.output_features == "fused" else self.row_tables[0](items + 1)
 
     def save_pretrained(self, directory: str) -> None:
         """Write weights and architecture into a model directory, in formats that readers need neither Ray nor pickle

@@ -8,6 +8,7 @@ import numpy as np
 from bert4rec.config import InferenceConfig
 from bert4rec.data.dataset import PreparedDataset, Sequences
 from bert4rec.inference.few_users import users_of_dataset
+from bert4rec.inference.moment import settled
 from bert4rec.inference.ranking import Ranking
 from bert4rec.inference.recommender import ItemId, Recommender
 
@@ -67,6 +68,8 @@ def effects_of(
         inside = users[(users >= part.low) & (users < part.high)] - part.low
         ids += dataset.read_part(part).users.take(inside).to_pylist() if len(inside) else []
     sequences, default = users_of_dataset(dataset, ids), Ranking()
+    at = settled(inference, recommender.model, dataset).at
+    sequences = sequences if not isinstance(at, int) else sequences.asked_at(at)
     keys = {key for own in _RULES.values() for key in own}
     usual: dict[str, Any] = {key: getattr(default, key) for key in keys}
     without = replace(ranking, **usual)

@@ -9,6 +9,7 @@ import html
 import json
 from collections.abc import Iterable
 from dataclasses import dataclass, field
+from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
@@ -21,9 +22,10 @@ import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
 from bert4rec import storage
-from bert4rec.config import Config, InferenceConfig
+from bert4rec.config import Config, InferenceConfig, QueryTime
 from bert4rec.config_docs import all_keys
-from bert4rec.data.dataset import ItemTable, PreparedDataset, Ragged
+from bert4rec.data.dataset import ItemTable, PreparedDataset, Ragged, moment_text
+from bert4rec.evaluation.protocols import ASKED, MODEL, OTHER_QUERY
 from bert4rec.report.effects import Effects
 from bert4rec.runs import REPORT
 
@@ -36,6 +38,19 @@ _COLOURS = ("#3b82d9", "#e0812b", "#22a179", "#9a72e0", "#dd5470", "#8a8f98")  #
 _LOGARITHMIC = {"type": "log", "dtick": 1, "tickformat": ","}
 _LEGEND = {"orientation": "h", "x": 0, "y": 1.02, "yanchor": "bottom"}
 _CATEGORIES = {"type": "category"}
+SESSION_SECONDS = 30 * 60
+"""A session ends where nothing follows for so long."""
+_GAPS = {
+    "same second": 0,
+    "under a minute": 1,
+    "to 30 minutes": 60,
+    "to a day": SESSION_SECONDS,
+    "to a week": 86_400,
+    "to 30 days": 7 * 86_400,
+    "to a year": 30 * 86_400,
+    "over a year": 365 * 86_400,
+}
+"""Kinds of gaps between interactions, and the first second of each."""
 _BINS = sorted({round(2 ** (half / 2)) for half in range(80)})
 
 
@@ -91,12 +106,13 @@ def render(
         What the rules change, or a string that says why the page cannot show it. None: not asked for.
     """
     items = dataset.items()
-    users = _read_users(dataset, items)
     given = recommendations if isinstance(recommendations, Recommendations) else None
     recommended = None if given is None else _count_recommended(dataset, items, given)
     settings = config.inference.model_dump() if given is None else given.settings
+    users = _read_users(dataset, items, settings.get("at"))  # results of earlier versions lack the key
     sections = [
         _data_section(config, dataset, items, users),
+        _times_section(dataset),
         _training_section(config, run),
         _metrics_section(evaluation),
         _recommended_section(dataset, items, given, recommended, str(recommendations)),
@@ -126,19 +142,21 @@ class _Users:
     seen: np.ndarray
     """[N] distinct items."""
     future: np.ndarray
-    """[N] unseen items released in a later year than the user's last interaction."""
+    """[N] unseen items released in a later year than that of inference.at, or of the user's last interaction."""
     last_year: np.ndarray
     """[N] int year of the last interaction, 0 if unknown."""
 
 
-def _read_users(dataset: PreparedDataset, items: ItemTable) -> _Users:
-    """Read the statistics of every user, part by part."""
+def _read_users(dataset: PreparedDataset, items: ItemTable, at: int | str | None = None) -> _Users:
+    """Read the statistics of every user, part by part; `at` is inference.at."""
+    asked = None if at is None else datetime.now(UTC).year if at == "now" else datetime.fromtimestamp(int(at), UTC).year
     release = np.where(items.has_year, items.year.astype(np.int32), np.iinfo(np.int32).min)
     ascending = np.sort(release)
     columns: list[tuple[np.ndarray, ...]] = []
     for part in dataset.parts():
         sequences = dataset.read_part(part)
         last = np.where(sequences.has_last_year, sequences.last_year.astype(np.int32), np.iinfo(np.int32).max)
+        last = last if asked is None else np.full_like(last, asked)
         pairs = np.repeat(np.arange(len(sequences), dtype=np.int64), sequences.lengths) * len(release)
         user, item = np.divmod(np.unique(pairs + sequences.items - 1), len(release))
         seen = np.bincount(user, minlength=len(sequences))
@@ -147,6 +165,23 @@ def _read_users(dataset: PreparedDataset, items: ItemTable) -> _Users:
         year = np.where(sequences.has_last_year, sequences.last_year, 0)
         columns.append((sequences.lengths, seen, later - seen_later, year))
     return _Users(*(np.concatenate(column) for column in zip(*columns, strict=True)))
+
+
+def _read_gaps(dataset: PreparedDataset) -> tuple[np.ndarray, np.ndarray, int]:
+    """[G] number of gaps of each kind of `_GAPS`, [M] number of interactions of each session, and the number of users
+    who have one session."""
+    gaps, sessions, num_single = np.zeros(len(_GAPS), np.int64), [], 0
+    for part in dataset.parts():
+        sequences = dataset.read_part(part, with_times=True)
+        assert sequences.times is not None
+        begins = np.zeros(len(sequences.times), bool)
+        begins[sequences.offsets[:-1]] = True
+        gap = np.diff(sequences.times, prepend=sequences.times[0])
+        gaps += np.bincount(np.digitize(gap[~begins], [*_GAPS.values()][1:]), minlength=len(_GAPS))
+        begins |= gap >= SESSION_SECONDS
+        num_single += int((np.add.reduceat(begins.astype(np.int64), sequences.offsets[:-1]) == 1).sum())
+        sessions.append(np.diff(np.append(np.flatnonzero(begins), len(begins))))
+    return gaps, np.concatenate(sessions), num_single
 
 
 def _count_recommended(dataset: PreparedDataset, items: ItemTable, given: Recommendations) -> np.ndarray:
@@ -238,6 +273,34 @@ def _data_section(config: Config, dataset: PreparedDataset, items: ItemTable, us
     return section
 
 
+def _times_section(dataset: PreparedDataset) -> Section:
+    section = Section("Gaps and sessions")
+    if not dataset.manifest.has_time:
+        section.missing.append("The data have no column time.")
+        return section
+    gaps, length, num_single = _read_gaps(dataset)
+    first, last = dataset.time_span()
+    section.text = (
+        f"From {moment_text(first)} to {moment_text(last)}. A session ends where nothing follows for "
+        f"{SESSION_SECONDS // 60} minutes."
+    )
+    section.tiles = [
+        (f"{len(length):,}", "sessions"),
+        (f"{len(length) / dataset.manifest.num_users:.1f}", "sessions of a user, on average"),
+        (f"{num_single / dataset.manifest.num_users:.0%}", "of users have one session only"),
+        (f"{gaps[0] / max(gaps.sum(), 1):.0%}", "of interactions follow another within the same second"),
+    ]
+    bars = go.Bar(
+        x=list(_GAPS), y=gaps.tolist(), marker_color=_COLOURS[0], hovertemplate="%{x}: %{y:,} gaps<extra></extra>"
+    )
+    caption = "time between two interactions of a user that follow one another"
+    section.charts.append(_chart("Gaps", caption, [bars], _CATEGORIES, {"title": "gaps"}))
+    section.charts.append(
+        _histogram("Lengths of sessions", "interactions a session; ranges widen to the right", length, "sessions")
+    )
+    return section
+
+
 def _training_section(config: Config, run: dict[str, Any] | None) -> Section:
     section = Section("Training")
     if run is None:
@@ -294,7 +357,9 @@ def _metrics_section(evaluation: dict[str, Any] | None) -> Section:
     protocols: dict[str, dict[str, Metrics]] = evaluation["protocols"]
     section.text = (
         f"Each user's held-out item of the {evaluation['split']} split, {evaluation['num_users']:,} users, "
-        f"{evaluation['num_items']:,} items. What each protocol ranks is in docs/evaluation.md." + _discount(evaluation)
+        f"{evaluation['num_items']:,} items. What each protocol ranks is in docs/evaluation.md."
+        + _discount(evaluation)
+        + _query_time(evaluation)
     )
     escaped = {html.escape(protocol): systems for protocol, systems in protocols.items()}
     for metric in ("ndcg@10", "hr@10"):
@@ -379,7 +444,7 @@ def _recommended_section(
     else:
         section.missing.append("No genres: there is no genres.tsv.")
     top = np.argsort(-recommended, kind="stable")[:_TOP_ITEMS]
-    names, users = _titles(items), max(dataset.manifest.num_users, 1)
+    names, users = dataset.names(), max(dataset.manifest.num_users, 1)
     section.tables.append(
         {
             "title": "Most recommended",
@@ -405,6 +470,14 @@ def _discount(made_with: dict[str, Any]) -> str:
     return f" The model's scores are with inference.popularity_discount={discount:g}." if discount else ""
 
 
+def _query_time(evaluation: dict[str, Any]) -> str:
+    query_time: QueryTime | None = evaluation.get("query_time")  # results of earlier versions lack the key
+    if query_time is None:
+        return ""
+    other, other_time = OTHER_QUERY[query_time]
+    return f" {MODEL} is asked for it {ASKED[query_time]}, {other} {ASKED[other_time]}."
+
+
 def _filter_section(items: ItemTable, users: _Users, settings: dict[str, Any]) -> Section:
     section = Section("What is filtered", f"Of the {len(items.ids):,} items, these can not be recommended to a user.")
     if settings["exclude_seen"]:
@@ -416,6 +489,15 @@ def _filter_section(items: ItemTable, users: _Users, settings: dict[str, Any]) -
         )
     else:
         section.missing.append("Seen items are not filtered: inference.exclude_seen=false.")
+    nothing = np.zeros(len(users.seen), np.int64)
+    nothing += users.seen if settings["exclude_seen"] else 0
+    nothing += users.future if settings["exclude_future"] else 0
+    num_empty = int((nothing >= len(items.ids)).sum())
+    if num_empty > len(nothing) / 2:
+        section.missing.append(
+            f"WARNING: the filters leave nothing for {num_empty:,} of {len(nothing):,} users. Are the times of the "
+            "interactions right (data.time_unit)? inference.exclude_future=false recommends later releases too."
+        )
     if not settings["exclude_future"]:
         section.missing.append("Later releases are not filtered: inference.exclude_future=false.")
     elif not (users.last_year != 0).any() or not items.has_year.any():
@@ -425,7 +507,8 @@ def _filter_section(items: ItemTable, users: _Users, settings: dict[str, Any]) -
             (f"{np.median(users.future):,.0f}", "later releases, for the median user"),
             (f"{users.future.max():,}", "later releases, for the user with most"),
         ]
-        caption = "items released in a later year than the user's last interaction, and not seen"
+        than = "recommendations are asked for" if settings.get("at") is not None else "the user's last interaction"
+        caption = f"items released in a later year than {than}, and not seen"
         section.charts.append(_histogram("Later releases", caption, users.future, "users"))
     return section
 
@@ -578,7 +661,7 @@ def _metric_title(name: str) -> str:
 def _number(value: float | None) -> str:
     if value is None:
         return ""
-    return f"{value:,}" if isinstance(value, int) or abs(value) >= 1000 else f"{value:.4f}"
+    return f"{value:,}" if isinstance(value, int) else f"{value:,.1f}" if abs(value) >= 1000 else f"{value:.4f}"
 
 
 def _line(x: Any, y: Any, name: str, number: int, **more: Any) -> go.Scatter:  # noqa: ANN401 - arrays or lists
@@ -645,7 +728,7 @@ def _genres(names: list[str], genres: Ragged, watched: np.ndarray, recommended: 
         "share of interactions and of recommendations",
         bars,
         {"tickformat": ".0%", "showgrid": True},
-        {"showgrid": False},
+        {"showgrid": False, **_CATEGORIES},
         height=130 + 24 * len(top),
         bargap=0.25,
         hovermode="y unified",

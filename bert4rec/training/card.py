@@ -5,6 +5,7 @@ import yaml
 from bert4rec.config import Config
 from bert4rec.data.dataset import ItemTable, Manifest
 from bert4rec.data.features import FEATURES
+from bert4rec.evaluation.protocols import ASKED
 from bert4rec.model.network import BERT4Rec
 
 CARD = "README.md"
@@ -25,6 +26,9 @@ def model_card(
     num_parameters = sum(parameter.numel() for parameter in model.parameters())
     metadata = [name for name in (*FEATURES, "title") if getattr(config.model, f"use_{name}_emb")]
     example = [item.as_py() for item in items.ids[:3]]
+    call = f"{example!r}, topk={min(5, len(items.ids))}"
+    if config.model.time_parts:
+        call += f", times={[f'2026-01-0{day}' for day in range(1, 1 + len(example))]!r}"
     files = [f"| `{file.name}` | {file.size:,} | `{file.sha256[:16]}…` |" for file in manifest.inputs]
     settings = config.model_dump(mode="json", include={"data", "model", "training", "evaluation"})
     settings["data"].pop("data_dir")  # says something of one machine, nothing of the model
@@ -39,7 +43,7 @@ def model_card(
             "from bert4rec import load",
             "",
             f'model = load("{name}")',
-            f"print(model.recommend({example!r}, topk={min(5, len(items.ids))}))",
+            f"print(model.recommend({call}))",
             "```",
             "",
             "Ids are those of the data. The package `bert4rec-ray` is needed, Ray is not running for it.",
@@ -96,7 +100,9 @@ def _protocol(config: Config) -> str:
     if config.data.split == "temporal":
         target = "first item from that time on"
     seen = "without" if config.evaluation.exclude_seen else "with"
+    query_time = config.evaluation.query_time
+    asked = f", asked for {ASKED[query_time]} (query_time={query_time})" if config.model.time_parts else ""
     return (
         f"Validation: the {target} of each user with {config.data.min_interactions} or more interactions, ranked "
-        f"among all items {seen} the user's seen ones."
+        f"among all items {seen} the user's seen ones{asked}."
     )

@@ -5,6 +5,7 @@ import math
 import time
 from collections.abc import Callable, Iterator
 from contextlib import nullcontext
+from dataclasses import replace
 from functools import reduce
 from typing import Any, NamedTuple, Protocol, cast
 
@@ -21,6 +22,7 @@ from bert4rec.inference.ranking import Exclusions, rank_of_target, score_next
 from bert4rec.model.batches import Step, iter_steps, steps_ahead
 from bert4rec.model.network import BERT4Rec
 from bert4rec.training.muon import muon_for
+from bert4rec.training.rowwise import RowwiseAdam
 
 DDP_OPTIONS = {"broadcast_buffers": False, "gradient_as_bucket_view": True}
 """The model's tables never change, and a gradient need not lie in memory twice."""
@@ -75,7 +77,7 @@ def learning_rate(training: TrainingConfig, epochs_done: float) -> float:
     return training.lr * (1 - share if training.scheduler == "linear" else (1 + math.cos(math.pi * share)) / 2)
 
 
-def make_optimizers(model: nn.Module, training: TrainingConfig) -> list[torch.optim.Optimizer]:
+def make_optimizers(model: BERT4Rec, training: TrainingConfig) -> list[torch.optim.Optimizer]:
     """The configured optimiser, or optimisers, of all parameters of `model`."""
     muon = [
         p
@@ -83,8 +85,8 @@ def make_optimizers(model: nn.Module, training: TrainingConfig) -> list[torch.op
         if training.optimizer == "muon" and p.ndim == 2 and ("blocks." in name or "output_transform." in name)
     ]
     by_muon = {id(p) for p in muon}
-    matrices = [p for p in model.parameters() if p.ndim > 1 and id(p) not in by_muon]
-    vectors = [p for p in model.parameters() if p.ndim == 1]  # biases and norms are not decayed
+    matrices = [p for p in model.parameters() if p.requires_grad and p.ndim > 1 and id(p) not in by_muon]
+    vectors = [p for p in model.parameters() if p.requires_grad and p.ndim == 1]  # biases and norms are not decayed
     kind = torch.optim.Adam if training.optimizer == "adam" else torch.optim.AdamW
     groups = [{"params": matrices, "weight_decay": training.weight_decay}, {"params": vectors, "weight_decay": 0.0}]
     optimizers: list[torch.optim.Optimizer] = [kind(groups, lr=training.lr, fused=True)]
@@ -93,6 +95,8 @@ def make_optimizers(model: nn.Module, training: TrainingConfig) -> list[torch.op
         decay, scaled = training.weight_decay, "match_rms_adamw"
         kind_of_muon = muon_for(muon[0].device, min(min(p.shape) for p in muon))
         optimizers.append(kind_of_muon(muon, lr=training.lr, weight_decay=decay, adjust_lr_fn=scaled))
+    if model.row_tables:
+        optimizers.append(RowwiseAdam(model.row_tables, training.lr, training.weight_decay))
     return optimizers
 
 
@@ -122,10 +126,13 @@ def train_step(
                 loss = model(batch)
             scaler.scale(loss * (world_size / max(step.num_targets, 1))).backward()
         sums += torch.stack([loss.detach(), (batch.labels > 0).sum()])
+    of_rows = [own for each in optimizers if isinstance(each, RowwiseAdam) for own in each.collect(world_size)]
     if training.gradient_clip_val is not None:
         for optimizer in optimizers:
             scaler.unscale_(optimizer)
-        nn.utils.clip_grad_norm_(model.parameters(), training.gradient_clip_val)
+        gradients = [p.grad for p in model.parameters() if p.grad is not None] + of_rows
+        norm = nn.utils.get_total_norm(gradients)
+        torch._foreach_mul_(gradients, (training.gradient_clip_val / (norm + 1e-6)).clamp(max=1))
     for optimizer in optimizers:
         scaler.step(optimizer)
     scaler.update()
@@ -213,6 +220,9 @@ def train_epoch(
                 "random": _from_all(_random(worker)),
             }
             saver.save(place, state)
+    for optimizer in optimizers:
+        if isinstance(optimizer, RowwiseAdam):
+            optimizer.catch_up()
     total = sum_up().sum(0)
     seconds = time.monotonic() - began
     return {
@@ -251,7 +261,8 @@ def validate(
 ) -> dict[str, float]:
     """Metrics over all users; each worker ranks its share, and the counts of ranks are summed, which is exact."""
     rank, world_size, device = worker
-    histories, targets = held_out(sequences, config.data, "validation", before)
+    asked = config.evaluation.query_time, model.usual_gap
+    histories, targets = held_out(sequences, config.data, "validation", before, *asked)
     mine = torch.arange(rank, len(histories), world_size)
     ranks = RankCounts.empty(model.num_items)
     token_counts = torch.zeros(model.num_items + 1, dtype=torch.int64)
@@ -264,7 +275,7 @@ def validate(
         not_ranked += (found < 1).sum().cpu()  # a score that is no number is above nothing, not even itself
         ranks.add(found.clamp(min=1))
         if model.metadata_shape:
-            read = Windows(batch.items, torch.maximum(batch.start, batch.end - model.config.max_len + 1), batch.end)
+            read = replace(batch, start=torch.maximum(batch.start, batch.end - model.config.max_len + 1))
             token_counts += torch.bincount(read.flat()[1].cpu(), minlength=len(token_counts))
     _all_reduce(not_ranked)
     if not_ranked:

@@ -37,7 +37,16 @@ if TYPE_CHECKING:
 
     from bert4rec.training.worker import Wish
 
-LEFT_OUT_AT_DEFAULT = ("model.position_encoding", "training.num_workers")
+LEFT_OUT_AT_DEFAULT = (
+    *("data.columns", "data.delimiter", "data.header", "data.time_unit", "data.list_separator"),
+    "data.since",
+    "data.until",
+    "model.position_encoding",
+    "model.time_encoding",
+    "training.item_optimizer",
+    "training.num_workers",
+    "evaluation.query_time",
+)
 """Keys that count only where they are set: those that came after the first version, whose runs keep their names, and
 the number of workers, which the machine chooses: the same command goes on with its run on another one."""
 WORKER_ENVIRONMENT = {
@@ -111,6 +120,7 @@ def train(
     dataset = PreparedDataset(dataset_path, verify=True, fingerprint=fingerprint)
     manifest = dataset.manifest
     config = with_features(config, manifest)
+    check_times(config, dataset)
     if config.training.start_from is not None:
         from bert4rec.training.warm_start import check_start
 
@@ -279,7 +289,7 @@ def train_worker(loop: dict[str, Any]) -> list[dict[str, float]] | str | None:
     import torch
 
     from bert4rec.training.loop import DDP_OPTIONS, Worker
-    from bert4rec.training.worker import AskedToEndError, run_epochs
+    from bert4rec.training.worker import AskedToEndError, read_sequences, run_epochs
 
     def report(metrics: dict[str, float], name: str, directory: str | None, in_background: bool) -> None:
         checkpoint = None if directory is None else ray.train.Checkpoint.from_directory(directory)
@@ -303,7 +313,7 @@ def train_worker(loop: dict[str, Any]) -> list[dict[str, float]] | str | None:
             return run_epochs(
                 config,
                 dataset,
-                dataset.sequences(config.data.memory_mb) if shared is None else ray.get(shared),
+                read_sequences(config, dataset) if shared is None else ray.get(shared),
                 report=report,
                 progress=loop["reporter"],
                 worker=Worker(context.get_world_rank(), context.get_world_size(), device),
@@ -347,6 +357,24 @@ def with_features(config: Config, manifest: Manifest) -> Config:
     return config.model_copy(update={"model": model, "embedding": embedding, "training": training})
 
 
+def check_times(config: Config, dataset: PreparedDataset) -> None:
+    """Check that the data have the times that model.time_encoding reads.
+
+    Raises
+    ------
+    InputError
+        If they have none, or one time for all interactions, of which there is nothing to learn.
+    """
+    if not config.model.time_parts:
+        return
+    first, last = dataset.time_span()
+    if first == last:
+        raise InputError(
+            f"{dataset.path}: all interactions have the same time, {first}; expected different times, of which "
+            f"model.time_encoding={config.model.time_encoding} could learn, or model.time_encoding=none"
+        )
+
+
 def what_shapes_the_result(config: Config) -> dict[str, Any]:
     """The settings that change the trained model, by key; where the data lie and the hardware do not."""
     keys = config.model_dump(
@@ -361,7 +389,7 @@ def what_shapes_the_result(config: Config) -> dict[str, Any]:
                 "min_workers",
                 "start_from",
             },
-            "evaluation": set(EvaluationConfig.model_fields) - {"exclude_seen"},
+            "evaluation": set(EvaluationConfig.model_fields) - {"exclude_seen", "query_time"},
         },
     )
     settings = {f"{group}.{key}": value for group, fields in keys.items() for key, value in fields.items()}
@@ -369,6 +397,8 @@ def what_shapes_the_result(config: Config) -> dict[str, Any]:
         group, _, name = key.partition(".")
         if settings[key] == type(getattr(config, group)).model_fields[name].default:
             del settings[key]
+    if not config.model.time_parts:
+        settings.pop("evaluation.query_time", None)
     if config.model.use_title_emb:
         settings["title embeddings"] = hashlib.sha256(storage.read_bytes(config.embeddings_path)).hexdigest()[:16]
     if config.training.start_from is not None:

@@ -25,7 +25,7 @@ from bert4rec.config import Config
 from bert4rec.data.dataset import ITEMS, PreparedDataset, Sequences
 from bert4rec.data.ids import find_ids, some_of
 from bert4rec.data.vectors import read_vectors
-from bert4rec.data.windows import Windows, held_out_users, item_counts, training_windows
+from bert4rec.data.windows import Windows, held_out_users, item_counts, training_windows, usual_gap
 from bert4rec.errors import InputError
 from bert4rec.model.item_vectors import Metadata
 from bert4rec.model.losses import make_loss
@@ -80,6 +80,11 @@ class AskedToEndError(Exception):
     """The training was asked to end, and has saved."""
 
 
+def read_sequences(config: Config, dataset: PreparedDataset) -> Sequences:
+    """The histories of `dataset`, with times if the network reads them."""
+    return dataset.sequences(config.data.memory_mb, with_times=bool(config.model.time_parts))
+
+
 def run_epochs(
     config: Config,
     dataset: PreparedDataset,
@@ -97,7 +102,7 @@ def run_epochs(
     Parameters
     ----------
     read : Sequences
-        The histories of `dataset`.
+        What `read_sequences` returns.
     resume_from : str
         Directory of the checkpoint to go on from.
     wrap : callable
@@ -134,7 +139,11 @@ def run_epochs(
     elif training.start_from is not None:
         begin_from(model, training.start_from, dataset.items().ids)
     model.get_buffer("item_counts").copy_(counts)
+    if model.times is not None:
+        model.times.get_buffer("usual_gap").fill_(usual_gap(windows))
 
+    if training.item_optimizer == "rowwise":
+        model.train_by_rows()
     wrapped = wrap(model)
     optimizers = make_optimizers(model, training)
     scaler = torch.amp.GradScaler(device.type, enabled=training.precision == "16-mixed")  # type: ignore[attr-defined]

@@ -350,13 +350,15 @@ def _run_trials(sweep: _Sweep, dataset: PreparedDataset) -> None:
     print(table(ended, sweep.monitor), flush=True)
     config = config.model_copy(update={"training": config.training.model_copy(update={"cpus_per_worker": cpus})})
     # The driver reads the sequences once; workers get them from the shared memory of their node.
-    is_small = 4 * dataset.manifest.num_interactions <= config.data.memory_mb * 2**20
+    may_read_times = config.model.time_parts or any(each.key == "model.time_encoding" for each in sweep.space.domains)
+    with_times = bool(may_read_times) and dataset.manifest.has_time
+    is_small = (12 if with_times else 4) * dataset.manifest.num_interactions <= config.data.memory_mb * 2**20
     shared = {
         "config": config,
         "sweep_path": sweep.path,
         "dataset_path": dataset.path,
         "fingerprint": dataset.manifest.fingerprint,
-        "sequences": ray.put(dataset.sequences()) if is_small else None,
+        "sequences": ray.put(dataset.sequences(with_times=with_times)) if is_small else None,
     }
     experiment = storage.join(sweep.path, "ray_tune")
     storage.remove(experiment)

@@ -1,5 +1,6 @@
 """Writes small prepared datasets directly in their format on disk, for tests that do not need `prepare`."""
 
+from datetime import UTC, datetime
 from pathlib import Path
 
 import numpy as np
@@ -20,16 +21,27 @@ def write_dataset(
     genres: list[list[int]] | None = None,
     before: dict[str, list[int]] | None = None,
     identity: dict | None = None,
+    times: dict[int, list[int]] | None = None,
 ) -> str:
-    """Write histories of tokens by user id. Items have ids 100+token and titles "film TOKEN"; cut-offs are 1000, 1001,
-    …"""
+    """Write histories of tokens by user id, and Unix times of each token. Items have ids 100+token and titles "film
+    TOKEN"; cut-offs are 1000, 1001, …"""
     (path / "sequences").mkdir(parents=True)
     users = sorted(histories)
+    if times is None and last_years is not None:  # all of a user at the middle of the year
+        middles = [int(datetime(year or 1970, 7, 1, tzinfo=UTC).timestamp()) for year in last_years]
+        times = {user: [middle] * len(histories[user]) for user, middle in zip(users, middles, strict=True)}
+    origin, own_times = None, {}
+    if times is not None:
+        origin = min(min(own) for own in times.values())
+        since = [[time - origin for time in times[user]] for user in users]
+        own_times = {"times": pa.array(since, pa.list_(pa.int64()))}
+        last_years = last_years or [datetime.fromtimestamp(times[user][-1], UTC).year for user in users]
     sequences = pa.table(
         {
             "user": pa.array(users, pa.int64()),
             "items": pa.array([histories[user] for user in users], pa.list_(pa.int32())),
             "last_year": pa.array(last_years or [None] * len(users), pa.int16()),
+            **own_times,
             **{f"before_{name}": pa.array(counts, pa.int32()) for name, counts in (before or {}).items()},
         }
     )
@@ -58,7 +70,7 @@ def write_dataset(
         num_interactions=int(counts.sum()),
         num_duplicates=0,
         cutoffs={name: 1000 + place for place, name in enumerate(before or {})},
-        time_origin=None if last_years is None else 0,
+        time_origin=origin,
         catalogue=catalogue,
         vocabularies={
             "genre": [f"genre {value}" for value in sorted({value for values in genres or none for value in values})],
@@ -80,4 +92,13 @@ def random_histories(num_users: int, num_items: int, seed: int = 0, longest: int
     return {
         user: (rng.permutation(num_items)[: rng.integers(1, longest + 1)] + 1).tolist()
         for user in range(1, num_users + 1)
+    }
+
+
+def random_times(histories: dict[int, list[int]], seed: int = 0) -> dict[int, list[int]]:
+    """Rising Unix times of each item: some items at once, others years apart."""
+    rng = np.random.default_rng(seed)
+    return {
+        user: (1_000_000_000 + np.cumsum((2 ** rng.uniform(0, 26, len(items))).astype(np.int64) - 1)).tolist()
+        for user, items in histories.items()
     }

@@ -24,8 +24,8 @@ def without_ray(monkeypatch, *modules):
         monkeypatch.setattr(module, "Progress", lambda *arguments: contextlib.nullcontext(Quiet()))
 
 
-def exported(config, checkpoint, history):
-    """What the programs that `jobs.export` would write give for a history, by format."""
+def exported(config, checkpoint, inputs):
+    """What the programs that `jobs.export` would write give for their inputs, by format."""
     found = {}
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(export, "checkpoint_and_output", lambda config: (checkpoint, ""))
@@ -35,7 +35,7 @@ def exported(config, checkpoint, history):
         patch.setattr(export, "write_catalogue", lambda items, directory: "")
         for form in ("torch", "onnx"):
             patch.setattr(
-                export, f"write_{form}", lambda program, directory, form=form: found.update({form: program(history)})
+                export, f"write_{form}", lambda program, directory, form=form: found.update({form: program(*inputs)})
             )
         with contextlib.redirect_stdout(None):
             export.export_model(config)

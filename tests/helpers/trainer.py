@@ -6,14 +6,18 @@ Train to do, and continues from the last one. tests/integration tests what only 
 
 import json
 import shutil
+import tempfile
 from pathlib import Path
 from types import SimpleNamespace
 
+import pyarrow.fs as pafs
 import torch
 
+from bert4rec import storage
 from bert4rec.data.dataset import PreparedDataset
 from bert4rec.errors import InputError
-from bert4rec.training.worker import run_epochs
+from bert4rec.model.losses import gbce, sampled_softmax
+from bert4rec.training.worker import read_sequences, run_epochs
 
 SNAPSHOT = "snapshot.json"
 
@@ -32,6 +36,19 @@ class Quiet:
 
     def skip(self, amount):
         self.skipped += amount
+
+
+def every_item_as_negative(training, counts=None):
+    """What `make_loss` gives, but for the negatives: each item once, in every step and on every worker."""
+
+    def loss(hidden, weights, bias, labels):
+        items = torch.arange(len(weights), device=hidden.device)
+        if training.loss == "gbce":
+            return gbce(hidden, weights, bias, labels, items, training.gbce_t)
+        log_q = -torch.log(torch.full_like(items, len(weights), dtype=torch.float32))
+        return sampled_softmax(hidden, weights, bias, labels, items, log_q)
+
+    return loss
 
 
 class WorkerKilledError(Exception):
@@ -69,12 +86,30 @@ class Kept:
         return str(self.path / self.entries[-1]["name"]) if self.entries else None
 
 
+class KeptOnAStore(Kept):
+    """The same below a URI."""
+
+    def __init__(self, uri):
+        self.uri = uri
+        super().__init__(tempfile.mkdtemp())
+
+    def report(self, metrics, name, directory, in_background):
+        super().report(metrics, name, directory, in_background)
+        filesystem, inner = storage.open_store(self.uri)
+        there = filesystem.get_file_info(pafs.FileSelector(inner, allow_not_found=True))
+        stale = {info.base_name for info in there if info.base_name.startswith(("bert4rec-", "unfinished-"))}
+        for each in {entry["name"] for entry in self.entries} - stale:
+            pafs.copy_files(str(self.path / each), f"{inner}/{each}", destination_filesystem=filesystem)
+        for each in stale - {entry["name"] for entry in self.entries}:
+            filesystem.delete_dir(f"{inner}/{each}")
+
+
 def run(config, dataset_path, path, stop_after=None):
     """Call `run_epochs` for the directory `path`, from the last checkpoint if any. Return the history and the
     `Kept`."""
     dataset, kept = PreparedDataset(dataset_path), Kept(path, stop_after)
     kept.path.mkdir(exist_ok=True, parents=True)
-    sequences = dataset.sequences(config.data.memory_mb)
+    sequences = read_sequences(config, dataset)
     kept.progress = Quiet()
     return run_epochs(
         config, dataset, sequences, report=kept.report, progress=kept.progress, resume_from=kept.last
@@ -86,16 +121,17 @@ class LocalTrainer:
 
     def __init__(self, config, name, places, loop, callbacks):
         self.config, self.loop = config, loop
-        self.path = Path(config.run.storage_path).absolute() / name
+        self.path = storage.join(storage.absolute(config.run.storage_path), name)
 
     def fit(self):
         threads = torch.get_num_threads()
-        dataset, kept = PreparedDataset(self.loop["dataset_path"]), Kept(self.path)
+        dataset = PreparedDataset(self.loop["dataset_path"])
+        kept = KeptOnAStore(self.path) if "://" in self.path else Kept(self.path)
         try:
             history = run_epochs(
                 self.config,
                 dataset,
-                dataset.sequences(self.config.data.memory_mb),
+                read_sequences(self.config, dataset),
                 report=kept.report,
                 progress=self.loop["reporter"],
                 resume_from=kept.last,
@@ -104,7 +140,7 @@ class LocalTrainer:
             return SimpleNamespace(return_value=str(error))
         finally:
             torch.set_num_threads(threads)
-        best, last = str(self.path / kept.best["name"]), kept.last
+        best, last = (storage.join(self.path, entry["name"]) for entry in (kept.best, kept.entries[-1]))
         return SimpleNamespace(
             return_value=history,
             best_checkpoints=[(SimpleNamespace(path=best), {})],

@@ -1,6 +1,7 @@
 """Slow and simple implementations of the optimised functions, for tests to compare with."""
 
 import csv
+import itertools
 import math
 import os
 from datetime import UTC, datetime
@@ -20,8 +21,10 @@ def last_items(items: list[list[int]], max_len: int) -> list[list[int]]:
     return [[0] * (width - len(row)) + row for row in kept]
 
 
-def hidden_states(model: BERT4Rec, sequence: list[int]) -> torch.Tensor:
-    """[L, D]: the paper's network for one sequence without padding, one head and one layer at a time."""
+def hidden_states(model: BERT4Rec, sequence: list[int], times: list[int] | None = None) -> torch.Tensor:
+    """[L, D]: the paper's network for one sequence without padding, one head and one layer at a time; `times` are Unix
+    seconds of each token."""
+    parts = model.config.time_encoding.split("+")
     width, heads = model.config.hidden_units, model.config.num_heads
     x = torch.stack(
         [
@@ -29,8 +32,13 @@ def hidden_states(model: BERT4Rec, sequence: list[int]) -> torch.Tensor:
             for place, token in enumerate(sequence)
         ]
     )
+    if "gap" in parts:
+        x = x + torch.stack([model.times.gap.weight[row] for row in gap_rows(times)])
+    if "calendar" in parts:
+        moments = [datetime.fromtimestamp(time, UTC) for time in times]
+        x = x + torch.stack([model.times.hour.weight[at.hour] + model.times.day.weight[at.weekday()] for at in moments])
     x = F.layer_norm(x, (width,), model.embedding_norm.weight, model.embedding_norm.bias)
-    for block in model.blocks:
+    for layer, block in enumerate(model.blocks):
         query = x @ block.query.weight.T + block.query.bias
         key_value = x @ block.key_value.weight.T + block.key_value.bias
         key, value = key_value[:, :width], key_value[:, width:]
@@ -39,9 +47,20 @@ def hidden_states(model: BERT4Rec, sequence: list[int]) -> torch.Tensor:
         for head in range(heads):
             part = slice(head * size, (head + 1) * size)
             head_query, head_key = query[:, part], key[:, part]
-            if model.config.position_encoding == "rotary":
-                head_query, head_key = rotated(head_query), rotated(head_key)
-            attention = torch.softmax(head_query @ head_key.T / math.sqrt(size), dim=1)
+            angles = [
+                [0.0 if model.config.position_encoding == "learned" else angle for angle in row]
+                for row in angles_by_place(len(sequence), size)
+            ]
+            if "rotary" in parts:
+                count = size // 4
+                both = zip(angles, times, strict=True)
+                angles = [row[: size // 2 - count] + angles_by_time(time, count) for row, time in both]
+            head_query, head_key = rotated(head_query, angles), rotated(head_key, angles)
+            products = head_query @ head_key.T / math.sqrt(size)
+            if "bias" in parts:
+                table = model.times.bias[layer, :, head]
+                products = products + torch.stack([torch.stack([table[between(a, b)] for b in times]) for a in times])
+            attention = torch.softmax(products, dim=1)
             outputs.append(attention @ value[:, part])
         attended = torch.cat(outputs, dim=1) @ block.attention_output.weight.T + block.attention_output.bias
         x = F.layer_norm(x + attended, (width,), block.attention_norm.weight, block.attention_norm.bias)
@@ -53,24 +72,43 @@ def hidden_states(model: BERT4Rec, sequence: list[int]) -> torch.Tensor:
     return x
 
 
-def rotated(x: torch.Tensor) -> torch.Tensor:
-    """[L, size]: rotate columns 2j and 2j+1 by p / 10000^(2j/size); p is the distance from the end (arXiv
-    2104.09864)."""
-    length, size = x.shape
+def angles_by_place(length: int, size: int) -> list[list[float]]:
+    """By place and pair: p / 10000^(2j/size); p is the distance from the end (arXiv 2104.09864)."""
+    return [[(length - 1 - place) / 10_000 ** (2 * j / size) for j in range(size // 2)] for place in range(length)]
+
+
+def angles_by_time(time: int, count: int) -> list[float]:
+    """The angles of a Unix time for `count` periods of whole seconds, from a minute to a year in equal ratios."""
+    ratio = (365 * 24 * 60) ** (1 / max(count - 1, 1))
+    return [2 * math.pi * (time / round(60 * ratio**j) % 1) for j in range(count)]
+
+
+def gap_rows(times: list[int]) -> list[int]:
+    """Row 0 for the first token, then 1 + floor(log2(seconds since the token before + 1))."""
+    return [0] + [1 + math.floor(math.log2(b - a + 1)) for a, b in itertools.pairwise(times)]
+
+
+def between(query_time: int, time: int) -> int:
+    """floor(log2(seconds between + 1)), and 32 more if the query is the earlier one."""
+    return math.floor(math.log2(abs(query_time - time) + 1)) + (32 if query_time < time else 0)
+
+
+def rotated(x: torch.Tensor, angles: list[list[float]]) -> torch.Tensor:
+    """[L, size]: rotate columns 2j and 2j+1 of each row by the angle of that row and pair."""
     rows = []
-    for place in range(length):
+    for place, own in enumerate(angles):
         row = []
-        for j in range(size // 2):
-            angle = (length - 1 - place) / 10_000 ** (2 * j / size)
+        for j, angle in enumerate(own):
             a, b = x[place, 2 * j], x[place, 2 * j + 1]
             row += [a * math.cos(angle) - b * math.sin(angle), a * math.sin(angle) + b * math.cos(angle)]
         rows.append(torch.stack(row))
     return torch.stack(rows)
 
 
-def logits(model: BERT4Rec, sequence: list[int]) -> torch.Tensor:
+def logits(model: BERT4Rec, sequence: list[int], times: list[int] | None = None) -> torch.Tensor:
     """[L, V]: equation 7 at every position."""
-    transformed = F.gelu(hidden_states(model, sequence) @ model.output_transform.weight.T + model.output_transform.bias)
+    states = hidden_states(model, sequence, times)
+    transformed = F.gelu(states @ model.output_transform.weight.T + model.output_transform.bias)
     weights = model.output_weights()[0]
     return transformed @ weights.T + model.output_bias
 
@@ -87,6 +125,25 @@ def loss(model: BERT4Rec, masked: list[list[int]], labels: list[list[int]]) -> t
     return torch.stack(losses).mean()
 
 
+def rowwise_adam(table, steps, weight_decay):
+    """The rows of a table after steps of a learning rate, the rows that were looked up, and the gradient of each.
+
+    In each step, both moments and the weight of every row decay; those looked up, once or more often, move.
+    """
+    weights = [row.astype(float) for row in table]
+    first, second = ([0.0 * row for row in weights] for _ in range(2))
+    for number, (rate, rows, gradients) in enumerate(steps, start=1):
+        for row in range(len(weights)):
+            gradient = sum(own for other, own in zip(rows, gradients, strict=True) if other == row)
+            first[row] = 0.9 * first[row] + 0.1 * gradient
+            second[row] = 0.999 * second[row] + 0.001 * gradient**2
+            weights[row] = weights[row] * (1 - rate * weight_decay)
+            if row in rows:
+                size = (second[row] / (1 - 0.999**number)) ** 0.5 + 1e-8
+                weights[row] = weights[row] - rate * first[row] / (1 - 0.9**number) / size
+    return weights
+
+
 def recommendations(
     model: BERT4Rec,
     history: list[int],
@@ -96,10 +153,16 @@ def recommendations(
     exclude_seen: bool = True,
     exclude_future: bool = True,
     popularity_discount: float = 0,
+    times: list[int] | None = None,
+    at: int | None = None,
 ) -> list[tuple[int, float]]:
-    """(token, score) of the best k items for one user, one item at a time."""
+    """(token, score) of the best k items for one user, one item at a time; asked for at `at`, if that is given."""
     recent = history[-(model.config.max_len - 1) :]
-    scores = discounted(model, logits(model, [*recent, model.num_items + 1])[-1].tolist(), popularity_discount)
+    moments = None if times is None else [*times[-len(recent) :], at]
+    if at is not None:
+        last_year = datetime.fromtimestamp(at, UTC).year
+    scores = logits(model, [*recent, model.num_items + 1], moments)[-1].tolist()
+    scores = discounted(model, scores, popularity_discount)
     kept = []
     for token in range(1, model.num_items + 1):
         year = years[token - 1]

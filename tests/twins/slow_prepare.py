@@ -1,12 +1,13 @@
 """A second, slow implementation of the readers and `prepare`, row by row with Python's csv, to compare with."""
 
 import csv
-import gzip
 import io
 import math
 import re
-from datetime import UTC, datetime
+from datetime import UTC, datetime, timedelta
 
+from bert4rec.config import DataConfig
+from bert4rec.data.features import FEATURES
 from bert4rec.data.files import METADATA
 from tests.twins.reference import PreparedTwin, ids_as_they_are_kept
 
@@ -18,11 +19,20 @@ class UnusableError(Exception):
     """A file is unusable. The message says why."""
 
 
-def read_ratings(content: bytes) -> list[tuple]:
-    """(user, item[, time]) of a CSV file, in order."""
-    rows = list(csv.reader(io.StringIO(_text(content), newline=""), strict=True))
-    header = [name.strip() for name in rows[0]] if rows else []
-    wanted = ["user", "item", "time"][: 2 + ("time" in header)]
+def read_ratings(content: bytes, data: DataConfig) -> list[tuple]:
+    """(user, item[, time]) of a CSV file, in order; times as `settled_times` leaves them to do."""
+    text, delimiter = _text(content), data.delimiter
+    if len(delimiter) > 1:
+        text, delimiter = text.replace(delimiter, "\x1f"), "\x1f"
+    rows = list(csv.reader(io.StringIO(text, newline=""), strict=True, delimiter=delimiter))
+    if data.header:
+        header = [name.strip() for name in rows[0]] if rows else []
+    else:
+        header = [str(number) for number in range(1, len(next(filter(None, rows), [])) + 1)]
+        rows = [[], *rows]
+    wanted = [data.columns.get(role, role) for role in ("user", "item")]
+    if data.columns.get("time", "time") in header:
+        wanted.append(data.columns.get("time", "time"))
     _check_utf8(*header)
     if any(header.count(name) != 1 for name in wanted):
         raise UnusableError("header")
@@ -32,26 +42,83 @@ def read_ratings(content: bytes) -> list[tuple]:
             continue
         if len(row) != len(header):
             raise UnusableError(f"fields of {row}")
-        user, item, *time = (row[header.index(name)] for name in wanted)
+        user, item, *time = (row[header.index(name)].replace("\x1f", data.delimiter) for name in wanted)
         _check_utf8(user, item, *time)
-        if not (user and item):
+        if not (user.strip() and item.strip()):
             raise UnusableError(f"an id of {row} is missing")
-        ratings.append((user, item, *map(seconds, time)))
+        ratings.append((user.strip(), item.strip(), *time))
     return ratings
 
 
-def seconds(time: str) -> float:
-    """Parse a time. Raise if the readers would refuse its spelling."""
-    if (
-        not re.fullmatch(r"[ \t]*[-+]?(\d+\.?\d*|\.\d+)([eE][-+]?\d+)?[ \t]*", time, re.ASCII)
-        or abs(float(time)) > LARGEST_TIME
-    ):
+def with_seconds(ratings: list[tuple], unit: str) -> tuple[list[tuple], bool]:
+    """The same with times in Unix seconds, and whether these have years. `unit` is data.time_unit."""
+    if not ratings or len(ratings[0]) == 2:
+        return ratings, False
+    texts = [rating[2] for rating in ratings]
+    first = next((text for text in texts if text.strip()), "")
+    if re.match(r"\s*\d{4}(-\d|\d{4}T\d)", first):
+        times, unit = [iso_seconds(text) for text in texts], "clock"
+    else:
+        numbers = [number(text) for text in texts]
+        unit = unit_of(numbers) if unit == "auto" else unit
+        scale = {"s": 1, "order": 1, "ms": 10**3, "us": 10**6, "ns": 10**9}
+        times = [calendar_seconds(value) if unit == "date" else value / scale[unit] for value in numbers]
+        if any(time is None or abs(time) > LARGEST_TIME for time in times):
+            raise UnusableError("a time is out of range")
+    return [(user, item, time) for (user, item, _), time in zip(ratings, times, strict=True)], unit != "order"
+
+
+def unit_of(numbers: list[float]) -> str:
+    """What the numbers are by their size."""
+    if any(abs(value) > 1e20 for value in numbers):
+        raise UnusableError("a time is too large")
+    if all(calendar_seconds(value) is not None for value in numbers):
+        return "date"
+    if all(abs(value) < 1e8 for value in numbers):
+        return "order"
+    for low, high, unit in ((-1, 1e11, "s"), (1e11, 1e14, "ms"), (1e14, 1e17, "us"), (1e17, 1e20, "ns")):
+        if all(low < abs(value) <= high for value in numbers):
+            return unit
+    raise UnusableError("times of several units")
+
+
+def calendar_seconds(value: float) -> float | None:
+    """Seconds of 20240131 or 20240131235959 of the years 1900 to 2100; None for another number."""
+    digits = str(int(value))
+    if value != int(value) or len(digits) not in (8, 14) or not "1900" <= digits[:4] <= "2100":
+        return None
+    try:
+        return datetime.strptime(f"{digits:0<14} +0000", "%Y%m%d%H%M%S %z").timestamp() if _has_day(digits) else None
+    except ValueError:
+        return None
+
+
+def _has_day(digits: str) -> bool:
+    return "00" not in (digits[4:6], digits[6:8])
+
+
+def iso_seconds(text: str) -> float:
+    """Seconds of an ISO 8601 date or time, in UTC if it has no zone."""
+    text = re.sub(r" ?(UTC|Z)$", "+00:00", text.strip())
+    try:
+        moment = datetime.fromisoformat(text)
+    except ValueError:
+        raise UnusableError(f"time {text!r}") from None
+    moment = moment if moment.tzinfo else moment.replace(tzinfo=UTC)
+    return (moment - datetime(1970, 1, 1, tzinfo=UTC)) // timedelta(microseconds=1) / 1e6
+
+
+def number(time: str) -> float:
+    """Parse a number. Raise if the readers would refuse its spelling."""
+    if not re.fullmatch(r"[ \t]*[-+]?(\d+\.?\d*|\.\d+)([eE][-+]?\d+)?[ \t]*", time, re.ASCII):
+        raise UnusableError(f"time {time!r}")
+    if abs(float(time)) == math.inf:
         raise UnusableError(f"time {time!r}")
     return float(time)
 
 
-def read_metadata(content: bytes, column: str) -> list[tuple]:
-    """(item, value) of a TSV file, in order."""
+def read_metadata(content: bytes, column: str, separator: str) -> list[tuple]:
+    """(item, value) of a TSV file, in order; several for a field of a list that holds several."""
     lines = re.split(r"\r\n|\n|\r", _text(content))
     header = [name.strip() for name in lines[0].split("\t")]
     _check_utf8(*header)
@@ -66,28 +133,37 @@ def read_metadata(content: bytes, column: str) -> list[tuple]:
             raise UnusableError(f"fields of {line!r}")
         item, value = (_unquoted(fields[header.index(name)]) for name in ("item", column))
         _check_utf8(item, value)
+        item = item.strip()
         if not item:
             raise UnusableError("item is missing")
         if column == "year" and value:
             if not re.fullmatch(r"-?\d{1,5}(\.0*)?", value, re.ASCII) or abs(float(value)) > 32767:
                 raise UnusableError(f"year {value!r}")
             value = int(float(value))
-        if value != "":
-            rows.append((item, value))
+        is_list = column in FEATURES and FEATURES[column].is_list
+        values = [value]
+        if is_list and separator and separator in value:
+            values = [part.strip() for part in value.split(separator)]
+        rows += [(item, each) for each in values if each != ""]
     return rows
 
 
-def prepared(files: dict[str, bytes]) -> PreparedTwin:
-    """The prepared dataset of `files`, content by name: ratings.csv and metadata."""
-    files = {
-        name.removesuffix(".gz"): gzip.decompress(content) if name.endswith(".gz") else content
-        for name, content in files.items()
-    }
-    return prepared_from(read_ratings(files["ratings.csv"]), files)
+def prepared(files: dict[str, bytes], **options) -> PreparedTwin:
+    """The prepared dataset of `files`, content by name: ratings.csv and metadata. `options` are those of the data."""
+    data = DataConfig(**options)
+    ratings, has_years = with_seconds(read_ratings(files["ratings.csv"], data), data.time_unit)
+    return prepared_from(ratings, files, has_years=has_years, separator=data.list_separator)
 
 
-def prepared_from(ratings: list[tuple], files: dict[str, bytes], are_strings: tuple = (False, False)) -> PreparedTwin:
-    """The same from rows. `are_strings` says whether users (items) stay strings even if all are numbers."""
+def prepared_from(
+    ratings: list[tuple],
+    files: dict[str, bytes],
+    are_strings: tuple = (False, False),
+    has_years: bool = True,
+    separator: str = "|",
+) -> PreparedTwin:
+    """The same from rows with Unix seconds. `are_strings` says whether users (items) stay strings even if all are
+    numbers."""
     if not ratings:
         raise UnusableError("no rows")
     users, items = (
@@ -111,12 +187,16 @@ def prepared_from(ratings: list[tuple], files: dict[str, bytes], are_strings: tu
         history = sorted(histories[user], key=lambda pair: pair[0])  # stable
         if has_time:
             times.append([math.floor(time) for time, _ in history])
-        rows.append((user, [item for _, item in history], year_of(history[-1][0]) if has_time else None))
+        rows.append((user, [item for _, item in history], year_of(history[-1][0]) if has_time and has_years else None))
         for _, item in history:
             counts[item] = counts.get(item, 0) + 1
     tables = {
-        key: read_metadata(files[f"{key}.tsv"], column) for key, column in METADATA.items() if f"{key}.tsv" in files
+        key: read_metadata(files[f"{key}.tsv"], column, separator)
+        for key, column in METADATA.items()
+        if f"{key}.tsv" in files
     }
+    if any(rows and not {item for item, _ in rows} & {str(item) for item in counts} for rows in tables.values()):
+        raise UnusableError("no item of a metadata file has ratings")
 
     def values(key, item):
         return [value for of, value in tables.get(key, []) if of == str(item)]

@@ -7,6 +7,7 @@ import pytest
 import torch
 from torch.utils.flop_counter import FlopCounterMode
 
+from benchmarks import input as input_benchmark
 from benchmarks.common import (
     SYNTHETIC_SHORT,
     Histories,
@@ -21,13 +22,14 @@ from benchmarks.common import (
     synthetic_histories,
     training_flops,
 )
-from benchmarks.ours import model_config, windows_of
+from benchmarks.ours import model_config, train, windows_of
 from benchmarks.plain import PlainBERT4Rec, plain_loss
 from benchmarks.prepare import descendants, write_ratings
 from benchmarks.short_histories import NUM_GENRES, PARTS, SERIES, ceiling_rank, short_histories
 from bert4rec.model import layers
-from bert4rec.model.batches import last_items, mask_items, pack
+from bert4rec.model.batches import Step, last_items, mask_items, pack
 from bert4rec.model.network import BERT4Rec
+from bert4rec.training.loop import make_optimizers
 
 pytestmark = pytest.mark.unit
 
@@ -157,6 +159,48 @@ def test_training_runs_in_a_process_of_its_own(small_file, module):
     assert result["tokens"] > result["users"] > 0
     assert result["seconds"] >= 0.05
     assert result["memory"] > 50 * 2**20
+
+
+def test_rows_alone_are_measured_by_their_own_step(monkeypatch):
+    made = []
+    monkeypatch.setattr(
+        "benchmarks.ours.make_optimizers", lambda *given: made.append(make_optimizers(*given)) or made[0]
+    )
+    workload = small_workload("", loss="sampled-softmax", num_negatives=3, item_optimizer="rowwise")
+    result = train(workload, synthetic_histories(20, 30, 5, seed=0))
+    assert result["steps"] > 0
+    assert result["cpu_seconds"] > 0
+    assert [type(each).__name__ for each in made[0]] == ["AdamW", "RowwiseAdam"]
+
+
+class Clock:
+    """Seconds that pass only while somebody sleeps or works."""
+
+    def __init__(self):
+        self.now = 0.0
+
+    def perf_counter(self):
+        return self.now
+
+    process_time = perf_counter
+
+    def sleep(self, seconds):
+        self.now += seconds
+
+
+def test_input_counts_tokens_and_what_a_device_waits(monkeypatch):
+    """A step of 6 tokens takes 1 s to assemble, and 3 s at 2 tokens/s."""
+    clock = Clock()
+    monkeypatch.setattr(input_benchmark, "time", clock)
+
+    def steps():
+        while True:
+            clock.sleep(1)
+            yield Step([], 1, 6, torch.empty(0))
+
+    assert input_benchmark._waiting(steps(), rate=2, seconds=11) == pytest.approx(0.25)
+    assembled = input_benchmark._assembled(steps(), seconds=5)
+    assert assembled == {"tokens": 30, "rate": 6, "cpu_seconds": 5}
 
 
 def test_recommend_ranks_for_every_user(small_file):

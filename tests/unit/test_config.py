@@ -23,6 +23,55 @@ def test_defaults_are_those_of_the_documentation():
     assert config.inference.formats == ("parquet", "csv")
 
 
+@pytest.mark.parametrize(
+    "text", ["20241126", "2024", "007", "1_000", "yes", "12:30", "1e3", "2024-11-26", "null1", "0x10"]
+)
+def test_text_stays_as_it_is_typed(tmp_path, text):
+    file = tmp_path / "c.yaml"
+    file.write_text(
+        f"run:\n  name: {text.replace(':', '-')}\ndata:\n  data_dir: {text}\n"
+        f"  columns: {{user: {text}, item: {text}, time: null}}\ninference:\n  users: [{text}, 1]\n"
+    )
+    typed = [f"data.data_dir={text}", f"inference.users=[{text}, 1]", f"run.name={text.replace(':', '-')}"]
+    for config in (
+        load_config(str(file)),
+        load_config(None, [*typed, f"data.columns={{user: {text}, item:{text}, time: null}}"]),
+    ):
+        assert config.data.data_dir == text
+        assert config.run.name == text.replace(":", "-")
+        assert config.inference.users == (text, "1")
+        assert config.data.columns == {"user": text, "item": text, "time": None}
+
+
+def test_one_value_is_a_list_of_one():
+    overrides = ["inference.formats=parquet", "evaluation.protocols=all", "evaluation.baselines=ease"]
+    overrides += ["inference.similar_to=007", "inference.users=12:30", "export.formats=onnx"]
+    config = load_config(None, overrides)
+    assert (config.inference.formats, config.export.formats) == (("parquet",), ("onnx",))
+    assert (config.evaluation.protocols, config.evaluation.baselines) == (("all",), ("ease",))
+    assert (config.inference.similar_to, config.inference.users) == (("007",), ("12:30",))
+
+
+def test_nothing_and_other_types_are_what_yaml_says(tmp_path):
+    overrides = ["run.name=null", "inference.output_path=", "model.share_embeddings=no", "training.lr=1e-3"]
+    overrides += ["tune.space={training.lr: {choice: [0.1, 0.01]}}", "inference.users=null"]
+    config = load_config(None, overrides)
+    assert (config.run.name, config.inference.output_path, config.inference.users) == (None, None, None)
+    assert (config.model.share_embeddings, config.training.lr) == (False, 0.001)
+    assert config.tune.space == {"training.lr": {"choice": [0.1, 0.01]}}
+    file = tmp_path / "c.yaml"
+    file.write_text("tune:\n  space: {data.batch_size: {choice: [16, 32]}}\nrun: {name: ~}\n")
+    assert load_config(str(file)).tune.space == {"data.batch_size": {"choice": [16, 32]}}
+    assert load_config(str(file)).run.name is None
+
+
+@pytest.mark.parametrize(
+    ("typed", "delimiter"), [("tab", "\t"), (r"\t", "\t"), ("|", "|"), ("::", "::"), (r"\x01", "\x01"), (" ", " ")]
+)
+def test_delimiters(typed, delimiter):
+    assert load_config(None, [f"data.delimiter={typed}"]).data.delimiter == delimiter
+
+
 def test_overrides_win_over_the_file(tmp_path):
     file = tmp_path / "c.yaml"
     file.write_text("model:\n  hidden_units: 64\n  num_heads: 2\ntraining: {lr: 0.01}\n")
@@ -46,6 +95,12 @@ def test_overrides_win_over_the_file(tmp_path):
         ("data.min_interactions=1", ["min_interactions=1", "larger than data.holdout=1"]),
         ("hidden_units=64", ["'hidden_units=64'", "group.key=value"]),
         ("evaluation.protocols=[all, top-100]", ["evaluation.protocols.1='top-100'", "uniform-100"]),
+        ("data.columns=user:userId", ["data.columns='user:userId'", "{user: NAME, item: NAME, time: NAME}"]),
+        ("data.columns={usr: x}", ["data.columns.usr", "'user', 'item' or 'time'"]),
+        ("data.header=false", ["data.header=false needs the numbers", "{user: 1, item: 2, time: 4}"]),
+        ("data.delimiter=and", ["data.delimiter='and'", "such as , ; | :: or tab"]),
+        ("data.delimiter=", ["data.delimiter=''", "at least 1 character"]),
+        ("data.time_unit=hours", ["data.time_unit", "'ms'"]),
         ("data.split_time=1", ["data.split_time=1", "share below 1", "Unix time"]),
         ("max_len=50", ["group.key=value", "did you mean model.max_len?"]),
         ("run.name=a/b", ["run.name='a/b'", "pattern"]),

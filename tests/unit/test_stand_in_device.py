@@ -45,6 +45,7 @@ TRAININGS = {
     "sampled-softmax": SAMPLED,
     "by popularity": [*SAMPLED, "training.negative_sampling=popularity"],
     "gbce": ["training.loss=gbce", "training.num_negatives=16"],
+    "rows alone": [*SAMPLED, "training.item_optimizer=rowwise", "training.weight_decay=0.1"],
     "muon": ["training.optimizer=muon"],
     "clipped": ["training.optimizer=adam", "training.gradient_clip_val=0.5"],
 }
@@ -82,6 +83,17 @@ def model_of(config, dataset):
     return BERT4Rec(config.model, NUM_ITEMS, "test", metadata)
 
 
+class Watch:
+    """A `loop.Saver` that notes after each step how often the device was waited for until then."""
+
+    def __init__(self, waits):
+        self.waits, self.by_step = waits, [Counter()]
+
+    def is_due(self, place):
+        self.by_step.append(Counter(self.waits))
+        return False
+
+
 def trained(config, dataset, waits=None):
     """The trained model, the metrics of an epoch, and what made each step wait. With `waits`: on the device."""
     read = dataset.sequences()
@@ -92,17 +104,15 @@ def trained(config, dataset, waits=None):
     by_popularity = config.training.negative_sampling == "popularity"
     model.loss = make_loss(config.training, counts.float() if by_popularity else None)
     device = torch.device("cpu") if waits is None else DEVICE
+    if config.training.item_optimizer == "rowwise":
+        model.train_by_rows()
     model = model if waits is None else moved(model)
     optimizers = make_optimizers(model, config.training)
     scaler = torch.amp.GradScaler("cpu", enabled=False)
-    by_step = [Counter()]
-
-    def on_step(step, num_steps, tokens_per_second):
-        by_step.append(Counter(waits or {}))
-
-    found = train_epoch(model, windows, config, 0, optimizers, scaler, Worker(device=device), on_step)
+    watch = Watch(waits or {})
+    found = train_epoch(model, windows, config, 0, optimizers, scaler, Worker(device=device), watch)
     metrics = validate(model, Windows.from_sequences(read), config, Worker(device=device))
-    return model, {"train_loss": found["train_loss"], **metrics}, by_step
+    return model, {"train_loss": found["train_loss"], **metrics}, watch.by_step
 
 
 def weights_of(model):
@@ -112,7 +122,13 @@ def weights_of(model):
 @pytest.mark.parametrize(
     "settings",
     [pytest.param(each, id=name) for name, each in (NETWORKS | TRAININGS).items()]
-    + [pytest.param([*NETWORKS["fused output"], *SAMPLED], id="fused output, sampled-softmax")],
+    + [
+        pytest.param([*NETWORKS["fused output"], *SAMPLED, *more], id=f"fused output, {name}")
+        for name, more in {
+            "sampled-softmax": [],
+            "rows alone": ["training.item_optimizer=rowwise", "training.gradient_clip_val=0.5"],
+        }.items()
+    ],
 )
 def test_a_training_is_that_of_the_cpu_and_no_step_waits(dataset, settings, monkeypatch):
     monkeypatch.setattr(loop, "muon_for", lambda device, width: BFloat16Muon)
@@ -171,10 +187,11 @@ def test_an_evaluation_is_that_of_the_cpu(dataset, exclude_seen, tmp_path, monke
     model = model_of(config, dataset)
     model.item_counts += torch.arange(NUM_ITEMS, 0, -1)
     model.save_pretrained(str(tmp_path))
-    fitted = {name: evaluate._fit(name, config, dataset.path) for name in evaluate.FITTED}
+    opened = (dataset.path, dataset.manifest.fingerprint)
+    fitted = {name: evaluate._fit(name, config, *opened) for name in evaluate.FITTED}
     counts = (torch.arange(NUM_ITEMS), torch.arange(NUM_ITEMS).flip(0))
     systems = [evaluate.MODEL, *config.evaluation.baselines]
-    arguments = (config, dataset.path, str(tmp_path), Ranking.of(config.inference), systems, counts, fitted, False)
+    arguments = (config, *opened, str(tmp_path), Ranking.of(config.inference), systems, counts, fitted, False)
     counted = []
     with stand_in_device():
         for device in (torch.device("cpu"), DEVICE):

@@ -11,7 +11,7 @@ from bert4rec.data.windows import Windows
 from bert4rec.errors import InputError
 from bert4rec.model.batches import last_items
 from bert4rec.runs import checkpoint_and_output
-from tests.helpers.datasets import random_histories, write_dataset
+from tests.helpers.datasets import random_histories, random_times, write_dataset
 
 pytestmark = pytest.mark.unit
 
@@ -51,8 +51,9 @@ def test_fingerprint_ignores_the_order_of_keys():
 
 def test_dataset_round_trip_and_parts(tmp_path):
     histories = random_histories(1300, 30)
-    dataset = PreparedDataset(write_dataset(tmp_path / "d", histories, 30))
-    whole = dataset.sequences()
+    times = random_times(histories)
+    dataset = PreparedDataset(write_dataset(tmp_path / "d", histories, 30, times=times))
+    whole = dataset.sequences(with_times=True)
     assert [whole.items[whole.offsets[n] : whole.offsets[n + 1]].tolist() for n in range(len(whole))] == [
         histories[user] for user in sorted(histories)
     ]
@@ -61,15 +62,26 @@ def test_dataset_round_trip_and_parts(tmp_path):
     read = [dataset.read_part(part) for part in parts]
     assert [user for part in read for user in part.users.to_pylist()] == whole.users.to_pylist()
     assert [item for part in read for item in part.items.tolist()] == whole.items.tolist()
+    assert [part.times for part in read] == [None] * 3
+    assert whole.times.tolist() == [time for user in sorted(histories) for time in times[user]]
+    of_parts = [dataset.read_part(part, with_times=True).times.tolist() for part in parts]
+    assert [time for part in of_parts for time in part] == whole.times.tolist()
+    assert dataset.time_span() == (whole.times.min(), whole.times.max())
+    assert dataset.sequences().times is None
     assert isinstance(read[0], Sequences)
     assert read[1].lengths.tolist() == whole.lengths[512:1024].tolist()
 
 
 def test_sequences_beyond_the_memory_are_mapped_from_disk(tmp_path):
     histories = {user: [user % 7 + 1] * 300 for user in range(1000)}  # 1.2 MB
-    dataset = PreparedDataset(write_dataset(tmp_path / "d", histories, 7))
-    inside, outside = dataset.sequences(), dataset.sequences(memory_mb=1)
+    times = {user: list(range(user, user + 300)) for user in histories}
+    dataset = PreparedDataset(write_dataset(tmp_path / "d", histories, 7, times=times))
+    assert not isinstance(dataset.sequences(memory_mb=2).items, np.memmap)
+    assert isinstance(dataset.sequences(memory_mb=2, with_times=True).items, np.memmap)  # 3.6 MB
+    inside, outside = dataset.sequences(with_times=True), dataset.sequences(memory_mb=1, with_times=True)
     assert isinstance(outside.items, np.memmap)
+    assert isinstance(outside.times, np.memmap)
+    assert np.array_equal(inside.times, outside.times)
     assert not isinstance(inside.items, np.memmap)
     assert np.array_equal(inside.items, outside.items)
     windows = Windows.from_sequences(outside).without_last(1)

@@ -24,7 +24,7 @@ from bert4rec.inference.ranking import Ranking
 from bert4rec.training import warm_start
 from bert4rec.training.train import what_shapes_the_result
 from bert4rec.tune import space, tune
-from tests.helpers.datasets import random_histories, write_dataset
+from tests.helpers.datasets import random_histories, random_times, write_dataset
 from tests.helpers.in_process import exported, map_parts
 from tests.helpers.trainer import Quiet
 from tests.unit.model.test_network import make_model
@@ -61,6 +61,11 @@ TWO = ("training.num_workers=2",)
 CHANGES = {
     "data.data_dir": Key("/other", {DATASET}),
     "data.data_file": Key("other.csv", {DATASET}),
+    "data.columns": Key("{user: u, item: i}", {DATASET, MODEL}),
+    "data.delimiter": Key("tab", {DATASET, MODEL}),
+    "data.header": Key("false", {DATASET, MODEL}, ("data.columns={user: 1, item: 2}",)),
+    "data.time_unit": Key("ms", {DATASET, MODEL}),
+    "data.list_separator": Key("&", {DATASET, MODEL, VECTORS}),
     "data.batch_size": Key("7", TRAINED),
     "data.min_interactions": Key("5", {MODEL, EVALUATION}),
     "data.use_full_data": Key("true", {MODEL, EVALUATION}),
@@ -68,6 +73,8 @@ CHANGES = {
     "data.include_new_items": Key("true", {DATASET, MODEL}, ("model.output_features=fused",)),
     "data.memory_mb": Key("7", NOTHING),
     "data.min_item_interactions": Key("5", {DATASET, MODEL}),
+    "data.since": Key("2020-01-01", {DATASET, MODEL}),
+    "data.until": Key("2020-01-01", {DATASET, MODEL}),
     "data.split": Key("temporal", {DATASET, MODEL, EVALUATION}),
     "data.split_time": Key("0.5", {DATASET, MODEL}, ("data.split=temporal",)),
     "data.holdout": Key("2", {MODEL, EVALUATION}),
@@ -77,6 +84,7 @@ CHANGES = {
     "model.num_layers": Key("1", {*TRAINED, NETWORK}),
     "model.max_len": Key("7", {*TRAINED, NETWORK}),
     "model.position_encoding": Key("rotary", {*TRAINED, NETWORK}),
+    "model.time_encoding": Key("rotary", {*TRAINED, NETWORK}),
     "model.dropout_rate": Key("0.5", TRAINED),
     "model.random_mask_prob": Key("0.5", TRAINED),
     "model.last_item_mask_ratio": Key("0.5", TRAINED),
@@ -93,6 +101,7 @@ CHANGES = {
     "training.lr": Key("0.5", TRAINED),
     "training.weight_decay": Key("0.5", TRAINED),
     "training.optimizer": Key("muon", TRAINED),
+    "training.item_optimizer": Key("rowwise", TRAINED, SAMPLED),
     "training.scheduler": Key("cosine", TRAINED),
     "training.warmup_epochs": Key("2", TRAINED),
     "training.loss": Key("gbce", TRAINED),
@@ -114,6 +123,7 @@ CHANGES = {
     "evaluation.exclude_seen": Key("false", {MODEL, EVALUATION}),
     "evaluation.split": Key("validation", {EVALUATION}, ("data.holdout=2",)),
     "evaluation.protocols": Key("[uniform-100]", {EVALUATION}),
+    "evaluation.query_time": Key("target", {MODEL, EVALUATION}, ("model.time_encoding=gap",)),
     "evaluation.seed": Key("7", {EVALUATION}, ("evaluation.protocols=[uniform-100]",)),
     "evaluation.baselines": Key("[popularity-7-days]", {EVALUATION}),
     "evaluation.candidates": Key("true", {EVALUATION}, ("inference.candidates=FOR_ALL",)),
@@ -135,6 +145,7 @@ CHANGES = {
     "inference.score_memory_mb": Key("7", {RECOMMENDATIONS}),
     "inference.exclude_seen": Key("false", {RECOMMENDATIONS, PROGRAM}, ("export.topk=3",)),
     "inference.exclude_future": Key("false", {RECOMMENDATIONS}),
+    "inference.at": Key("2026-01-01", {RECOMMENDATIONS}),
     "inference.popularity_discount": Key("0.5", {RECOMMENDATIONS, EVALUATION, PROGRAM}),
     "inference.candidates": Key("FOR_ALL", {RECOMMENDATIONS, PROGRAM}),
     "inference.candidates_default": Key("all", {RECOMMENDATIONS}),
@@ -181,9 +192,10 @@ class Deciders:
         before = {name: [1] * 60 for name in ("recent_validation", "recent_test", "recent_last")}
         before |= {"validation": [min(3, len(h)) for h in histories.values()]}
         before |= {"test": [min(5, len(h)) for h in histories.values()]}
-        genres = [[token % 3] for token in range(130)]
-        self.dataset = PreparedDataset(write_dataset(root / "d", histories, 130, before=before, genres=genres))
-        model = make_model(130)
+        genres, times = [[token % 3] for token in range(130)], random_times(histories)
+        path = write_dataset(root / "d", histories, 130, before=before, genres=genres, times=times)
+        self.dataset = PreparedDataset(path)
+        model = make_model(130, time_encoding="gap")
         model.item_counts += torch.arange(130, 0, -1)
         self.names = {"MODEL": str(root / "m"), "OTHER_MODEL": str(root / "o")}
         model.save_pretrained(self.names["MODEL"])
@@ -193,8 +205,10 @@ class Deciders:
         for path in (self.names["MODEL"], self.names["OTHER_MODEL"]):
             shutil.copy(f"{self.dataset.path}/items.parquet", path)
         (root / "titles.tsv").write_text("item\ttitle\n1\tOne\n")
-        (root / "genres.tsv").write_text("item\tgenre\n1\tWar\n")
+        (root / "genres.tsv").write_text("item\tgenre\n1\tWar&Peace\n")
         self.root = root
+        tokens = torch.arange(1, 61).view(2, 30)
+        self.program_inputs = tokens, 1000 * tokens, torch.tensor([100_000, 200_000])
 
     def what(self, config):
         """By what an entry names: something that differs where that does."""
@@ -205,7 +219,7 @@ class Deciders:
             SWEEP: {k: v for k, v in tune._identity(config, self.dataset.manifest).items() if k.startswith("tune.")},
             EVALUATION: self._evaluated(config),
             RECOMMENDATIONS: recommend._identity(self.names["MODEL"], config.inference, Ranking.of(config.inference)),
-            PROGRAM: exported(config, self.names["MODEL"], torch.tensor([[0, 3, 5], [9, 8, 7]])),
+            PROGRAM: exported(config, self.names["MODEL"], self.program_inputs),
             VECTORS: self._embedded(config),
         }
 
@@ -225,7 +239,8 @@ class Deciders:
     def _embedded(self, config):
         embedding = config.embedding
         folder = embedding.model_name if os.path.isdir(embedding.model_name) else self.names["MODEL"]
-        texts = read_texts(str(self.root), embedding.with_genres)["text"].to_pylist()
+        separator = config.data.list_separator
+        texts = read_texts(str(self.root), embedding.with_genres, separator)["text"].to_pylist()
         return identify(embedding, None if embedding.method == "tfidf-svd" else folder, texts), texts
 
 

@@ -2,6 +2,7 @@
 
 import os
 import socket
+import sys
 import time
 from concurrent import futures
 
@@ -165,6 +166,22 @@ def test_a_home_that_cannot_be_written_keeps_no_token(tmp_path, monkeypatch):
     assert not (tmp_path / "~").exists()
     monkeypatch.setenv("RAY_AUTH_TOKEN_PATH", "/secrets/token")
     assert resources._keeps_tokens()
+
+
+@pytest.mark.parametrize(
+    ("python", "given"),
+    [
+        ("/usr/bin/python3", {}),
+        ("/my env #1/bin/python", {"runtime_env": {"py_executable": "'/my env #1/bin/python'"}}),
+    ],
+)
+def test_an_environment_with_blanks_in_its_path_is_quoted_for_ray(monkeypatch, python, given):
+    started = {}
+    monkeypatch.delenv("RAY_ADDRESS", raising=False)
+    monkeypatch.setattr(sys, "executable", python)
+    monkeypatch.setattr(ray, "init", lambda **options: started.update(options))
+    resources._start_ray()
+    assert {key: value for key, value in started.items() if key == "runtime_env"} == given
 
 
 def test_a_long_tmpdir_is_named(tmp_path, monkeypatch):

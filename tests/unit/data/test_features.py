@@ -34,7 +34,7 @@ def config_using(*names, **others):
 
 def table_with(*names):
     files = {FEATURES[name].file: pa.table({"item": ["7", "7"], name: ["b", "a"]}) for name in names}
-    return item_table(IDS, COUNTS, files)
+    return item_table(IDS, COUNTS, files, {key: f"{key}.tsv" for key in files}, {})
 
 
 @pytest.fixture

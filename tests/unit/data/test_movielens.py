@@ -48,7 +48,11 @@ ARCHIVES: dict[str, dict[str, bytes]] = {
     },
     "ml-20m": {"ratings.csv": CSV_RATINGS.encode(), "movies.csv": CSV_ITEMS.encode()},
 }
-ARCHIVES["ml-25m"] = ARCHIVES["ml-32m"] = ARCHIVES["ml-20m"]
+ARCHIVES["ml-latest-small"] = ARCHIVES["ml-25m"] = ARCHIVES["ml-32m"] = ARCHIVES["ml-20m"]
+ARCHIVES["ml-10m"] = {
+    "ratings.dat": b"1::122::5::838985046\n2::110::3.5::868245777\n",
+    "movies.dat": "122::Boomerang (1992)::Comedy|Romance\n110::Cérémonie, La (1995)::(no genres listed)\n".encode(),
+}
 CSV_OUT = {
     "train_ratings.csv": RATINGS_OUT,
     "titles.tsv": "item\ttitle\n11\tAmerican President, The (1995)\n"
@@ -70,6 +74,13 @@ EXPECTED = {
         "genres.tsv": "item\tgenre\n1193\tAction\n1193\tSci-Fi\n661\tComedy\n",
         "years.tsv": "item\tyear\n1193\t1977\n",
     },
+    "ml-10m": {
+        "train_ratings.csv": "user,item,time\n1,122,838985046\n2,110,868245777\n",
+        "titles.tsv": "item\ttitle\n122\tBoomerang (1992)\n110\tCérémonie, La (1995)\n",
+        "genres.tsv": "item\tgenre\n122\tComedy\n122\tRomance\n",
+        "years.tsv": "item\tyear\n122\t1992\n110\t1995\n",
+    },
+    "ml-latest-small": CSV_OUT,
     "ml-20m": CSV_OUT,
     "ml-25m": CSV_OUT,
     "ml-32m": CSV_OUT,
@@ -331,6 +342,25 @@ def test_download_keeps_only_what_has_the_published_md5(tmp_path, monkeypatch):
     assert os.listdir(tmp_path / "to") == ["ml-1m.zip"]
 
 
+def test_an_archive_that_changes_has_the_md5_that_lies_beside_it(tmp_path, monkeypatch):
+    archive = Path(pack(tmp_path / "ml-latest-small.zip", ARCHIVES["ml-latest-small"], "ml-latest-small"))
+    monkeypatch.setattr(movielens, "URL", archive.as_uri().replace("ml-latest-small", "{}"))
+    beside = tmp_path / "ml-latest-small.zip.md5"
+    md5 = hashlib.md5(archive.read_bytes()).hexdigest()
+    target = tmp_path / "to" / "ml-latest-small.zip"
+    for text, message in (
+        (f"MD5 (ml-latest-small.zip) = {'0' * 32}\n", f"{md5}, expected 0{{32}}"),
+        ("<html>", "no MD5"),
+    ):
+        beside.write_text(text)
+        with pytest.raises(InputError, match=message):
+            movielens.download("ml-latest-small", target)
+        assert not target.exists()
+    beside.write_text(f"{md5}  ml-latest-small.zip\n")
+    movielens.download("ml-latest-small", target)
+    assert target.read_bytes() == archive.read_bytes()
+
+
 def test_download_that_breaks_off_leaves_nothing(tmp_path, monkeypatch):
     class Broken:
         headers = {"Content-Length": "100"}  # noqa: RUF012
@@ -362,6 +392,6 @@ def test_job_prints_one_line_and_exits_with_2_on_bad_input(workdir, monkeypatch,
     monkeypatch.setattr(sys, "argv", ["movielens", "ml-1m", "--archive", archive])
     assert job.main() == 2
     assert capsys.readouterr().err == f"error: {archive}: no movies.dat in it; found ml-25m\n"
-    monkeypatch.setattr(sys, "argv", ["movielens", "ml-10m"])
+    monkeypatch.setattr(sys, "argv", ["movielens", "ml-11m"])
     with pytest.raises(SystemExit, match="2"):
         job.main()

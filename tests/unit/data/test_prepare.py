@@ -120,7 +120,7 @@ METADATA = {
     [
         (range(50), range(3, 40)),
         ([f"u{i}" for i in range(40)] + ["Ünï", "用户", "a b"], ["007", "7", "+1", "x", "10", "3", "5"]),
-        ([-5, 7, 2**63 - 1, -(2**63)], [2**63, 10, 3, 5]),
+        ([-5, 7, 2**63 - 1, -(2**63)], [str(2**63), "10", "3", "5"]),
     ],
 )
 def test_equals_the_pandas_twin(tmp_path, users, items):
@@ -341,11 +341,17 @@ def test_metadata_files_as_other_writers_leave_them(tmp_path):
 def test_notes_say_what_was_ignored(tmp_path):
     data = write(
         tmp_path / "data",
-        train_ratings_csv="user,item,time\n1,3,5\n1,5,6\n1,3,5\n2,10,5\n",
+        train_ratings_csv="user,item,time\n1,3,1e9\n1,5,1.1e9\n1,3,1e9\n2,10,1e9\n",
         **{name: content for name, content in METADATA.items() if name != "writers_tsv"},
     )
-    notes = run(data, tmp_path / "out").manifest.notes
-    assert notes == [
+    manifest = run(data, tmp_path / "out").manifest
+    assert manifest.dropped == {
+        "years.tsv: rows of items without interactions ignored": 1,
+        "years.tsv: further rows of an item ignored, the first counts": 1,
+        "genres.tsv: rows of items without interactions ignored": 1,
+        "directors.tsv: further rows of an item ignored, the first counts": 1,
+    }
+    assert manifest.notes == [
         "years.tsv: rows of items without interactions ignored: 1",
         "years.tsv: further rows of an item ignored, the first counts: 1",
         "genres.tsv: rows of items without interactions ignored: 1",
@@ -356,7 +362,7 @@ def test_notes_say_what_was_ignored(tmp_path):
 
 
 def test_a_rerun_does_nothing_until_an_input_changes(tmp_path):
-    data = write(tmp_path / "data", train_ratings_csv="user,item\n1,5\n", **METADATA)
+    data = write(tmp_path / "data", train_ratings_csv="user,item\n1,5\n1,10\n", **METADATA)
     first = run(data, tmp_path / "out").manifest
     lines = []
     assert run(data, tmp_path / "out", report=lines.append).manifest == first
@@ -396,7 +402,7 @@ DAMAGED_GZIP = gzip.compress(GOOD.encode())[:-400]
 RATINGS = "train_ratings_csv"
 
 BAD_INPUT = {
-    "empty file": ({RATINGS: ""}, ["train_ratings.csv", "empty", "user", "item"]),
+    "empty file": ({RATINGS: ""}, ["train_ratings", "no data rows", "empty", "user,item"]),
     "no item column": ({RATINGS: "user,movie\n1,2\n"}, ["no column item", "found user, movie"]),
     "two user columns": ({RATINGS: "user,item,user\n1,2,1\n"}, ["more than one column user"]),
     "header only": ({RATINGS: "user,item\n"}, ["train_ratings", "no data rows"]),
@@ -406,9 +412,14 @@ BAD_INPUT = {
     "time is text": ({RATINGS: GOOD + "1,2,2001-01-01\n"}, ["line 402", "'2001-01-01'", "Unix seconds"]),
     "time is missing": ({RATINGS: GOOD + "1,2,\n"}, ["line 402", "time is ''"]),
     "time is nan": ({RATINGS: GOOD + "1,2,nan\n1,2,inf\n"}, ["line 402", "'nan'", "(2 rows"]),
-    "milliseconds": ({RATINGS: "user,item,time\n1,2,1500000000000\n"}, ["line 2", "milliseconds"]),
-    "microseconds": ({RATINGS: "user,item,time\n1,2,1500000000000000\n"}, ["microseconds; expected Unix seconds"]),
-    "nanoseconds": ({RATINGS: "user,item,time\n1,2,1.5e18\n"}, ["nanoseconds"]),
+    "milliseconds among seconds": (
+        {RATINGS: GOOD + "1,2,1500000000000\n"},
+        ["line 402: time is '1500000000000', which looks like milliseconds, but most times look like seconds"],
+    ),
+    "seconds among nanoseconds": (
+        {RATINGS: "user,item,time\n1,2,1.5e18\n1,3,15e17\n1,4,1.5e9\n1,5,0\n1,6,15e17\n"},
+        ["line 4: time is '1.5e9', which looks like seconds", "nanoseconds; data.time_unit", "(2 rows"],
+    ),
     "too many fields": ({RATINGS: GOOD + "1,2,3,4\n"}, ["line 402: 4 fields, expected 3 (user,item,time)"]),
     "too few fields": ({RATINGS: 'user,item,x\n1,2,"a\nb"\n\n1,2\n'}, ["line 5: 2 fields, expected 3"]),
     "Latin-1": ({RATINGS: GOOD.encode() + b"caf\xe9,2,3\n"}, ["line 402", "column user is not UTF-8"]),
@@ -448,18 +459,16 @@ def test_bad_input_is_one_message(tmp_path, monkeypatch, case):
 def test_bad_parquet(tmp_path):
     table = pa.table({"user": [1, None, None], "item": ["a", "b", None], "time": [1.0, 2.0, 1e12]})
     pq.write_table(table, tmp_path / "nulls.parquet", row_group_size=1)
-    pq.write_table(table.set_column(0, "user", pa.array([1.0, 2.0, 3.0])), tmp_path / "floats.parquet")
+    pq.write_table(table.set_column(0, "user", pa.array([1.0, 2.5, 3.0])), tmp_path / "floats.parquet")
     pq.write_table(table.select(["user"]), tmp_path / "columns.parquet")
     pq.write_table(table.slice(0, 0), tmp_path / "none.parquet")
     (tmp_path / "damaged.parquet").write_bytes((tmp_path / "nulls.parquet").read_bytes()[:-10])
-    (tmp_path / "text.parquet").write_text("user,item\n1,2\n")
     for name, message in {
         "nulls": "row 2: user is missing (2 rows",
-        "floats": "column user is double; expected integers or strings",
+        "floats": "row 2: user is 2.5; expected whole numbers or text",
         "columns": "no column item; found user",
         "none": "no data rows",
         "damaged": "not a Parquet file, or a damaged one",
-        "text": "not a Parquet file, or a damaged one",
     }.items():
         with pytest.raises(InputError, match=re.escape(message)):
             run(tmp_path, tmp_path / "out", f"{name}.parquet")

@@ -1,5 +1,6 @@
 import csv
 import warnings
+from dataclasses import replace
 
 import pytest
 import torch
@@ -12,10 +13,11 @@ from bert4rec.inference.ranking import Exclusions, Ranking, score_next, top_k
 from bert4rec.model.batches import last_items
 from bert4rec.model.item_vectors import Metadata
 from bert4rec.model.network import BERT4Rec
-from tests.helpers.datasets import write_dataset
+from tests.helpers.datasets import random_times, write_dataset
 from tests.unit.model.test_batches import windows_of
 from tests.unit.model.test_item_vectors import metadata
 from tests.unit.model.test_network import NUM_ITEMS, make_model
+from tests.unit.model.test_times import ENCODINGS, timed_model
 
 pytestmark = pytest.mark.unit
 
@@ -44,13 +46,38 @@ MODELS = {
     "own output, one layer": lambda: model_with(share_embeddings=False, num_layers=1),
     "gate, fused output": lambda: model_with(metadata_fusion="gate", output_features="fused"),
     "concat": lambda: model_with(metadata_fusion="concat"),
+    "times": lambda: timed_model("rotary+gap+bias+calendar", position_encoding="rotary"),
 }
 
 
-def run_onnx(path, history):
+def inputs_of(model, histories, width):
+    """What a program takes for padded histories: with times of any kind at padding, if the model reads them."""
+    inputs = {"history": padded(histories, width)}
+    if model.times is not None:
+        times, asked = moments(histories)
+        inputs |= {"times": padded(times, width), "at": torch.tensor(asked)}
+        inputs["times"][inputs["history"] == 0] = 1_234_567_890
+    return inputs
+
+
+def moments(histories):
+    """Times of each item, and when the next is asked for."""
+    times = list(random_times(dict(enumerate(histories))).values())
+    return times, [own[-1] + 1000 * number for number, own in enumerate(times)]
+
+
+def scores_of(model, histories):
+    windows = windows_of(histories)
+    times, asked = moments(histories)
+    flat = torch.tensor([time for own in times for time in own])
+    return score_next(model, replace(windows, times=flat, asked=torch.tensor(asked)))(0, model.num_items)
+
+
+def run_onnx(path, history, **more):
     onnxruntime = pytest.importorskip("onnxruntime")
     session = onnxruntime.InferenceSession(path, providers=["CPUExecutionProvider"])
-    return [torch.from_numpy(output) for output in session.run(None, {"history": history.numpy()})]
+    inputs = {name: value.numpy() for name, value in {"history": history, **more}.items()}
+    return [torch.from_numpy(output) for output in session.run(None, inputs)]
 
 
 @pytest.mark.parametrize("name", MODELS)
@@ -62,11 +89,22 @@ def test_programs_score_as_the_model_does(name, tmp_path):
     path = write_onnx(program, str(tmp_path))
     histories = [[(token - 1) % model.num_items + 1 for token in history] for history in HISTORIES]
     for chosen in (histories, histories[:1], histories[3:4], histories[1:3]):  # other numbers of users, other lengths
-        expected = score_next(model, windows_of(chosen))(0, model.num_items)
+        expected = scores_of(model, chosen)
         for width in (max(map(len, chosen)), 40):
-            history = padded(chosen, width)
-            torch.testing.assert_close(loaded(history), expected, rtol=1e-4, atol=1e-5)
-            torch.testing.assert_close(run_onnx(path, history)[0], expected, rtol=1e-4, atol=1e-5)
+            inputs = inputs_of(model, chosen, width)
+            torch.testing.assert_close(loaded(*inputs.values()), expected, rtol=1e-4, atol=1e-5)
+            torch.testing.assert_close(run_onnx(path, **inputs)[0], expected, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("position_encoding", ["learned", "rotary"])
+@pytest.mark.parametrize("encoding", ENCODINGS)
+def test_every_time_encoding_scores_as_the_model_does(encoding, position_encoding):
+    model = timed_model(encoding, position_encoding=position_encoding)
+    function = ScoringFunction(model).eval()
+    expected = scores_of(model, HISTORIES)
+    torch.testing.assert_close(function(**inputs_of(model, HISTORIES, 40)), expected, rtol=1e-4, atol=1e-5)
+    with pytest.raises(InputError, match=r"this program reads times .*; expected history, times and at"):
+        function(padded(HISTORIES, 40))
 
 
 @pytest.mark.parametrize("exclude_seen", [True, False])

@@ -19,10 +19,11 @@ from bert4rec.errors import InputError
 from bert4rec.inference import ranking as ranking_module
 from bert4rec.inference.export import ScoringFunction, export_program, write_onnx, write_torch
 from bert4rec.inference.item_lists import list_of_items, read_list
-from bert4rec.inference.ranking import Exclusions, Only, Ranking, score_next, top_k
+from bert4rec.inference.ranking import Exclusions, NextScores, Only, Ranking, score_next, top_k
 from bert4rec.inference.recommend import _identity, _open_work, _write_part
 from bert4rec.inference.recommender import Ranked, Recommender
-from bert4rec.inference.selection import Selection, pick
+from bert4rec.inference.rules import Offer
+from bert4rec.inference.selection import Selection, best_list, pick
 from tests.helpers.datasets import random_histories
 from tests.twins import rules as twin
 from tests.unit.model.test_network import NUM_ITEMS, make_model
@@ -132,7 +133,7 @@ CAPS = st.dictionaries(st.sampled_from(["genre", "director"]), st.integers(1, 3)
     pool=st.sampled_from([1, 4, 12, 100]),
     min_score=st.sampled_from([None, None, -0.5, 0.02, 1.0]),
     scores=st.sampled_from(["logit", "probability"]),
-    k=st.sampled_from([1, 3, 8, NUM_ITEMS]),
+    k=st.sampled_from([1, 2, 3, 8, NUM_ITEMS]),
     seen_and_future=st.tuples(st.booleans(), st.booleans()),
     discount=st.sampled_from([0.0, 0.4]),
     block_bytes=st.sampled_from([2**21, 4 * 3 * 7]),
@@ -240,7 +241,9 @@ def test_no_rule_gives_the_files_of_before_to_the_last_byte(recommender, tmp_pat
             "rank": (place + 1).to(torch.int32).numpy(),
             "score": values[found].numpy(),
         }
-        before.append(Ranked(pa.table(table), len(users), int((found.sum(1) < 6).sum())))
+        num_found = found.sum(1)
+        counts = int((num_found < 6).sum()), int((num_found == 0).sum())
+        before.append(Ranked(pa.table(table), len(users), *counts))
     off = Ranking(diversity=0.0, diversity_pool=3, max_per={}, min_score=None, scores="logit")
     part = Part(0, 0, NUM_USERS)
     for name, ranked in {
@@ -256,7 +259,7 @@ def test_no_rule_gives_the_files_of_before_to_the_last_byte(recommender, tmp_pat
     recommender.model.save_pretrained(str(tmp_path / "m"))
     assert json.dumps(_identity(str(tmp_path / "m"), InferenceConfig(), ranking)["settings"]) == (
         '{"topk": 10, "batch_size": 512, "score_memory_mb": 256, "exclude_seen": true, "exclude_future": true, '
-        '"popularity_discount": 0.0, "formats": ["parquet", "csv"]}'
+        '"at": null, "popularity_discount": 0.0, "formats": ["parquet", "csv"]}'
     )
 
 
@@ -335,7 +338,7 @@ def test_an_unusable_list_is_one_line(recommender, tmp_path, content, key):
 def test_other_unusable_rules_are_one_line(recommender, tmp_path):
     for override, message in {
         "inference.max_per={gener: 2}": r"max_per: no feature 'gener'; expected one of genre, director, writer",
-        "inference.max_per={genre: 0}": r"inference\.max_per\.genre=0: Input should be greater than 0",
+        "inference.max_per={genre: 0}": r"inference\.max_per\.genre='0': Input should be greater than 0",
         "inference.candidates=[]": r"inference\.candidates=\[\]",
         "inference.candidates=/nowhere/l.csv": r"/nowhere/l\.csv: no such file",
         f"inference.exclude={tmp_path}/*.csv": r"\*\.csv: no such file; the directory holds",
@@ -452,3 +455,21 @@ def test_a_program_refuses_lists_of_users(recommender, tmp_path):
         InputError, match=r"candidates: .*l\.csv: has a list for each user, and a program knows no users"
     ):
         ScoringFunction(recommender.model, 3, ranking, ITEMS)
+
+
+@pytest.mark.parametrize("block_bytes", [2**21, 4 * 2 * 7])
+@pytest.mark.parametrize("diversity", [0.0, 0.4])
+def test_a_capped_list_goes_on_beyond_what_was_ranked_first(monkeypatch, block_bytes, diversity):
+    """The first 25 items share a genre, so that a list of three needs items behind the first fifteen (or the pool)."""
+    monkeypatch.setattr(ranking_module, "CPU_BLOCK_BYTES", block_bytes)
+    for shared, expected in ((25, [0, 25, 26]), (29, [0, 29]), (30, [0])):
+        genres = ragged([[0]] * shared + [[] for _ in range(NUM_ITEMS - shared)])
+        table = dataclasses.replace(ITEMS, listed={"genre": (1, genres)})
+        selection = Selection.of(Ranking(max_per={"genre": 1}, diversity=diversity, diversity_pool=4), table)
+        scores = NextScores(torch.tensor([[1.0], [2.0]]), -torch.arange(30.0)[:, None], torch.zeros(30))
+        offer = Offer(None, NUM_ITEMS, Exclusions.of(None))
+        values, items = best_list(scores, offer, 3, selection, lambda items: torch.ones(*items.shape, 1))
+        for user, factor in enumerate((1, 2)):
+            kept = torch.isfinite(values[user])
+            assert items[user][kept].tolist() == expected
+            assert values[user][kept].tolist() == [-factor * item for item in expected]

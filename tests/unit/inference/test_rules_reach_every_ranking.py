@@ -38,10 +38,10 @@ RULES = {
     "popularity_discount": ("0.9", EVERYWHERE, ()),
     "candidates": ("FOR_ALL", EVERYWHERE - {"evaluation"}, ()),
     "candidates_default": ("all", {"all users", "report"}, LISTS_OF_USERS),
-    "exclude": ("FOR_ALL", EVERYWHERE - {"evaluation"}, ()),
+    "exclude": ("EVEN", EVERYWHERE - {"evaluation"}, ()),
     "max_per": ("{genre: 1}", EVERYWHERE, ()),
     "diversity": ("0.9", EVERYWHERE, ()),
-    "diversity_pool": ("5", EVERYWHERE, DIVERSE),
+    "diversity_pool": ("4", EVERYWHERE, DIVERSE),
     "min_score": ("3", EVERYWHERE, ()),
     "scores": ("probability", EVERYWHERE - {"evaluation"}, ()),
 }
@@ -54,6 +54,7 @@ def place(tmp_path, monkeypatch):
     """Overrides under which the jobs find a model and a dataset."""
     without_ray(monkeypatch, recommend, evaluate)
     (tmp_path / "for_all.csv").write_text("item\n" + "".join(f"{100 + token}\n" for token in range(3, NUM_ITEMS, 3)))
+    (tmp_path / "even.csv").write_text("item\n" + "".join(f"{100 + token}\n" for token in range(2, NUM_ITEMS, 2)))
     pairs = [(user, 101 + (user * item) % NUM_ITEMS) for user in range(1, 28) for item in range(1, 7)]
     (tmp_path / "of_users.csv").write_text("user,item\n" + "".join(f"{u},{i}\n" for u, i in sorted(set(pairs))))
     settings = [f"run.storage_path={tmp_path}", "inference.topk=4", "inference.formats=[parquet]", "export.topk=4"]
@@ -100,7 +101,7 @@ def everything(settings, tmp_path, name, where=EVERYWHERE):
     result = evaluate.evaluate(config, path, checkpoint)
     found["evaluation"] = result.protocols, result.beyond_accuracy
     if "programs" in where:
-        found["programs"] = exported(config, checkpoint, torch.tensor([[0, 3, 5], [9, 8, 7]]))
+        found["programs"] = exported(config, checkpoint, [torch.tensor([[0, 3, 5], [9, 8, 7]])])
     # of the same recommendations: what differs is what the page says of the rules
     same = f"{tmp_path / 'before' / 'all'}/recommendations.parquet"
     given = page.Recommendations(same, config.inference.model_dump(), num_short_users=0)
@@ -119,7 +120,7 @@ def test_every_rule_is_a_key_and_has_an_entry():
 @pytest.mark.parametrize("rule", RULES)
 def test_a_rule_changes_every_ranking_that_it_is_for(rule, place, tmp_path):
     value, changes, beside = RULES[rule]
-    files = {"FOR_ALL": str(tmp_path / "for_all.csv"), "OF_USERS": str(tmp_path / "of_users.csv")}
+    files = {name: str(tmp_path / f"{name.lower()}.csv") for name in ("FOR_ALL", "EVEN", "OF_USERS")}
     base = [*place, *(f"{key}={files.get(to, to)}" for key, _, to in (each.partition("=") for each in beside))]
     where = EVERYWHERE - {"one history", "programs"} if beside == LISTS_OF_USERS else EVERYWHERE
     before = everything(base, tmp_path, "before", where)
@@ -131,7 +132,8 @@ def test_a_rule_changes_every_ranking_that_it_is_for(rule, place, tmp_path):
 @pytest.mark.parametrize("rule", sorted(OBEYED))
 def test_evaluation_obeys_on_request(rule, place, tmp_path):
     base = [*place, "evaluation.candidates=true", "evaluation.protocols=[all, uniform-100]"]
-    value = RULES[rule][0].replace("FOR_ALL", str(tmp_path / "for_all.csv"))
+    value = RULES[rule][0]
+    value = value if value == "false" else str(tmp_path / f"{value.lower()}.csv")
     before, after = (
         evaluate.evaluate(config := load_config(None, each), config.prepared_path, config.inference.checkpoint_path)
         for each in (base, [*base, f"inference.{rule}={value}"])

@@ -38,6 +38,10 @@ def seeded(seed=0):
     return torch.Generator().manual_seed(seed)
 
 
+def drawn_items(draw, windows, max_len):
+    return batches.tokens_at(windows, draw(windows, max_len, seeded()))
+
+
 def test_last_items_equals_the_slow_way():
     histories = list(random_histories(50, 30).values())
     for max_len in (1, 5, 30):
@@ -146,7 +150,7 @@ def test_weighted_sampling_keeps_order_and_draws_by_recency():
         expected[second] += probability
     num_rows = 40_000
     histories = [[1, 2, 3]] * num_rows + [[4, 5]]
-    drawn = batches.weighted_items(windows_of(histories), 2, seeded())
+    drawn = drawn_items(batches.weighted_places, windows_of(histories), 2)
     assert drawn[-1].tolist() == [4, 5]
     drawn = drawn[:-1]
     assert (drawn[:, 0] < drawn[:, 1]).all()
@@ -157,7 +161,7 @@ def test_weighted_sampling_keeps_order_and_draws_by_recency():
 
 def test_weighted_sampling_mixes_long_and_short_histories():
     histories = list(random_histories(80, 40, longest=20).values())
-    drawn = batches.weighted_items(windows_of(histories), 6, seeded())
+    drawn = drawn_items(batches.weighted_places, windows_of(histories), 6)
     for history, row in zip(histories, drawn.tolist(), strict=True):
         items = [token for token in row if token]
         assert len(items) == min(6, len(history))
@@ -166,7 +170,7 @@ def test_weighted_sampling_mixes_long_and_short_histories():
 
 def test_windows_of_long_histories_follow_one_another_and_are_drawn_evenly():
     windows = windows_of([list(range(1, 8))] * 30_000 + [[8, 9]])
-    drawn = batches.window_items(windows, 5, seeded())
+    drawn = drawn_items(batches.window_places, windows, 5)
     assert drawn[-1].tolist() == [0, 0, 0, 8, 9]
     assert (drawn[:-1].diff(dim=1) == 1).all()
     for first in (1, 2, 3):
@@ -175,9 +179,10 @@ def test_windows_of_long_histories_follow_one_another_and_are_drawn_evenly():
 
 
 def test_append_mask_keeps_room_for_the_mask():
-    got = batches.append_mask(windows_of([[1, 2, 3, 4], [5]]), 3, num_items=9)
+    got, times = batches.append_mask(windows_of([[1, 2, 3, 4], [5]]), 3, num_items=9)
     assert got.tolist() == [[3, 4, 10], [0, 5, 10]]
-    assert batches.append_mask(windows_of([[], [1]]), 3, num_items=9).tolist() == [[0, 10], [1, 10]]
+    assert times is None
+    assert batches.append_mask(windows_of([[], [1]]), 3, num_items=9)[0].tolist() == [[0, 10], [1, 10]]
 
 
 def test_by_length_covers_all_rows_in_parts_of_the_budget():

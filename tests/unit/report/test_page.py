@@ -6,6 +6,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
+from bert4rec import storage
 from bert4rec.config import load_config
 from bert4rec.data.dataset import PreparedDataset
 from bert4rec.report import page as report
@@ -56,6 +57,35 @@ def test_users_by_hand(dataset):
     # user 1, last in 1995: 2000, 2010, 2020 are later, of which 2000 and 2010 are seen; user 2: 2010 and 2020
     assert users.future.tolist() == [1, 2, 0]
     assert users.last_year.tolist() == [1995, 2000, 0]
+
+
+def test_later_releases_are_those_after_the_moment_asked_for(dataset, tmp_path):
+    assert report._read_users(dataset, dataset.items(), 1_300_000_000).future.tolist() == [1, 1, 1]  # 2011
+    given = write_recommendations(tmp_path / "r", [(1, 105, 1, 2.5)], at=1_300_000_000)
+    page = report.render(load_config(), dataset, "run", RUN, None, given)
+    assert "items released in a later year than recommendations are asked for, and not seen" in page
+
+
+def test_gaps_and_sessions_by_hand(tmp_path):
+    """Of three users; the second has one interaction, and the third one session."""
+    histories = {1: [1, 2, 3, 4], 2: [5], 3: [1, 2, 3]}
+    start, day = 1_000_000_000, 86_400
+    times = {1: [start, start, start + 1800, start + 40 * day], 2: [start], 3: [start, start + 59, start + 1858]}
+    dataset = PreparedDataset(write_dataset(tmp_path / "d", histories, 5, times=times))
+    gaps, lengths, num_single = report._read_gaps(dataset)
+    named = dict(zip(report._GAPS, gaps.tolist(), strict=True))
+    assert {name: count for name, count in named.items() if count} == {
+        "same second": 1,
+        "under a minute": 1,
+        "to 30 minutes": 1,
+        "to a day": 1,
+        "to a year": 1,
+    }
+    assert lengths.tolist() == [2, 1, 1, 1, 3]
+    assert num_single == 2
+    page = report.render(load_config(), dataset, "run", RUN, None, "none")
+    assert "From 2001-09-09T01:46:40Z to 2001-10-19T01:46:40Z. A session ends where nothing follows for 30 min" in page
+    assert {"Gaps", "Lengths of sessions"} <= set(titles_of(page))
 
 
 def test_users_over_many_parts_are_those_of_a_loop(tmp_path):
@@ -121,6 +151,15 @@ def test_metrics_of_every_system_and_protocol_are_shown(dataset):
     assert charts["NDCG@10 by length of history"]["data"][0]["x"] == ["10-49<br>1 users"]  # nobody is in the other
 
 
+def test_the_query_time_of_an_evaluation_is_named(dataset):
+    systems = {"BERT4Rec": {"hr@10": 0.5, "ndcg@10": 0.25}, "BERT4Rec/target": {"hr@10": 0.5, "ndcg@10": 0.25}}
+    evaluation = evaluation_of(systems) | {"query_time": "last"}
+    page = report.render(load_config(), dataset, "run", RUN, evaluation, "none")
+    assert (
+        "BERT4Rec is asked for it at the usual time after the item before it, BERT4Rec/target at its own time" in page
+    )
+
+
 def test_without_times_metadata_training_or_recommendations(tmp_path):
     dataset = PreparedDataset(write_dataset(tmp_path / "d", HISTORIES, 5))
     page = report.render(load_config(), dataset, "run", None, None, "No recommendations yet.")
@@ -129,6 +168,7 @@ def test_without_times_metadata_training_or_recommendations(tmp_path):
         "Training has not finished",
         "Not evaluated",
         "No later releases are filtered",
+        "The data have no column time.",
     ):
         assert words in page
     assert page.count("No recommendations yet.") == 2
@@ -189,3 +229,39 @@ def test_weighted_median():
     assert report._typical(np.array([10, 1, 5]), np.array([1, 1, 1])) == 5
     assert report._typical(np.array([10, 1, 5]), np.array([9, 1, 1])) == 10
     assert report._typical(np.array([10, 1]), np.array([0, 4])) == 1
+
+
+def test_names_that_are_numbers_are_names(tmp_path):
+    path = write_dataset(tmp_path / "d", HISTORIES, 5, genres=[[0], [0, 1], [], [1], []])
+    dataset = PreparedDataset(path)
+    dataset.manifest.vocabularies["genre"][:] = ["1990", "2"]
+    given = write_recommendations(tmp_path / "r", [(1, 105, 1, 2.5), (2, 104, 1, 0.5)])
+    numbers = evaluation_of({"BERT4Rec": {"hr@10": 0.5}}, groups=("1", "2"))
+    page = report.render(load_config(), dataset, "run", RUN, numbers, given)
+    bars = [chart for chart in read_block(page, "charts") if chart["data"][0]["type"] == "bar"]
+    (genres,) = [chart for chart in bars if "1990" in chart["data"][0].get("y", [])]
+    assert genres["layout"]["yaxis"]["type"] == "category"
+    bars.remove(genres)
+    assert len(bars) > 3
+    assert all(chart["layout"]["xaxis"]["type"] == "category" for chart in bars)
+
+
+def test_numbers_have_no_more_digits_than_they_mean():
+    shown = [report._number(value) for value in (1234.5678901234567, 0.123456, 12345, None)]
+    assert shown == ["1,234.6", "0.1235", "12,345", ""]
+
+
+def test_an_item_without_a_title_shows_its_genres(tmp_path):
+    path = write_dataset(tmp_path / "d", HISTORIES, 5, genres=[[0], [0, 1], [], [1], []])
+    table = pq.read_table(f"{path}/items.parquet")
+    titles = pa.array(["A", None, None, "D", None], pa.string())
+    pq.write_table(table.set_column(table.column_names.index("title"), "title", titles), f"{path}/items.parquet")
+    manifest = storage.read_sealed(f"{path}/manifest.json")
+    manifest["files"]["items.parquet"] = (tmp_path / "d" / "items.parquet").stat().st_size
+    storage.commit(path, manifest)
+    dataset = PreparedDataset(path)
+    assert dataset.descriptions() == ["A", "(genre 0, genre 1)", "", "D", ""]
+    assert dataset.names() == ["A", "102 (genre 0, genre 1)", "103", "D", "105"]
+    given = write_recommendations(tmp_path / "r", [(1, 102, 1, 2.5), (2, 105, 1, 0.5)])
+    page = report.render(load_config(), dataset, "run", RUN, None, given)
+    assert "<td>102 (genre 0, genre 1)</td>" in page

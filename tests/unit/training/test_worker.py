@@ -1,5 +1,6 @@
 """A training worker's loop, in this process: epochs, checkpoints, early stopping, resuming, NaN, full data."""
 
+import itertools
 import os
 from pathlib import Path
 
@@ -20,9 +21,9 @@ from bert4rec.runs import checkpoint_name
 from bert4rec.training import worker as worker_module
 from bert4rec.training.loop import Place, Worker
 from bert4rec.training.tensorboard import TensorBoardLog
-from bert4rec.training.worker import AskedToEndError, Wish, load_checkpoint, run_epochs
-from tests.helpers.datasets import random_histories, write_dataset
-from tests.helpers.trainer import Kept, Quiet, WorkerKilledError, run
+from bert4rec.training.worker import AskedToEndError, Wish, load_checkpoint, read_sequences, run_epochs
+from tests.helpers.datasets import random_histories, random_times, write_dataset
+from tests.helpers.trainer import Kept, Quiet, WorkerKilledError, every_item_as_negative, run
 
 pytestmark = pytest.mark.unit
 
@@ -38,7 +39,7 @@ HISTORIES = random_histories(75, 20)
 
 @pytest.fixture(scope="module")
 def dataset_path(tmp_path_factory):
-    return write_dataset(tmp_path_factory.mktemp("data") / "d", HISTORIES, 20)
+    return write_dataset(tmp_path_factory.mktemp("data") / "d", HISTORIES, 20, times=random_times(HISTORIES))
 
 
 def config_for(*overrides):
@@ -57,7 +58,9 @@ def files_of(checkpoint):
 @pytest.mark.parametrize("optimizer", ["adamw", "muon"])
 @pytest.mark.parametrize("stop_after", [1, 3])
 def test_a_resumed_run_ends_like_an_undisturbed_one(dataset_path, tmp_path, optimizer, stop_after):
-    config = config_for("training.num_epochs=6", "training.early_stopping=false", f"training.optimizer={optimizer}")
+    times = ["model.time_encoding=rotary+gap+bias+calendar"] if optimizer == "muon" else []
+    settings = ["training.num_epochs=6", "training.early_stopping=false", f"training.optimizer={optimizer}"]
+    config = config_for(*settings, *times)
     history, whole = run(config, dataset_path, tmp_path / "whole")
     with pytest.raises(WorkerKilledError):
         run(config, dataset_path, tmp_path / "stopped", stop_after)
@@ -88,8 +91,9 @@ def no_pause(monkeypatch):
     [
         ["training.optimizer=muon", "training.val_check_interval=2"],
         ["training.loss=sampled-softmax", "data.sampling_strategy=weighted", "training.gradient_clip_val=1"],
+        ["training.loss=gbce", "training.item_optimizer=rowwise", "training.weight_decay=0.1"],
     ],
-    ids=["muon", "sampled"],
+    ids=["muon", "sampled", "rowwise"],
 )
 def test_a_run_killed_at_drawn_steps_ends_like_an_undisturbed_one(dataset_path, tmp_path, no_pause, settings):
     """Killed again and again, right after one of its next checkpoints, most of which are in the middle of an epoch."""
@@ -192,6 +196,14 @@ def test_early_stopping_and_validation_interval(dataset_path, tmp_path):
     history, kept = run(config_for(*settings, "training.val_check_interval=3"), dataset_path, tmp_path)
     assert [metrics["epoch"] for metrics in history] == [3, 6, 9]
     assert [entry["name"].split("-")[1] for entry in kept.entries] == ["03", "09"]
+
+
+def test_the_usual_gap_is_the_median_of_what_training_sees(dataset_path, tmp_path):
+    config = config_for("training.num_epochs=1", "model.time_encoding=gap", "data.holdout=2")
+    _, kept = run(config, dataset_path, tmp_path)
+    seen = [own[:-2] for own in random_times(HISTORIES).values() if len(own) >= 3]
+    gaps = sorted(b - a for own in seen for a, b in itertools.pairwise(own) if b > a)
+    assert BERT4Rec.from_pretrained(kept.last).usual_gap == gaps[(len(gaps) - 1) // 2]
 
 
 def test_the_last_epoch_is_always_validated(dataset_path, tmp_path):
@@ -363,10 +375,19 @@ def test_title_embeddings_are_matched_by_id(tmp_path, dataset_path):
 # Two workers
 
 TWO = {
-    "alike": ["model.dropout_rate=0", "model.position_encoding=rotary"],
-    "dropout": ["training.optimizer=muon", "training.num_epochs=6", "training.early_stopping=false"],
+    "alike": ["model.dropout_rate=0", "model.position_encoding=rotary", "model.time_encoding=rotary+gap+bias"],
+    "dropout": [
+        "training.optimizer=muon",
+        "training.num_epochs=6",
+        "training.early_stopping=false",
+        "model.time_encoding=rotary+gap+calendar",
+    ],
     "drawn": ["training.early_stopping=false", "training.num_epochs=2", "data.sampling_strategy=window"],
     "temporal": ["data.split=temporal", "training.num_epochs=1", "model.dropout_rate=0"],
+    "rowwise": [
+        *["training.loss=sampled-softmax", "training.item_optimizer=rowwise", "training.weight_decay=0.1"],
+        *["training.gradient_clip_val=0.5", "model.dropout_rate=0"],
+    ],
 }
 
 
@@ -375,6 +396,7 @@ def two_workers(rank, root, dataset_path):
     torch.set_num_threads(1)
     torch.distributed.init_process_group("gloo", init_method=f"file://{root}/meet", rank=rank, world_size=2)
     dataset = PreparedDataset(dataset_path)
+    models = {}
 
     def train(name, path, stop_after=None, resume=None, *overrides):
         kept = Kept(path, stop_after)
@@ -392,16 +414,23 @@ def two_workers(rank, root, dataset_path):
             if told[0]:
                 raise WorkerKilledError
 
-        return run_epochs(
-            config_for(*TWO[name], *overrides),
-            dataset,
-            dataset.sequences(),
-            report=report,
-            progress=Quiet(),
-            worker=Worker(rank, 2),
-            resume_from=resume,
-            wrap=lambda model: torch.nn.parallel.DistributedDataParallel(model, broadcast_buffers=False),
-        )
+        def wrap(model):
+            models[name] = model
+            return torch.nn.parallel.DistributedDataParallel(model, broadcast_buffers=False)
+
+        with pytest.MonkeyPatch.context() as patch:
+            if name == "rowwise":  # each worker draws its own negatives, two others than one
+                patch.setattr("bert4rec.training.worker.make_loss", every_item_as_negative)
+            return run_epochs(
+                config_for(*TWO[name], *overrides),
+                dataset,
+                read_sequences(config_for(*TWO[name]), dataset),
+                report=report,
+                progress=Quiet(),
+                worker=Worker(rank, 2),
+                resume_from=resume,
+                wrap=wrap,
+            )
 
     histories = {name: train(name, root / name) for name in TWO}
     try:
@@ -417,6 +446,7 @@ def two_workers(rank, root, dataset_path):
         except WorkerKilledError:
             torch.distributed.barrier()
     torch.save(histories, root / f"histories-{rank}.pt")
+    torch.save(models["rowwise"].state_dict(), root / f"rowwise-{rank}.pt")
     torch.distributed.barrier()  # a process that leaves while another still talks to it is aborted
     torch.distributed.destroy_process_group()
 
@@ -430,20 +460,33 @@ def of_two(tmp_path_factory):
     rng = np.random.default_rng(1)
     before = [sorted(rng.integers(0, len(items) + 1, 2).tolist()) for items in HISTORIES.values()]
     columns = {"validation": [low for low, _ in before], "test": [high for _, high in before]}
-    path = write_dataset(root / "d", HISTORIES, 20, before=columns)
+    path = write_dataset(root / "d", HISTORIES, 20, before=columns, times=random_times(HISTORIES))
     torch.multiprocessing.spawn(two_workers, (root, path), nprocs=2)
     return path, root, [torch.load(root / f"histories-{rank}.pt") for rank in (0, 1)]
 
 
-@pytest.mark.parametrize("name", ["alike", "temporal"])
-def test_one_worker_and_two_learn_the_same(of_two, tmp_path, name):
+@pytest.mark.parametrize("name", ["alike", "temporal", "rowwise"])
+def test_one_worker_and_two_learn_the_same(of_two, tmp_path, name, monkeypatch):
     """Without dropout only the order of additions differs."""
     path, _, histories = of_two
+    if name == "rowwise":
+        monkeypatch.setattr("bert4rec.training.worker.make_loss", every_item_as_negative)
     history, _ = run(config_for(*TWO[name]), path, tmp_path)
     for one, two in zip(history, histories[0][name], strict=True):
         assert one["train_loss"] == pytest.approx(two["train_loss"], rel=1e-4)
         assert one["val_mrr"] == pytest.approx(two["val_mrr"], abs=2e-2)  # near ties may change places
     assert len(history) == 1 or history[-1]["train_loss"] < history[0]["train_loss"]
+
+
+def test_both_workers_have_the_same_rows_and_about_those_of_one(of_two, tmp_path, monkeypatch):
+    path, root, _ = of_two
+    monkeypatch.setattr("bert4rec.training.worker.make_loss", every_item_as_negative)
+    _, kept = run(config_for(*TWO["rowwise"]), path, tmp_path)
+    first, second = (torch.load(root / f"rowwise-{rank}.pt") for rank in (0, 1))
+    alone = BERT4Rec.from_pretrained(kept.last).state_dict()
+    for name in ("items.embedding.weight", "output_bias"):
+        assert torch.equal(first[name], second[name]), name
+        assert (first[name] - alone[name]).norm() < 2e-3 * alone[name].norm(), name
 
 
 def test_both_workers_have_the_same_history_and_a_resumed_one_too(of_two):
