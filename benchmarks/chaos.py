@@ -63,13 +63,12 @@ def main() -> None:
     with S3Server(free_port()) as server:
         gate = Gate(server.port)
         os.environ |= server.environment | {"AWS_ENDPOINT_URL": f"http://127.0.0.1:{gate.port}"}
-        write_data(args.users)
-        with Nodes(head_cpus=0) as nodes:
-            place = Place(nodes, gate, rng)
-            try:
-                run_rounds(place, args)
-            finally:
-                gate.shut()
+        try:
+            write_data(args.users)
+            with Nodes(head_cpus=0) as nodes:
+                run_rounds(Place(nodes, gate, rng), args)
+        finally:
+            gate.shut()
 
 
 def run_rounds(place: "Place", args: argparse.Namespace) -> None:

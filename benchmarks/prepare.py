@@ -1,6 +1,7 @@
 """Time and memory of preparing synthetic ratings, ours and in memory: `python -m benchmarks.prepare`."""
 
 import os
+import sys
 import tempfile
 import threading
 import time
@@ -73,54 +74,72 @@ def _pss(pid: int) -> int:
     return sum(int(line.split()[1]) * 1024 for line in lines if line.startswith("Pss:"))
 
 
+def die_first() -> None:
+    """Let Linux end this process before others when memory is short."""
+    Path("/proc/self/oom_score_adj").write_text("1000")
+
+
 def main() -> None:
     parser = options("Time and memory of preparing synthetic ratings.")
-    parser.add_argument("--rows", type=int, default=20_000_000, help="also measured: a tenth of them")
+    parser.add_argument("--rows", type=int, nargs="+", default=[1_000_000, 20_000_000], help="sizes of the input")
     parser.add_argument("--repeats", type=int, default=3, help="rounds in which each implementation has its turn")
-    parser.add_argument("--peers", default="pandas", help="of pandas,polars")
+    parser.add_argument("--peers", default="pandas", help="of pandas,polars; one that runs out of memory is told so")
+    parser.add_argument("--object-store-gb", type=float, default=0, help="of ours; 0 for Ray's default")
+    parser.add_argument("--before", default="", help="checkout of an earlier commit of ours, which has turns too")
     args = parser.parse_args()
-    contenders = {"ours": ("benchmarks.prepare_ours", "")}
+    contenders = {"ours": ("benchmarks.prepare_ours", "", "")}
+    if args.before:
+        contenders["ours, before"] = ("benchmarks.prepare_ours", "", args.before)
     for peer in filter(None, args.peers.split(",")):
         if peer not in ("pandas", "polars"):
             parser.error(f"unknown peer {peer}; expected pandas or polars")
         python = environment("polars", ["polars==1.*", "numpy"]) if peer == "polars" else ""
-        contenders[f"{peer}, in memory"] = (f"benchmarks.prepare_{peer}", python)
+        contenders[f"{peer}, in memory"] = (f"benchmarks.prepare_{peer}", python, "")
 
     results: dict[tuple[int, str], list[dict[str, float]]] = {}
-    with tempfile.TemporaryDirectory() as directory:
-        for num_rows in (args.rows // 10, args.rows):
-            data_dir = os.path.join(directory, str(num_rows))
-            os.mkdir(data_dir)
-            write_ratings(os.path.join(data_dir, "train_ratings.csv"), num_rows, args.seed)
-        for _ in range(args.repeats):
-            for num_rows in (args.rows // 10, args.rows):
-                workload = Workload(data=os.path.join(directory, str(num_rows)), threads=args.threads, seed=args.seed)
-                for name, (module, python) in contenders.items():
-                    results.setdefault((num_rows, name), []).append(run(module, workload, python))
+    sizes = sorted(set(args.rows))
+    for num_rows in sizes:
+        with tempfile.TemporaryDirectory() as directory:
+            write_ratings(os.path.join(directory, "train_ratings.csv"), num_rows, args.seed)
+            for _ in range(args.repeats):
+                for name, (module, python, root) in contenders.items():
+                    store = round(args.object_store_gb * 1e9) if name == "ours" else 0
+                    workload = Workload(data=directory, threads=args.threads, seed=args.seed, object_store=store)
+                    done = results.setdefault((num_rows, name), [])
+                    try:
+                        done.append(run(module, workload, python, root))
+                    except SystemExit as failed:
+                        if name.startswith("ours"):
+                            raise
+                        print(f"{name}, {num_rows:,} rows: {failed}", file=sys.stderr)
     rows = []
     for (num_rows, name), ran in results.items():
+        if not ran:
+            rows.append({"rows": f"{num_rows:,}", "implementation": name} | dict.fromkeys(_FIGURES, "failed"))
+            continue
         seconds = median(ran, "seconds")
-        tenth = median(results[args.rows // 10, name], "seconds")
-        rows.append(
-            {
-                "rows": f"{num_rows:,}",
-                "implementation": name,
-                "start-up, s": f"{median(ran, 'startup_seconds'):.1f}",
-                "seconds past it": f"{seconds:.1f}",
-                "spread": spread(ran, "seconds", ".1f"),
-                "rows/s": f"{num_rows / seconds:,.0f}",
-                "times its tenth": f"{seconds / tenth:.1f}×" if num_rows == args.rows else "",
-                "memory, MiB": f"{median(ran, 'tree_memory') / 2**20:,.0f}",
-                "of ours": "" if name == "ours" else f"{seconds / median(results[num_rows, 'ours'], 'seconds'):.2f}×",
-            }
-        )
+        tenth = results.get((num_rows // 10, name))
+        figures = [
+            f"{median(ran, 'startup_seconds'):.1f}",
+            f"{seconds:.1f}",
+            spread(ran, "seconds", ".1f"),
+            f"{num_rows / seconds:,.0f}",
+            f"{seconds / median(tenth, 'seconds'):.1f}×" if tenth else "",
+            f"{max(result['tree_memory'] for result in ran) / 2**20:,.0f}",
+            "" if name == "ours" else f"{seconds / median(results[num_rows, 'ours'], 'seconds'):.2f}×",
+        ]
+        rows.append({"rows": f"{num_rows:,}", "implementation": name} | dict(zip(_FIGURES, figures, strict=True)))
+    store = f"an object store of {args.object_store_gb:g} GB" if args.object_store_gb else "Ray's default object store"
     notes = [
-        f"{NUM_USERS:,} users, {NUM_ITEMS:,} items, with time; seed {args.seed}; {args.threads} threads; medians of "
-        f"{args.repeats} turns.",
+        f"{NUM_USERS:,} users, {NUM_ITEMS:,} items, with time; seed {args.seed}; {args.threads} threads; {store}; "
+        f"medians of {args.repeats} turns.",
         "From the CSV file to Parquet files of sequences. Start-up: imports and, for ours, Ray. "
-        "Memory: of all processes together, shared pages counted once.",
+        "Memory: the most that all processes together had in any turn, shared pages counted once.",
     ]
     publish("prepare", notes, rows, args.record)
+
+
+_FIGURES = ("start-up, s", "seconds past it", "spread", "rows/s", "times its tenth", "memory, MiB", "of ours")
 
 
 if __name__ == "__main__":

@@ -5,7 +5,7 @@ import tempfile
 import time
 
 from benchmarks.common import Workload, report
-from benchmarks.prepare import TreeMemory
+from benchmarks.prepare import TreeMemory, die_first
 
 
 def prepare(data_dir: str, path: str) -> None:
@@ -42,6 +42,7 @@ def main() -> None:
     import pyarrow.parquet  # noqa: F401
 
     workload = Workload.from_command_line()
+    die_first()
     memory = TreeMemory()
     memory.start()
     ready = time.perf_counter()

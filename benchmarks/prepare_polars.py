@@ -5,7 +5,7 @@ import tempfile
 import time
 
 from benchmarks.common import Workload, report
-from benchmarks.prepare import TreeMemory
+from benchmarks.prepare import TreeMemory, die_first
 
 
 def prepare(data_dir: str, path: str) -> None:
@@ -30,6 +30,7 @@ def main() -> None:
     began = time.perf_counter()
     import polars  # type: ignore[import-not-found]  # noqa: F401
 
+    die_first()
     memory = TreeMemory()
     memory.start()
     ready = time.perf_counter()

@@ -9,7 +9,8 @@ import numbers
 import os
 import re
 from datetime import UTC, date, datetime
-from typing import Any, Literal, Self, get_args, get_origin
+from types import UnionType
+from typing import Any, Literal, Self, Union, get_args, get_origin
 
 import yaml
 from pydantic import BaseModel, ConfigDict, Field, PositiveInt, ValidationError, field_validator, model_validator
@@ -705,8 +706,9 @@ def _read_yaml(path: str) -> dict[str, Any]:
 def _parse_for(group: str, name: str, text: str) -> Any:  # noqa: ANN401 - any YAML value
     """The value of a key on the command line."""
     annotation = _annotation(group, name)
-    if annotation is str or (get_origin(annotation) is not dict and str in get_args(annotation)):
-        return None if type(None) in get_args(annotation) and text.strip() in ("", "null", "~") else text
+    choices = get_args(annotation) if get_origin(annotation) in (Union, UnionType) else (annotation,)
+    if str in choices:
+        return None if type(None) in choices and text.strip() in ("", "null", "~") else text
     try:
         written = yaml.load(text, yaml.BaseLoader)
     except yaml.YAMLError:
@@ -720,10 +722,8 @@ def _of_type(group: str, name: str, value: Any, written: Any) -> Any:  # noqa: A
     A key that may hold text gets it as it is written, because YAML takes 007, 1_000, yes and 12:30 for other things
     than ids or names.
     """
-    annotation = _annotation(group, name)
-    holds_text = re.search(r"\bstr\b", str(annotation)) and "Any" not in str(annotation)
-    # The keys of a mapping are names; its values are none.
-    return _as_written(value, written) if holds_text and get_origin(annotation) is not dict else value
+    annotation = str(_annotation(group, name))
+    return _as_written(value, written) if re.search(r"\bstr\b", annotation) and "Any" not in annotation else value
 
 
 def _as_written(value: Any, written: Any) -> Any:  # noqa: ANN401 - any YAML value

@@ -102,9 +102,20 @@ def is_local(path: str) -> bool:
 
 @patient
 def exists(path: str) -> bool:
-    """Whether a file or a directory exists at `path`."""
+    """Whether a file or a directory exists at `path`.
+
+    Raises
+    ------
+    InputError
+        If the store does not let us look: the first that a job learns of wrong credentials.
+    """
     filesystem, inner = open_store(path)
-    return bool(filesystem.get_file_info(inner).type != pafs.FileType.NotFound)
+    try:
+        return bool(filesystem.get_file_info(inner).type != pafs.FileType.NotFound)
+    except OSError as error:
+        if "ACCESS_DENIED" not in str(error):
+            raise
+        raise InputError(f"{path}: no access ({error}); check the credentials and their rights") from None
 
 
 @patient

@@ -6,11 +6,12 @@ from typing import Any
 
 import pyarrow as pa
 import ray.data
-from ray.data import DataContext, Dataset, Datasource, MaterializedDataset
+from ray.data import DataContext, Dataset, Datasource
 from ray.data._internal.execution.execution_callback import ExecutionCallback
 from ray.data._internal.execution.operators.shuffle_operators import shuffle_reduce_operator
 from ray.data._internal.planner import plan_all_to_all_op
 from ray.data.block import BlockMetadata
+from ray.data.dataset import MaterializedDataset
 from ray.data.datasource import ReadTask
 
 from bert4rec.progress import Line

@@ -230,7 +230,8 @@ def _turned(x: Tensor, turns: Tensor) -> Tensor:
 def export_program(function: ScoringFunction) -> torch.export.ExportedProgram:
     """Export the function for any number of users and any length of history."""
     example = torch.ones(2, 3, dtype=torch.int64, device=function.get_buffer("bias").device)
-    inputs = (example,) if function.times is None else (example, example, example[:, 0])
+    # Copies, because the export takes inputs that share memory for one.
+    inputs = (example,) if function.times is None else (example, example.clone(), example[:, 0].clone())
     return torch.export.export(function.eval(), inputs, dynamic_shapes=_any_shape(len(inputs)))
 
 

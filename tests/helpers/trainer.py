@@ -6,11 +6,14 @@ Train to do, and continues from the last one. tests/integration tests what only 
 
 import json
 import shutil
+import tempfile
 from pathlib import Path
 from types import SimpleNamespace
 
+import pyarrow.fs as pafs
 import torch
 
+from bert4rec import storage
 from bert4rec.data.dataset import PreparedDataset
 from bert4rec.errors import InputError
 from bert4rec.model.losses import gbce, sampled_softmax
@@ -83,6 +86,24 @@ class Kept:
         return str(self.path / self.entries[-1]["name"]) if self.entries else None
 
 
+class KeptOnAStore(Kept):
+    """The same below a URI."""
+
+    def __init__(self, uri):
+        self.uri = uri
+        super().__init__(tempfile.mkdtemp())
+
+    def report(self, metrics, name, directory, in_background):
+        super().report(metrics, name, directory, in_background)
+        filesystem, inner = storage.open_store(self.uri)
+        there = filesystem.get_file_info(pafs.FileSelector(inner, allow_not_found=True))
+        stale = {info.base_name for info in there if info.base_name.startswith(("bert4rec-", "unfinished-"))}
+        for each in {entry["name"] for entry in self.entries} - stale:
+            pafs.copy_files(str(self.path / each), f"{inner}/{each}", destination_filesystem=filesystem)
+        for each in stale - {entry["name"] for entry in self.entries}:
+            filesystem.delete_dir(f"{inner}/{each}")
+
+
 def run(config, dataset_path, path, stop_after=None):
     """Call `run_epochs` for the directory `path`, from the last checkpoint if any. Return the history and the
     `Kept`."""
@@ -100,11 +121,12 @@ class LocalTrainer:
 
     def __init__(self, config, name, places, loop, callbacks):
         self.config, self.loop = config, loop
-        self.path = Path(config.run.storage_path).absolute() / name
+        self.path = storage.join(storage.absolute(config.run.storage_path), name)
 
     def fit(self):
         threads = torch.get_num_threads()
-        dataset, kept = PreparedDataset(self.loop["dataset_path"]), Kept(self.path)
+        dataset = PreparedDataset(self.loop["dataset_path"])
+        kept = KeptOnAStore(self.path) if "://" in self.path else Kept(self.path)
         try:
             history = run_epochs(
                 self.config,
@@ -118,7 +140,7 @@ class LocalTrainer:
             return SimpleNamespace(return_value=str(error))
         finally:
             torch.set_num_threads(threads)
-        best, last = str(self.path / kept.best["name"]), kept.last
+        best, last = (storage.join(self.path, entry["name"]) for entry in (kept.best, kept.entries[-1]))
         return SimpleNamespace(
             return_value=history,
             best_checkpoints=[(SimpleNamespace(path=best), {})],

@@ -241,7 +241,9 @@ def test_no_rule_gives_the_files_of_before_to_the_last_byte(recommender, tmp_pat
             "rank": (place + 1).to(torch.int32).numpy(),
             "score": values[found].numpy(),
         }
-        before.append(Ranked(pa.table(table), len(users), int((found.sum(1) < 6).sum())))
+        num_found = found.sum(1)
+        counts = int((num_found < 6).sum()), int((num_found == 0).sum())
+        before.append(Ranked(pa.table(table), len(users), *counts))
     off = Ranking(diversity=0.0, diversity_pool=3, max_per={}, min_score=None, scores="logit")
     part = Part(0, 0, NUM_USERS)
     for name, ranked in {
@@ -257,7 +259,7 @@ def test_no_rule_gives_the_files_of_before_to_the_last_byte(recommender, tmp_pat
     recommender.model.save_pretrained(str(tmp_path / "m"))
     assert json.dumps(_identity(str(tmp_path / "m"), InferenceConfig(), ranking)["settings"]) == (
         '{"topk": 10, "batch_size": 512, "score_memory_mb": 256, "exclude_seen": true, "exclude_future": true, '
-        '"popularity_discount": 0.0, "formats": ["parquet", "csv"]}'
+        '"at": null, "popularity_discount": 0.0, "formats": ["parquet", "csv"]}'
     )
 
 
@@ -336,7 +338,7 @@ def test_an_unusable_list_is_one_line(recommender, tmp_path, content, key):
 def test_other_unusable_rules_are_one_line(recommender, tmp_path):
     for override, message in {
         "inference.max_per={gener: 2}": r"max_per: no feature 'gener'; expected one of genre, director, writer",
-        "inference.max_per={genre: 0}": r"inference\.max_per\.genre=0: Input should be greater than 0",
+        "inference.max_per={genre: 0}": r"inference\.max_per\.genre='0': Input should be greater than 0",
         "inference.candidates=[]": r"inference\.candidates=\[\]",
         "inference.candidates=/nowhere/l.csv": r"/nowhere/l\.csv: no such file",
         f"inference.exclude={tmp_path}/*.csv": r"\*\.csv: no such file; the directory holds",
