@@ -17,7 +17,7 @@ import time
 from collections import Counter
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import numpy as np
 import pyarrow.fs as pafs
@@ -27,6 +27,7 @@ from tests.cluster.nodes import Nodes
 from tests.helpers.processes import free_port, named, wait_for
 from tests.helpers.s3_server import BUCKET, S3Server
 
+_Started = TypeVar("_Started")
 ROOT = Path(__file__).parents[1]
 LONGEST_ROUND = 900
 """Seconds; a round that takes longer hangs."""
@@ -65,7 +66,7 @@ def main() -> None:
         os.environ |= server.environment | {"AWS_ENDPOINT_URL": f"http://127.0.0.1:{gate.port}"}
         try:
             write_data(args.users)
-            with Nodes(head_cpus=0) as nodes:
+            with started(lambda: Nodes(head_cpus=0)) as nodes:
                 run_rounds(Place(nodes, gate, rng), args)
         finally:
             gate.shut()
@@ -138,11 +139,21 @@ class Place:
 
     def __init__(self, nodes: Nodes, gate: Gate, rng: random.Random) -> None:
         self.nodes, self.gate, self.rng = nodes, gate, rng
-        self.workers = [nodes.add(cpus=1), nodes.add(cpus=1)]
+        self.workers = [started(lambda: nodes.add(cpus=1)) for _ in range(2)]
 
     def pids(self, *names: str) -> list[int]:
         """Processes on the nodes that do the work."""
         return [pid for node in [*self.workers, self.nodes.head] for name in names for pid in named(name, node.pid)]
+
+
+def started(start: Callable[[], _Started]) -> _Started:
+    """A node, tried again: where other work uses the cores, Ray gives its own processes too little time to start."""
+    for _ in range(9):
+        try:
+            return start()
+        except AssertionError:
+            tell(note="a node did not start; trying again")
+    return start()
 
 
 def kill_one(place: Place, *names: str) -> bool:
@@ -162,7 +173,7 @@ def lose_node(place: Place, by: Callable[[subprocess.Popen[bytes]], None]) -> bo
     index = place.rng.randrange(len(place.workers))
     by(place.workers[index])
     time.sleep(place.rng.uniform(0, 5))
-    place.workers[index] = place.nodes.add(cpus=1)
+    place.workers[index] = started(lambda: place.nodes.add(cpus=1))
     return True
 
 

@@ -44,7 +44,7 @@ class Nodes:
             "RAY_USAGE_STATS_ENABLED": "0",
             "RAY_TRAIN_HEALTH_CHECK_INTERVAL_S": "0.2",
             "RAY_TRAIN_PREEMPTION_POLL_INTERVAL_S": "0.5",
-            "RAY_raylet_start_wait_time_s": "300",  # on a machine that others use too
+            "RAY_raylet_start_wait_time_s": "60",  # on a machine that others use too
             "RAY_health_check_period_ms": "500",  # the loss of a node is noticed sooner than by default
             "RAY_health_check_failure_threshold": "4",
         }

@@ -25,7 +25,7 @@ def state():
 @pytest.mark.parametrize(
     ("name", "range_rows", "options"),
     [
-        ("r.csv", 200, {"split": "temporal", "min_item_interactions": 12}),
+        ("r.csv", 200, {"split": "temporal", "split_time": 1_020_000_000, "min_item_interactions": 6}),
         ("r.csv", 10**6, {}),
         ("r.csv.gz", 500, {}),
     ],
