@@ -73,7 +73,7 @@ def test_ranges_are_counted():
 
 def test_each_range_is_a_file(tmp_path):
     tokens = np.array([3, 1, 2], np.int32)
-    written = write(build(ROWS), str(tmp_path), "data-1", tokens, {"test": 4}, 1)
+    written = write(build(ROWS), str(tmp_path), "data-1", tokens, {"test": 4}, 1, True)
     assert written["name"].to_pylist() == [f"data-1/sequences/part-0000{number}.parquet" for number in (0, 1)]
     assert written["size"].to_pylist() == [(tmp_path / name).stat().st_size for name in written["name"].to_pylist()]
     assert pq.read_table(tmp_path / written["name"][1].as_py()).to_pydict() == {
@@ -83,7 +83,7 @@ def test_each_range_is_a_file(tmp_path):
         "times": [[4, 8, 8], [0]],
         "before_test": [0, 1],
     }
-    untimed = write(build(ROWS.drop_columns("time")).slice(0, 1), str(tmp_path), "data-2", tokens, {}, None)
+    untimed = write(build(ROWS.drop_columns("time")).slice(0, 1), str(tmp_path), "data-2", tokens, {}, None, False)
     assert pq.read_table(tmp_path / untimed["name"][0].as_py()).to_pydict() == {
         "user": [7],
         "items": [[3, 2]],
