@@ -308,6 +308,8 @@ def _check(path: str, chunks_of_files: list[list[Chunk]]) -> tuple[_Checked, Set
 def _boundaries(sample: pa.Array, num_rows: int) -> pa.Array:
     """Users that divide the ratings into ranges of about equal size. The smallest user starts only the first range."""
     num_ranges = max(1, round(num_rows / _chunk_size_for(num_rows, RANGE_ROWS, _SHARD_ROWS)))
+    if not len(sample):  # few rows, and blank lines before them
+        return sample
     cuts = sample.take(pa.array(np.arange(1, num_ranges) * len(sample) // num_ranges)).unique()
     return cuts.filter(pc.greater(cuts, sample[0]))
 
