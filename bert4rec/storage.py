@@ -266,7 +266,8 @@ def check_writable(path: str) -> None:
             stream.write(b"1")
         filesystem.delete_file(probe)
     except OSError as error:
-        raise InputError(f"{path}: cannot be written ({error.strerror or error})") from None
+        hint = "; check the credentials and their rights" if "ACCESS_DENIED" in str(error) else ""
+        raise InputError(f"{path}: cannot be written ({error.strerror or error}){hint}") from None
 
 
 def commit(path: str, manifest: dict[str, Any]) -> None:

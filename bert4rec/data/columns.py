@@ -17,7 +17,7 @@ _OTHER_TIMES = {
     *("release", "released", "birth", "run", "life", "publish", "published", "publication", "watch", "dwell"),
     *("elapsed", "duration", "total", "spent", "screen", "join", "joined"),
 }
-_DELIMITERS = {"\t": "tab", ";": "';'", "|": "'|'", "::": "::", ",": "','", " ": "' '"}
+_DELIMITERS = {"\t": "tab", ";": "';'", "|": "'|'", "::": "'::'", ",": "','", " ": "' '"}
 
 
 def find_columns(

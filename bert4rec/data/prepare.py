@@ -46,7 +46,7 @@ RANGE_ROWS = 1_000_000
 """Smallest number of ratings in a range of users, about."""
 RECENT_SECONDS = 7 * 24 * 3600
 """How long an interaction counts as recent, for the evaluation baseline popularity-7-days."""
-_SEARCHED_TIMES = 257  # candidate times per pass over the data; four passes locate one second within a year
+_SEARCHED_TIMES = 4097  # candidate times per pass over the data; three passes locate one second within a century
 _SHARD_ROWS = 8192  # rows that a chunk has of a range; Ray would keep smaller objects in the driver's memory
 _ROW_BYTES = 24
 
@@ -104,8 +104,10 @@ def prepare(data: DataConfig, path: str, report: Callable[[str], None] = lambda 
     with lease.held(path):
         if (present := _up_to_date(path, identities, data)) is not None:  # another job has written it since
             return present
+        work = partial(_write, data, path, scans, metadata_files, report)
         with _ray_data().settings():
-            return _write(data, path, scans, metadata_files, report)
+            manifest: Manifest = _ray_data().repeated(work, report)
+            return manifest
 
 
 def _write(
@@ -306,6 +308,8 @@ def _check(path: str, chunks_of_files: list[list[Chunk]]) -> tuple[_Checked, Set
 def _boundaries(sample: pa.Array, num_rows: int) -> pa.Array:
     """Users that divide the ratings into ranges of about equal size. The smallest user starts only the first range."""
     num_ranges = max(1, round(num_rows / _chunk_size_for(num_rows, RANGE_ROWS, _SHARD_ROWS)))
+    if not len(sample):  # few rows, and blank lines before them
+        return sample
     cuts = sample.take(pa.array(np.arange(1, num_ranges) * len(sample) // num_ranges)).unique()
     return cuts.filter(pc.greater(cuts, sample[0]))
 

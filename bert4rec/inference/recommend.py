@@ -154,6 +154,8 @@ def _sizes(output_path: str) -> dict[str, int]:
 def _identity(checkpoint: str, inference: InferenceConfig, ranking: Ranking) -> dict[str, Any]:
     """The model and the settings that results depend on; of a rule that is read from a file, what the file says."""
     elsewhere = {"checkpoint_path", "output_path", "num_workers", "users", "users_file", "similar_to"}
+    if inference.at is None:  # results of before there was the key are still up to date
+        elsewhere.add("at")
     rules, names = ranking.identity(), {rule.name for rule in fields(ranking)}
     settings = {
         key: rules.get(key, value)

@@ -99,7 +99,12 @@ def _run(func, args, kwargs):
     for x in here:
         if out is x.elem:  # in place
             return x
-    return tree_map(lambda x: OnDevice(x) if type(x) is torch.Tensor else x, out) if to_device else out
+    return tree_map(_wrapped, out) if to_device else out
+
+
+def _wrapped(x):
+    # Below a dispatch mode nobody looks at the bit of a lazy conjugate, which rotary positions need backwards.
+    return OnDevice(x.resolve_conj()) if type(x) is torch.Tensor else x
 
 
 def _count(name, args, kwargs, here, there, to_device):

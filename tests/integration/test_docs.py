@@ -48,6 +48,12 @@ def films(tmp_path_factory):
     ratings = pd.DataFrame(rows, columns=["user", "item", "time"])
     for name in ("train_ratings.csv", "ratings-1.csv"):
         ratings.to_csv(path / name, index=False)
+    elsewhere = ratings.assign(
+        time=pd.to_datetime(ratings["time"], unit="s", utc=True).dt.strftime("%Y-%m-%dT%H:%M:%SZ")
+    )
+    elsewhere = elsewhere.set_axis(["userId", "movieId", "watched_at"], axis=1)
+    elsewhere.to_csv(path / "log", index=False, sep=";")
+    elsewhere.to_csv(path / "log.csv", index=False)
     for name, value in (("title", "Film {}"), ("genre", "G{}"), ("year", "19{}")):
         lines = "".join(f"{100 + item}\t{value.format(50 + item % 7)}\n" for item in range(32))  # two are new
         (path / f"{name}s.tsv").write_text(f"item\t{name}\n{lines}")

@@ -2,6 +2,7 @@
 
 import json
 import os
+import signal
 import subprocess
 import sys
 import time
@@ -15,7 +16,7 @@ from bert4rec import lease
 from bert4rec.config import load_config
 from jobs.recommend import recommend_users
 from tests.helpers.datasets import write_dataset
-from tests.helpers.processes import REPEATS, random_delay
+from tests.helpers.processes import REPEATS, random_delay, wait_for
 
 pytestmark = pytest.mark.integration
 
@@ -180,6 +181,40 @@ def test_the_second_of_two_jobs_says_who_holds_the_run(tmp_path):
     assert done.returncode == 2
     assert done.stderr.count("\n") == 1
     assert f"run: in use by another job (host {os.uname().nodename}, pid {os.getpid()}, since 20" in done.stderr
+
+
+@pytest.mark.parametrize(
+    "moment",
+    ["imports", "starting Ray", *(pytest.param(line, marks=pytest.mark.slow) for line in ("training run", "protocol"))],
+)
+def test_ctrl_c_ends_a_job_at_any_moment(data_dir, tmp_path, moment):
+    """In a terminal, all processes of the job get it."""
+    paths = [f"data.data_dir={data_dir}", f"run.storage_path={tmp_path}", "run.name=run"]
+    command = [sys.executable, "-u", "-m", "jobs.pipeline", *SMALL, *paths]
+    pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
+    with subprocess.Popen(command, cwd=ROOT, env=without_ray(), start_new_session=True, **pipes) as job:
+        if moment == "imports":
+            wait_for(lambda: "_raylet" in Path(f"/proc/{job.pid}/maps").read_text())
+        else:
+            while moment not in job.stdout.readline():
+                assert job.poll() is None, job.stderr.read()
+        os.killpg(job.pid, signal.SIGINT)
+        _, errors = job.communicate(timeout=120)
+    assert errors == "error: interrupted; run the same command to continue\n"
+    assert job.returncode == (-signal.SIGINT if moment == "imports" else 130)
+    wait_for(lambda: not in_session(job.pid), 30, "for the processes of its Ray to end")
+
+
+def in_session(session):
+    """Ids of the living processes of a session."""
+    found = []
+    for stat in Path("/proc").glob("[0-9]*/stat"):
+        try:
+            state, _, _, own = stat.read_text().rpartition(")")[2].split()[:4]
+        except OSError:
+            continue
+        found += [int(stat.parent.name)] * (int(own) == session and state != "Z")
+    return found
 
 
 def test_help_lists_every_key():

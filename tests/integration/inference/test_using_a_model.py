@@ -65,7 +65,7 @@ def test_every_example_of_the_guide(ray_session, tmp_path):
     mlflow = pytest.importorskip("mlflow")
     few, new, similar = blocks("using-a-model.md", "bash")
     notebook, elsewhere = blocks("using-a-model.md", "python")
-    (export,), (onnx,) = blocks("export.md", "bash"), blocks("export.md", "python")
+    (export, *_), (onnx, *_) = blocks("export.md", "bash"), blocks("export.md", "python")
     (tracked,) = [block for block in blocks("training.md", "bash") if "mlflow_uri" in block]
     write_films(tmp_path / "data" / "ml-100k")
     (tmp_path / "configs").mkdir()
@@ -76,7 +76,8 @@ def test_every_example_of_the_guide(ray_session, tmp_path):
     trained = json.loads((run_path / "run.json").read_text())
     assert [epoch["epoch"] for epoch in trained["history"]] == list(range(1, 11))
     assert f"{run_path}/recommendations 400" in printed
-    *_, recommendation, likeness = printed.split("rank")
+    *_, recommendation, likeness, many = printed.split("rank")
+    assert set(films_of(many)) <= {50, 172, 181, 258}
     assert len(films_of(recommendation)) == len(films_of(likeness)) == 5
 
     client = mlflow.MlflowClient(f"sqlite:///{tmp_path}/mlflow.db")

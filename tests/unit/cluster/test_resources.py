@@ -184,6 +184,17 @@ def test_an_environment_with_blanks_in_its_path_is_quoted_for_ray(monkeypatch, p
     assert {key: value for key, value in started.items() if key == "runtime_env"} == given
 
 
+def test_a_ray_that_does_not_start_is_one_line(monkeypatch):
+    def never(**_):
+        raise Exception("The current node timed out during startup. This could happen because …")
+
+    monkeypatch.delenv("RAY_ADDRESS", raising=False)
+    monkeypatch.setattr(ray, "init", never)
+    monkeypatch.setattr(ray, "shutdown", lambda: None)
+    with pytest.raises(TimeoutError, match="Ray did not start within its 30 s: the machine is too busy"):
+        resources._start_ray()
+
+
 def test_a_long_tmpdir_is_named(tmp_path, monkeypatch):
     long = f"{tmp_path}/{'long' * 30}"
     monkeypatch.delenv("RAY_ADDRESS", raising=False)

@@ -295,6 +295,7 @@ def expected_of(files, **options):
 )  # a quote takes all further rows into a note
 @example(Written(b'user,item\n1,5"\n2,6\n3,7\n', {}), 10, 1)
 @example(Written(b'user,item,time\n1,2,"\n0"\n', {}), 32 << 20, 1)
+@example(Written(b"user,item\n\n0,0\n", {}), 1, 1)  # no sampled user
 @example(Written(b"\ruser,item\n0,0\n", {}), 32 << 20, 1)
 @example(Written(b'""time","item","user"\n"0","0","0"\n', {}), 32 << 20, 1)
 @given(spoilt_files(), SIZES, st.integers(1, 40))

@@ -134,7 +134,7 @@ def test_hints_name_the_option(run):
             "{user: user_id:token, item: item_id:token, time: timestamp:float}",
         ],
         "user;item;time\n1;2;3\n": "data.delimiter=';'",
-        "1::1193::5::978300760\n": ["data.delimiter=::", "data.header=false", "{user: 1, item: 2, time: 4}"],
+        "1::1193::5::978300760\n": ["data.delimiter='::'", "data.header=false", "{user: 1, item: 2, time: 4}"],
         "196\t242\t3\t881250949\n": ["data.delimiter=tab", "data.header=false"],
         "1,2,3\n4,5,6\n": ["a row of numbers", "data.header=false"],
         '{"user": 1, "item": 2}\n': "looks like JSON",

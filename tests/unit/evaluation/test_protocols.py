@@ -45,7 +45,9 @@ def test_seen_items_turn_a_protocol_into_its_other_one():
 def test_the_result_is_written_before_it_is_printed(tmp_path, monkeypatch):
     """An evaluation takes minutes; what is wrong with a table of it must not cost them."""
     metrics = {"model": {"hr@10": 0.5}}
-    result = Evaluation("m", "d", "f", 1, 1, {}, "test", 0.0, None, 42, {"all": metrics}, {}, {}, metrics, [])
+    result = Evaluation(
+        "m", "d", "f", 1, 1, {}, "test", 0.0, None, {}, False, 0, 42, {"all": metrics}, {}, {}, metrics, []
+    )
     monkeypatch.setattr(job, "evaluate", lambda *arguments: result)
     with pytest.raises(KeyError):  # a result without `data` cannot be printed
         job.evaluate_model(load_config(), str(tmp_path / "model"))

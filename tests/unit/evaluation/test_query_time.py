@@ -19,13 +19,13 @@ from tests.unit.model.test_times import timed_model
 
 pytestmark = pytest.mark.unit
 
-HISTORIES = random_histories(60, NUM_ITEMS, seed=4, longest=20)
+HISTORIES = random_histories(30, NUM_ITEMS, seed=4, longest=16)
 TIMES = random_times(HISTORIES)
 BEFORE = {
-    "recent_validation": [0] * 60,
+    "recent_validation": [0] * 30,
     "validation": [len(items) // 2 for items in HISTORIES.values()],
-    "recent_test": [0] * 60,
-    "recent_last": [0] * 60,
+    "recent_test": [0] * 30,
+    "recent_last": [0] * 30,
     "test": [-(-3 * len(items) // 4) for items in HISTORIES.values()],
 }
 SPLITS = {
@@ -95,7 +95,7 @@ def test_later_interactions_change_no_earlier_validation(split, query_time, tmp_
     """Neither the training nor the validation, to the last digit. Asked at the time of the item before it, the time of
     the target changes nothing either."""
     settings = ["model.hidden_units=8", "model.num_heads=2", "model.max_len=8", "data.batch_size=16"]
-    settings += ["training.num_epochs=2", "model.time_encoding=rotary+gap+bias+calendar", "data.data_dir=/nowhere"]
+    settings += ["training.num_epochs=1", "model.time_encoding=rotary+gap+bias+calendar", "data.data_dir=/nowhere"]
     config = load_config(None, [*settings, *SPLITS[split], f"evaluation.query_time={query_time}"])
     until = dict(targets(split))
 

@@ -259,7 +259,7 @@ def test_no_rule_gives_the_files_of_before_to_the_last_byte(recommender, tmp_pat
     recommender.model.save_pretrained(str(tmp_path / "m"))
     assert json.dumps(_identity(str(tmp_path / "m"), InferenceConfig(), ranking)["settings"]) == (
         '{"topk": 10, "batch_size": 512, "score_memory_mb": 256, "exclude_seen": true, "exclude_future": true, '
-        '"at": null, "popularity_discount": 0.0, "formats": ["parquet", "csv"]}'
+        '"popularity_discount": 0.0, "formats": ["parquet", "csv"]}'
     )
 
 

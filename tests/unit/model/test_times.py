@@ -14,7 +14,7 @@ from tests.unit.model.test_network import NUM_ITEMS, make_model
 pytestmark = pytest.mark.unit
 
 ENCODINGS = ["rotary", "gap", "bias", "calendar", "rotary+gap+bias+calendar"]
-HISTORIES = sorted(random_histories(30, NUM_ITEMS).values(), key=len, reverse=True)
+HISTORIES = sorted(random_histories(16, NUM_ITEMS).values(), key=len, reverse=True)
 TIMES = list(random_times(dict(enumerate(HISTORIES))).values())
 
 
@@ -31,10 +31,9 @@ def packed(histories, times, max_len=12):
 
 
 @pytest.mark.parametrize("position_encoding", ["learned", "rotary"])
-@pytest.mark.parametrize("num_layers", [1, 3])
 @pytest.mark.parametrize("encoding", ENCODINGS)
-def test_hidden_states_equal_the_slow_network(encoding, num_layers, position_encoding):
-    model = timed_model(encoding, num_layers=num_layers, position_encoding=position_encoding)
+def test_hidden_states_equal_the_slow_network(encoding, position_encoding):
+    model = timed_model(encoding, num_layers=1 if encoding == "bias" else 2, position_encoding=position_encoding)
     batch = packed(HISTORIES, TIMES)
     assert len({group.length for group in batch.groups}) > 1
     assert any(group.is_padded for group in batch.groups)
