@@ -29,8 +29,8 @@ from tests.helpers.s3_server import BUCKET, S3Server
 
 _Started = TypeVar("_Started")
 ROOT = Path(__file__).parents[1]
-LONGEST_ROUND = 900
-"""Seconds; a round that takes longer hangs."""
+LONGEST_ROUND = 12
+"""Times an undisturbed one, and ten minutes; a round that takes longer hangs."""
 MOST_TRIES = 30
 SETTINGS = [
     f"data.data_dir=s3://{BUCKET}/films",
@@ -55,7 +55,7 @@ SETTINGS = [
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--minutes", type=float, default=10)
-    parser.add_argument("--seconds-between-faults", type=float, default=20, help="mean; they are drawn")
+    parser.add_argument("--faults-a-round", type=float, default=4, help="mean, in the time of an undisturbed round")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--users", type=int, default=3000)
     parser.add_argument("--faults", nargs="+", choices=sorted(FAULTS), default=sorted(FAULTS))
@@ -77,7 +77,8 @@ def run_rounds(place: "Place", args: argparse.Namespace) -> None:
     whole = Round(place, 0, [], args)
     whole.run()
     expected = digests(whole.path)
-    tell(round=0, seconds=whole.seconds, files=len(expected), exits=whole.exits)
+    tell(round=0, seconds=whole.seconds, files=len(expected), exits=whole.exits, errors=whole.errors)
+    place.seconds_a_round = whole.seconds
     end, number = time.monotonic() + 60 * args.minutes, 0
     injected: Counter[str] = Counter()
     survived: Counter[str] = Counter()
@@ -139,6 +140,7 @@ class Place:
 
     def __init__(self, nodes: Nodes, gate: Gate, rng: random.Random) -> None:
         self.nodes, self.gate, self.rng = nodes, gate, rng
+        self.seconds_a_round = 600.0
         self.workers = [started(lambda: nodes.add(cpus=1)) for _ in range(2)]
 
     def pids(self, *names: str) -> list[int]:
@@ -216,16 +218,17 @@ class Round:
 
     def run(self) -> None:
         began = time.monotonic()
+        longest = 600 + LONGEST_ROUND * self.place.seconds_a_round
         for _ in range(MOST_TRIES):
             driver = self.place.nodes.job("pipeline", *SETTINGS, f"run.storage_path={self.path}")
-            was_killed = self._disturb(driver, began)
+            was_killed = self._disturb(driver, began + longest)
             self.exits.append(driver.wait())
             if self.exits[-1] == 0:
                 self.is_done = True
                 break
             if not was_killed:
                 self.errors.append(self._last_line())
-            if time.monotonic() - began > LONGEST_ROUND:
+            if time.monotonic() > began + longest:
                 self.errors.append(f"hangs: {self._last_line()}")
                 break
         self.seconds = round(time.monotonic() - began, 1)
@@ -234,11 +237,11 @@ class Round:
         lines = (self.place.nodes.directory / "pipeline.log").read_text(errors="replace").strip().splitlines()
         return lines[-1][:300] if lines else ""
 
-    def _disturb(self, driver: "subprocess.Popen[bytes]", began: float) -> bool:
+    def _disturb(self, driver: "subprocess.Popen[bytes]", until: float) -> bool:
         """Faults at drawn times until the driver ends; whether it was killed."""
         next_fault = self._draw()
         while driver.poll() is None:
-            if time.monotonic() - began > LONGEST_ROUND:
+            if time.monotonic() > until:
                 self.place.nodes.kill(driver)
                 return False
             if self.kinds and time.monotonic() >= next_fault:
@@ -249,7 +252,7 @@ class Round:
         return False
 
     def _draw(self) -> float:
-        return time.monotonic() + self.place.rng.expovariate(1 / self.args.seconds_between_faults)
+        return time.monotonic() + self.place.rng.expovariate(self.args.faults_a_round / self.place.seconds_a_round)
 
     def _inject(self, driver: "subprocess.Popen[bytes]") -> bool:
         """One fault; whether it ends the driver."""

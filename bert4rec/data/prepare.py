@@ -104,8 +104,10 @@ def prepare(data: DataConfig, path: str, report: Callable[[str], None] = lambda 
     with lease.held(path):
         if (present := _up_to_date(path, identities, data)) is not None:  # another job has written it since
             return present
+        work = partial(_write, data, path, scans, metadata_files, report)
         with _ray_data().settings():
-            return _write(data, path, scans, metadata_files, report)
+            manifest: Manifest = _ray_data().repeated(work, report)
+            return manifest
 
 
 def _write(

@@ -2,7 +2,7 @@
 
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
-from typing import Any
+from typing import Any, TypeVar
 
 import pyarrow as pa
 import ray.data
@@ -13,8 +13,16 @@ from ray.data._internal.planner import plan_all_to_all_op
 from ray.data.block import BlockMetadata
 from ray.data.dataset import MaterializedDataset
 from ray.data.datasource import ReadTask
+from ray.exceptions import GetTimeoutError, ObjectLostError, RayError
 
 from bert4rec.progress import Line
+
+FETCH_SECONDS = 300.0
+"""How long a task of the shuffle waits for its rows. When a node is lost, Ray makes the lost rows again, in the room of
+tasks that wait for them; it does not always get that room."""
+_ATTEMPTS = 3
+_LOST = (GetTimeoutError, ObjectLostError)
+_Result = TypeVar("_Result")
 
 
 class _Calls(Datasource):  # type: ignore[misc]
@@ -47,6 +55,7 @@ def settings() -> Iterator[None]:
     context = DataContext.get_current().copy()
     context.shuffle_input_batch_bytes = 0  # by default one task takes blocks of 1 GiB together, so other cores idle
     context.shuffle_compression = "none"  # by default zstd, which costs more time than it saves
+    context.hash_shuffle_reduce_get_timeout_s = FETCH_SECONDS
     with DataContext.current(context), _one_pool_of_processes():
         yield
 
@@ -67,6 +76,22 @@ def _one_pool_of_processes() -> Iterator[None]:
     finally:
         for (module, name), value in zip(places, before, strict=True):
             setattr(module, name, value)
+
+
+def repeated(work: Callable[[], _Result], report: Callable[[str], None]) -> _Result:
+    """Do the work, and do it again if a node was lost with blocks that Ray cannot make again by itself.
+
+    These are blocks of the shuffle that waited for each other (`FETCH_SECONDS`), and blocks made from rows that Ray
+    Data has deleted since.
+    """
+    for attempt in range(1, _ATTEMPTS + 1):
+        try:
+            return work()
+        except RayError as error:
+            if attempt == _ATTEMPTS or not any(isinstance(each, _LOST) for each in (error, getattr(error, "cause", 0))):
+                raise
+            report(f"blocks of rows were lost ({type(error).__name__}); starting again")
+    raise AssertionError
 
 
 def run_shuffle(dataset: Dataset, stage: str, num_tasks: int) -> MaterializedDataset:

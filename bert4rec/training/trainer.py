@@ -6,26 +6,43 @@ none, and one that removes abandoned placement groups, which needs the dashboard
 """
 
 import os
+from contextlib import suppress
 from dataclasses import dataclass
 from typing import Any
 
 import ray
 from ray._common.network_utils import build_address
 from ray.data._internal.cluster_autoscaler.default_autoscaling_coordinator import get_or_create_autoscaling_coordinator
+from ray.exceptions import RayError
 from ray.train._internal.utils import get_address_and_port
 from ray.train.backend import Backend, BackendConfig
 from ray.train.v2._internal.callbacks import DatasetsCallback
 from ray.train.v2._internal.callbacks.placement_group_callback import PlacementGroupCleanerCallback
 from ray.train.v2.api.data_parallel_trainer import DataParallelTrainer
 
+SECONDS_TO_ABORT = 20
+"""How long an interrupted driver waits for the controller to end the workers."""
+
 
 class Trainer(DataParallelTrainer):  # type: ignore[misc]
     """`TorchTrainer` for workers that read their data themselves; its `backend_config` is a `ProcessGroup`."""
 
+    _controller: Any = None
+
     def fit(self) -> Any:  # noqa: ANN401 - ray.train.Result
         """Train to the end."""
         get_or_create_autoscaling_coordinator()  # the controller would wait for its process
-        return super().fit()
+        try:
+            return super().fit()
+        except KeyboardInterrupt:
+            if self._controller is not None:
+                with suppress(RayError):  # the controller ends itself, or was ended by the same Ctrl+C
+                    ray.get(self._controller.abort.remote(), timeout=SECONDS_TO_ABORT)
+            raise
+
+    def _register_sigint_handler(self, controller: Any) -> None:  # noqa: ANN401 - Ray's
+        """Leave Ctrl+C as it is: Ray's handler would stay after the training, and swallow the next one."""
+        self._controller = controller
 
     def _create_default_callbacks(self) -> list[Any]:
         return [each for each in super()._create_default_callbacks() if not isinstance(each, not_needed())]

@@ -27,6 +27,7 @@ prepare = import_module("bert4rec.data.prepare")  # the package's attribute is t
 prepare.CHUNK_BYTES, prepare.RANGE_ROWS, prepare._SHARD_ROWS = 2_000_000, {range_rows}, 1
 config = load_config(None, ["data.data_dir={data}", "run.storage_path={data}"])
 begin(config, meanwhile=("ray.data",))
+import_module("bert4rec.data.ray_data").FETCH_SECONDS = 20.0
 prepare.prepare(config.data, "{path}", print)
 """
 
@@ -89,18 +90,18 @@ def test_a_store_that_spills_under_one_worker_changes_nothing(tmp_path, data, wh
         assert_ends_with(job, nodes, tmp_path / "out", whole)
 
 
-def test_a_lost_node_changes_nothing(tmp_path, data, whole):
-    """It has blocks of rows, and shards of them, that are made again on the other node."""
+@pytest.mark.parametrize("stage", ["HashShuffleReduce", "MapBatches(total)"])
+def test_a_lost_node_changes_nothing(tmp_path, data, whole, stage):
+    """It has shards of rows, or sequences, that are made again on the other node."""
     with Nodes(head_cpus=0) as nodes:
         workers = [nodes.add(), nodes.add()]
         job = start(nodes, data, tmp_path / "out")
 
-        def reducing():
-            """A node on which the second half of the shuffle has begun."""
-            return next((node for node in workers if named("ray::HashShuffleReduce", node.pid)), None)
+        def working():
+            return next((node for node in workers if named(f"ray::{stage}", node.pid)), None)
 
-        wait_for(lambda: reducing() or job.poll() is not None)
-        lost = reducing()
+        wait_for(lambda: working() or job.poll() is not None)
+        lost = working()
         assert lost is not None, (nodes.directory / "prepare.log").read_text()
         nodes.kill(lost)
         assert job.poll() is None, "ended before a node could be lost"

@@ -85,5 +85,9 @@ class LocalRayData:
         return LocalDataset([table for call in calls for table in call()])
 
     @staticmethod
+    def repeated(work, report):
+        return work()
+
+    @staticmethod
     def run_shuffle(dataset, stage, num_tasks):
         return dataset

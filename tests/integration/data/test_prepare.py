@@ -6,8 +6,10 @@ import pytest
 import ray.data
 from ray.data._internal.execution.operators.shuffle_operators import shuffle_reduce_operator
 from ray.data._internal.planner import plan_all_to_all_op
+from ray.exceptions import GetTimeoutError, ObjectLostError, RayTaskError
 
 from bert4rec.config import DataConfig
+from bert4rec.data import ray_data
 from bert4rec.data.prepare import prepare
 from bert4rec.errors import InputError
 from tests.unit.data.test_prepare import METADATA, make_pieces, random_ratings, run, write
@@ -58,3 +60,25 @@ def test_errors_of_a_task_are_one_message(tmp_path, monkeypatch, capfd):
         with pytest.raises(InputError, match=message):
             run(data, tmp_path / "out", name)
     assert capfd.readouterr().err == ""
+
+
+def test_work_is_repeated_only_where_blocks_were_lost():
+    def failing(*errors):
+        left, lines = list(errors), []
+
+        def work():
+            if left:
+                raise left.pop(0)
+            return "done"
+
+        return lambda: (ray_data.repeated(work, lines.append), lines)
+
+    lost = GetTimeoutError("shards"), RayTaskError("total", "trace", ObjectLostError("ab", None, ""))
+    assert failing()() == ("done", [])
+    assert failing(*lost)() == (
+        "done",
+        [f"blocks of rows were lost ({name}); starting again" for name in ("GetTimeoutError", "RayTaskError")],
+    )
+    for errors in ((*lost, lost[0]), [RayTaskError("total", "trace", ValueError())], [InputError("a")]):
+        with pytest.raises(type(errors[-1])):
+            failing(*errors)()

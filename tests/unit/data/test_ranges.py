@@ -83,7 +83,7 @@ def test_each_range_is_a_file(tmp_path):
         "times": [[4, 8, 8], [0]],
         "before_test": [0, 1],
     }
-    untimed = write(build(ROWS.drop_columns("time")).slice(0, 1), str(tmp_path), "data-2", tokens, {}, None, True)
+    untimed = write(build(ROWS.drop_columns("time")).slice(0, 1), str(tmp_path), "data-2", tokens, {}, None, False)
     assert pq.read_table(tmp_path / untimed["name"][0].as_py()).to_pydict() == {
         "user": [7],
         "items": [[3, 2]],
