@@ -117,6 +117,7 @@ def to_seconds(numbers: np.ndarray, unit: TimeUnit) -> np.ndarray:
 
 def _calendar(numbers: np.ndarray) -> np.ndarray:
     """[N] float64 Unix seconds of dates such as 20240131 or 20240131235959, from 1900 to 2100; NaN for others."""
+    numbers = np.where(np.isfinite(numbers), numbers, 0)
     has_clock = numbers >= 1e13
     day, clock = np.where(has_clock, numbers // 1e6, numbers), np.where(has_clock, numbers % 1e6, 0)
     usable = (day >= 19000101) & (day <= 21001231) & (day % 1 == 0) & (clock % 1 == 0)
