@@ -223,7 +223,8 @@ def read_chunk(chunk: Chunk, int_users: bool = False, int_items: bool = False) -
                 column = cleaned.dictionary.cast(pa.int64()).take(cleaned.indices) if wanted[name] else cleaned
             columns[name] = column
         if "time" in chunk.columns:
-            columns["time"] = pa.array(_times(chunk, table["time"]))
+            is_ready = chunk.time == "clock" or (chunk.time == "number" and chunk.unit in (None, "s", "order"))
+            columns["time"] = table["time"] if is_ready else pa.array(_times(chunk, table["time"]))
         yield pa.table(columns)
 
 
