@@ -13,15 +13,16 @@ from ray.data._internal.planner import plan_all_to_all_op
 from ray.data.block import BlockMetadata
 from ray.data.dataset import MaterializedDataset
 from ray.data.datasource import ReadTask
+from ray.data.exceptions import ExecutionTimeoutError
 from ray.exceptions import GetTimeoutError, ObjectLostError, RayError
 
 from bert4rec.progress import Line
 
-FETCH_SECONDS = 300.0
-"""How long a task of the shuffle waits for its rows. When a node is lost, Ray makes the lost rows again, in the room of
-tasks that wait for them; it does not always get that room."""
+PATIENCE_SECONDS = 300.0
+"""How long a task of the shuffle waits for its rows, and half of the time that the work may stand still. When a node is
+lost, the tasks that wait for its rows can hold all cores that Ray needs to make them again."""
 _ATTEMPTS = 3
-_LOST = (GetTimeoutError, ObjectLostError)
+_LOST = (GetTimeoutError, ObjectLostError, ExecutionTimeoutError)
 _Result = TypeVar("_Result")
 
 
@@ -55,7 +56,7 @@ def settings() -> Iterator[None]:
     context = DataContext.get_current().copy()
     context.shuffle_input_batch_bytes = 0  # by default one task takes blocks of 1 GiB together, so other cores idle
     context.shuffle_compression = "none"  # by default zstd, which costs more time than it saves
-    context.hash_shuffle_reduce_get_timeout_s = FETCH_SECONDS
+    context.hash_shuffle_reduce_get_timeout_s = PATIENCE_SECONDS
     with DataContext.current(context), _one_pool_of_processes():
         yield
 
@@ -81,13 +82,12 @@ def _one_pool_of_processes() -> Iterator[None]:
 def repeated(work: Callable[[], _Result], report: Callable[[str], None]) -> _Result:
     """Do the work, and do it again if a node was lost with blocks that Ray cannot make again by itself.
 
-    These are blocks of the shuffle that waited for each other (`FETCH_SECONDS`), and blocks made from rows that Ray
-    Data has deleted since.
+    Ray makes most lost blocks again, but see `PATIENCE_SECONDS`.
     """
     for attempt in range(1, _ATTEMPTS + 1):
         try:
             return work()
-        except RayError as error:
+        except (RayError, ExecutionTimeoutError) as error:
             if attempt == _ATTEMPTS or not any(isinstance(each, _LOST) for each in (error, getattr(error, "cause", 0))):
                 raise
             report(f"blocks of rows were lost ({type(error).__name__}); starting again")
@@ -98,11 +98,13 @@ def run_shuffle(dataset: Dataset, stage: str, num_tasks: int) -> MaterializedDat
     """Execute a dataset of `num_tasks` tasks, and show how many of them are done."""
     line = Line(stage, num_tasks, "tasks")
     line.start()
-    done = 0
+    done, is_running = 0, True
 
     class Show(ExecutionCallback):  # type: ignore[misc]
         def on_execution_step(self, executor: Any) -> None:  # noqa: ANN401 - of Ray Data, not public
             nonlocal done
+            if not is_running:  # datasets made of the result have its settings
+                return
             finished = sum(operator.metrics.num_tasks_finished for operator in executor._topology)
             if finished > done:
                 line.advance(finished - done)
@@ -110,8 +112,9 @@ def run_shuffle(dataset: Dataset, stage: str, num_tasks: int) -> MaterializedDat
             line.show()
 
     dataset.context.custom_execution_callback_classes.append(Show)
+    dataset.context.execution_no_progress_timeout_s = 2 * PATIENCE_SECONDS
     try:
         return dataset.materialize()
     finally:
-        dataset.context.custom_execution_callback_classes.remove(Show)
+        is_running = False
         line.end()

@@ -27,7 +27,7 @@ prepare = import_module("bert4rec.data.prepare")  # the package's attribute is t
 prepare.CHUNK_BYTES, prepare.RANGE_ROWS, prepare._SHARD_ROWS = 2_000_000, {range_rows}, 1
 config = load_config(None, ["data.data_dir={data}", "run.storage_path={data}"])
 begin(config, meanwhile=("ray.data",))
-import_module("bert4rec.data.ray_data").FETCH_SECONDS = 20.0
+import_module("bert4rec.data.ray_data").PATIENCE_SECONDS = 20.0
 prepare.prepare(config.data, "{path}", print)
 """
 

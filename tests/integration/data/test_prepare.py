@@ -6,6 +6,7 @@ import pytest
 import ray.data
 from ray.data._internal.execution.operators.shuffle_operators import shuffle_reduce_operator
 from ray.data._internal.planner import plan_all_to_all_op
+from ray.data.exceptions import ExecutionTimeoutError
 from ray.exceptions import GetTimeoutError, ObjectLostError, RayTaskError
 
 from bert4rec.config import DataConfig
@@ -73,12 +74,12 @@ def test_work_is_repeated_only_where_blocks_were_lost():
 
         return lambda: (ray_data.repeated(work, lines.append), lines)
 
-    lost = GetTimeoutError("shards"), RayTaskError("total", "trace", ObjectLostError("ab", None, ""))
+    lost = ExecutionTimeoutError(), RayTaskError("total", "trace", ObjectLostError("ab", None, ""))
     assert failing()() == ("done", [])
     assert failing(*lost)() == (
         "done",
-        [f"blocks of rows were lost ({name}); starting again" for name in ("GetTimeoutError", "RayTaskError")],
+        [f"blocks of rows were lost ({name}); starting again" for name in ("ExecutionTimeoutError", "RayTaskError")],
     )
-    for errors in ((*lost, lost[0]), [RayTaskError("total", "trace", ValueError())], [InputError("a")]):
+    for errors in ((*lost, GetTimeoutError()), [RayTaskError("total", "trace", ValueError())], [InputError("a")]):
         with pytest.raises(type(errors[-1])):
             failing(*errors)()
