@@ -226,7 +226,7 @@ class Round:
             if self.exits[-1] == 0:
                 self.is_done = True
                 break
-            if not was_killed:
+            if not was_killed or self.exits[-1] not in (-signal.SIGKILL, signal.SIGTERM, 128 + signal.SIGTERM):
                 self.errors.append(self._last_line())
             if time.monotonic() > began + longest:
                 self.errors.append(f"hangs: {self._last_line()}")

@@ -159,7 +159,11 @@ def read_json(path: str) -> dict[str, Any]:
         If the file does not exist or does not hold a JSON object.
     """
     try:
-        content = json.loads(read_bytes(path))
+        try:
+            content = json.loads(read_bytes(path))
+        except ValueError:  # pyarrow reads as many bytes as the file had, if another replaces it at that moment
+            time.sleep(0.1)
+            content = json.loads(read_bytes(path))
     except FileNotFoundError:
         raise InputError(f"{path}: no such file") from None
     except ValueError as error:

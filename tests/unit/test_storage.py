@@ -180,3 +180,13 @@ def test_a_listing_that_lags_is_waited_for_and_one_that_never_comes_is_told(tmp_
     monkeypatch.setattr(storage.time, "sleep", lambda seconds: None)
     with pytest.raises(InputError, match=r"shows other files than were written \(b, c\); its listing lags, or another"):
         storage.wait_until_listed(str(tmp_path), ["a", "c"])
+
+
+def test_a_file_that_was_replaced_while_it_was_read_is_read_again(monkeypatch):
+    """On an object store, the first read has the length of the old file and the content of the new one."""
+    content = [b'{"renewals": 1', b'{"renewals": 10}']
+    monkeypatch.setattr(storage, "read_bytes", lambda path: content.pop(0))
+    assert storage.read_json("s3://bucket/holder.json") == {"renewals": 10}
+    content[:] = [b'{"renewals": 1', b'{"renewals": 1']
+    with pytest.raises(InputError, match="not valid JSON"):
+        storage.read_json("s3://bucket/holder.json")
