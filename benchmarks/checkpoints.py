@@ -40,7 +40,7 @@ def main() -> None:
         _run("prepare", common)
         for turn in range(args.repeats):
             for name, minutes in MINUTES.items():
-                run = f"{turn}-{minutes:g}"
+                run = f"{name}, turn {turn}".replace(" ", "-").replace(",", "")
                 _run("train", [*common, f"training.checkpoint_minutes={minutes}", f"run.name={run}"])
                 history = json.loads(Path(directory, run, "run.json").read_text())["history"]
                 times[name].append({"seconds": sum(epoch["seconds"] for epoch in history)})
