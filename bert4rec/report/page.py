@@ -1,11 +1,10 @@
 """Renders one self-contained HTML page of a run: data, training, metrics, recommendations and sample users.
 
 If an input is missing (titles, times, recommendations), the page says what it cannot show. Titles and ids are untrusted
-text: the template escapes all text, and charts get escaped text, because plotly interprets some HTML.
+text, which the template escapes.
 Shapes: N users, V items.
 """
 
-import html
 import json
 from collections.abc import Iterable
 from dataclasses import dataclass, field
@@ -15,7 +14,6 @@ from typing import Any
 
 import jinja2
 import numpy as np
-import plotly.graph_objects as go
 import plotly.offline
 import pyarrow as pa
 import pyarrow.compute as pc
@@ -24,20 +22,17 @@ import pyarrow.parquet as pq
 from bert4rec import storage
 from bert4rec.config import Config, InferenceConfig, QueryTime
 from bert4rec.config_docs import all_keys
-from bert4rec.data.dataset import ItemTable, PreparedDataset, Ragged, moment_text
+from bert4rec.data.dataset import ItemTable, PreparedDataset, moment_text
 from bert4rec.evaluation.protocols import ASKED, MODEL, OTHER_QUERY
+from bert4rec.report import charts
+from bert4rec.report.charts import Chart, Metrics
 from bert4rec.report.effects import Effects
 from bert4rec.runs import REPORT
 
 SHOWN_USERS = 24
 SHOWN_HISTORY = 100
 """How many last items of a sample user's history the page shows."""
-_TOP_ITEMS, _TOP_GENRES = 15, 18
-_CURVE_POINTS = 300
-_COLOURS = ("#3b82d9", "#e0812b", "#22a179", "#9a72e0", "#dd5470", "#8a8f98")  # readable on white and on black
-_LOGARITHMIC = {"type": "log", "dtick": 1, "tickformat": ","}
-_LEGEND = {"orientation": "h", "x": 0, "y": 1.02, "yanchor": "bottom"}
-_CATEGORIES = {"type": "category"}
+_TOP_ITEMS = 15
 SESSION_SECONDS = 30 * 60
 """A session ends where nothing follows for so long."""
 _GAPS = {
@@ -51,10 +46,6 @@ _GAPS = {
     "over a year": 365 * 86_400,
 }
 """Kinds of gaps between interactions, and the first second of each."""
-_BINS = sorted({round(2 ** (half / 2)) for half in range(80)})
-
-
-Metrics = dict[str, float]
 
 
 @dataclass(frozen=True)
@@ -77,7 +68,7 @@ class Section:
     """Sentences that say what the page cannot show, and why."""
     tiles: list[tuple[str, str]] = field(default_factory=list)
     """A number, and what it counts."""
-    charts: list[dict[str, Any]] = field(default_factory=list)
+    charts: list[Chart] = field(default_factory=list)
     tables: list[dict[str, Any]] = field(default_factory=list)
 
 
@@ -230,32 +221,14 @@ def _data_section(config: Config, dataset: PreparedDataset, items: ItemTable, us
         (f"{filled:.2%}", "of all user × item pairs are interactions"),
     ]
     section.charts.append(
-        _histogram("Lengths of histories", "interactions a user; ranges widen to the right", users.length, "users")
-    )
-    by_count = np.argsort(-items.count, kind="stable")
-    by_count = by_count[items.count[by_count] > 0]
-    shown = np.unique(np.geomspace(1, len(by_count), _CURVE_POINTS).astype(np.int64)) - 1
-    section.charts.append(
-        _chart(
-            "Popularity",
-            "interactions of each item, most popular first; both axes are logarithmic",
-            [
-                _line(
-                    shown + 1, items.count[by_count[shown]], "interactions", 0, text=_labels(items, by_count[shown])
-                ).update(hovertemplate="%{text}<br>rank %{x:,}: %{y:,} interactions<extra></extra>")
-            ],
-            {"title": "rank", "showgrid": True, **_LOGARITHMIC},
-            {"title": "interactions", **_LOGARITHMIC},
+        charts.histogram(
+            "Lengths of histories", "interactions a user; ranges widen to the right", users.length, "users"
         )
     )
+    section.charts.append(charts.popularity(items))
     if items.has_year.any():
-        section.charts.append(
-            _years(
-                "Years of release",
-                items,
-                {"items": np.ones(len(items.ids), np.int64), "interactions": items.count},
-            )
-        )
+        weights = {"items": np.ones(len(items.ids), np.int64), "interactions": items.count}
+        section.charts.append(charts.by_year("Years of release", items, weights))
         unknown = int((~items.has_year).sum())
         if unknown:
             section.missing.append(f"Items without a year of release: {unknown:,}.")
@@ -263,12 +236,8 @@ def _data_section(config: Config, dataset: PreparedDataset, items: ItemTable, us
         section.missing.append("No item has a year of release.")
     years, counts = np.unique(users.last_year[users.last_year != 0], return_counts=True)
     if len(years) > 1:
-        bars = go.Bar(
-            x=years.astype(str), y=counts, marker_color=_COLOURS[0], hovertemplate="%{x}: %{y:,} users<extra></extra>"
-        )
-        section.charts.append(
-            _chart("Years of the last interaction", "of each user", [bars], _CATEGORIES, {"title": "users"})
-        )
+        title = "Years of the last interaction"
+        section.charts.append(charts.bars(title, "of each user", years.astype(str), counts, "users"))
     section.missing += [note[0].upper() + note[1:] + "." for note in manifest.notes]
     return section
 
@@ -290,13 +259,10 @@ def _times_section(dataset: PreparedDataset) -> Section:
         (f"{num_single / dataset.manifest.num_users:.0%}", "of users have one session only"),
         (f"{gaps[0] / max(gaps.sum(), 1):.0%}", "of interactions follow another within the same second"),
     ]
-    bars = go.Bar(
-        x=list(_GAPS), y=gaps.tolist(), marker_color=_COLOURS[0], hovertemplate="%{x}: %{y:,} gaps<extra></extra>"
-    )
     caption = "time between two interactions of a user that follow one another"
-    section.charts.append(_chart("Gaps", caption, [bars], _CATEGORIES, {"title": "gaps"}))
+    section.charts.append(charts.bars("Gaps", caption, list(_GAPS), gaps.tolist(), "gaps"))
     section.charts.append(
-        _histogram("Lengths of sessions", "interactions a session; ranges widen to the right", length, "sessions")
+        charts.histogram("Lengths of sessions", "interactions a session; ranges widen to the right", length, "sessions")
     )
     return section
 
@@ -309,10 +275,10 @@ def _training_section(config: Config, run: dict[str, Any] | None) -> Section:
     history, best = run["history"], run["best_metrics"]
     epochs = [metrics["epoch"] for metrics in history]
 
-    def curves(names: Iterable[str], visible: Iterable[str] = ()) -> list[go.Scatter]:
+    def curves(names: Iterable[str], visible: Iterable[str] = ()) -> list[Any]:
         # Markers, because a curve of one epoch is a single point.
         return [
-            _line(
+            charts.line(
                 epochs,
                 [metrics.get(name) for metrics in history],
                 _metric_title(name),
@@ -326,9 +292,9 @@ def _training_section(config: Config, run: dict[str, Any] | None) -> Section:
 
     def chart(title: str, caption: str, names: list[str], visible: Iterable[str] = (), **y: Any) -> None:  # noqa: ANN401
         at_best = {"type": "line", "x0": best["epoch"], "x1": best["epoch"], "yref": "paper", "y0": 0, "y1": 1}
-        style = {"line": {"color": _COLOURS[-1], "dash": "dot", "width": 1}}
+        style = {"line": {"color": charts.COLOURS[-1], "dash": "dot", "width": 1}}
         x = {"title": "epoch", "tickformat": "d", **({"dtick": 1} if epochs[-1] <= 12 else {})}
-        section.charts.append(_chart(title, caption, curves(names, visible), x, y, shapes=[at_best | style]))
+        section.charts.append(charts.chart(title, caption, curves(names, visible), x, y, shapes=[at_best | style]))
 
     section.text = f"The dotted line is the best epoch, {int(best['epoch'])}, by {_metric_title(config.monitor)}."
     chart("Training loss", "mean over the masked items, at the validated epochs", ["train_loss"])
@@ -361,17 +327,15 @@ def _metrics_section(evaluation: dict[str, Any] | None) -> Section:
         + _discount(evaluation)
         + _query_time(evaluation)
     )
-    escaped = {html.escape(protocol): systems for protocol, systems in protocols.items()}
     for metric in ("ndcg@10", "hr@10"):
         caption = "under each protocol" if len(protocols) > 1 else f"protocol {next(iter(protocols))}"
-        section.charts.append(_systems(_metric_title(metric), caption, escaped, metric))
+        section.charts.append(charts.by_system(_metric_title(metric), caption, protocols, metric))
     for key, what in (("by_history_length", "length of history"), ("by_target_popularity", "popularity of the target")):
         for protocol, groups in list(evaluation[key].items())[:1]:
-            labelled = {}
-            for group, systems in groups.items():
-                if users := next(iter(systems.values()))["num_users"]:
-                    labelled[f"{html.escape(group)}<br>{users:,} users"] = systems
-            section.charts.append(_systems(f"NDCG@10 by {what}", f"protocol {protocol}", labelled, "ndcg@10"))
+            sizes = {group: next(iter(systems.values()))["num_users"] for group, systems in groups.items()}
+            inhabited = {group: systems for group, systems in groups.items() if sizes[group]}
+            title, caption = f"NDCG@10 by {what}", f"protocol {protocol}"
+            section.charts.append(charts.by_system(title, caption, inhabited, "ndcg@10", sizes))
     named = {f"Protocol {protocol}": systems for protocol, systems in protocols.items()}
     for title, systems in (named | {"Beyond accuracy": evaluation["beyond_accuracy"]}).items():
         names = list(dict.fromkeys(name for metrics in systems.values() for name in metrics))
@@ -380,22 +344,6 @@ def _metrics_section(evaluation: dict[str, Any] | None) -> Section:
         section.tables.append({"title": title, "caption": caption, "columns": ["", *systems], "rows": rows})
     section.missing += [note[0].upper() + note[1:] + "." for note in evaluation["notes"]]
     return section
-
-
-def _systems(title: str, caption: str, groups: dict[str, dict[str, Metrics]], metric: str) -> dict[str, Any]:
-    """Bar chart of one metric, with a group of bars per key of `groups` and a bar per system."""
-    systems = list(dict.fromkeys(system for group in groups.values() for system in group))
-    bars = [
-        go.Bar(
-            x=list(groups),
-            y=[group.get(system, {}).get(metric) for group in groups.values()],
-            name=html.escape(system),
-            marker_color=_COLOURS[number % len(_COLOURS)],
-            hovertemplate="%{y:.4f}",
-        )
-        for number, system in enumerate(systems)
-    ]
-    return _chart(title, caption, bars, _CATEGORIES, bargap=0.25)
 
 
 def _recommended_section(
@@ -420,27 +368,13 @@ def _recommended_section(
         (f"{_typical(items.count, items.count):,}", "the same of the median watched one"),
         (f"{given.num_short_users:,}", f"users have fewer than {given.settings['topk']} left"),
     ]
-    by_count = np.argsort(-items.count, kind="stable")
-    shown = np.unique(np.linspace(1, len(by_count), _CURVE_POINTS).astype(np.int64))
-    traces = []
-    for number, (label, weight) in enumerate((("interactions", items.count), ("recommendations", recommended))):
-        share = np.cumsum(weight[by_count]) / max(weight.sum(), 1)
-        traces.append(_line(shown / len(by_count), share[shown - 1], label, number).update(hovertemplate="%{y:.0%}"))
-    section.charts.append(
-        _chart(
-            "Popularity of what is recommended",
-            "share that goes to the most popular items; the steeper, the more it is the same few",
-            traces,
-            {"title": "most popular items, share of the catalogue", "tickformat": ".0%"},
-            {"tickformat": ".0%", "rangemode": "tozero"},
-        )
-    )
+    section.charts.append(charts.concentration(items, recommended))
     if items.has_year.any():
         weights = {"interactions": items.count, "recommendations": recommended}
-        section.charts.append(_years("Years of release", items, weights))
+        section.charts.append(charts.by_year("Years of release", items, weights))
     size, genres = items.listed["genre"]
     if size:
-        section.charts.append(_genres(dataset.manifest.vocabularies["genre"], genres, items.count, recommended))
+        section.charts.append(charts.by_genre(dataset.manifest.vocabularies["genre"], genres, items.count, recommended))
     else:
         section.missing.append("No genres: there is no genres.tsv.")
     top = np.argsort(-recommended, kind="stable")[:_TOP_ITEMS]
@@ -483,7 +417,7 @@ def _filter_section(items: ItemTable, users: _Users, settings: dict[str, Any]) -
     if settings["exclude_seen"]:
         section.tiles.append((f"{np.median(users.seen):,.0f}", "seen items of the median user"))
         section.charts.append(
-            _histogram(
+            charts.histogram(
                 "Seen items", "distinct items of the whole history; ranges widen to the right", users.seen, "users"
             )
         )
@@ -509,7 +443,7 @@ def _filter_section(items: ItemTable, users: _Users, settings: dict[str, Any]) -
         ]
         than = "recommendations are asked for" if settings.get("at") is not None else "the user's last interaction"
         caption = f"items released in a later year than {than}, and not seen"
-        section.charts.append(_histogram("Later releases", caption, users.future, "users"))
+        section.charts.append(charts.histogram("Later releases", caption, users.future, "users"))
     return section
 
 
@@ -637,12 +571,6 @@ def _titles(items: ItemTable) -> list[str]:
     return [title or str(item) for item, title in pairs]
 
 
-def _labels(items: ItemTable, chosen: np.ndarray) -> list[str]:
-    """Titles for a chart, escaped because plotly interprets some HTML."""
-    ids, titles = (column.take(pa.array(chosen)).to_pylist() for column in (items.ids, items.title))
-    return [html.escape((title or str(item))[:80]) for item, title in zip(ids, titles, strict=True)]
-
-
 def _typical(values: np.ndarray, weights: np.ndarray) -> int:
     """Weighted median: half of the total weight is on values up to it."""
     order = np.argsort(values, kind="stable")
@@ -662,106 +590,3 @@ def _number(value: float | None) -> str:
     if value is None:
         return ""
     return f"{value:,}" if isinstance(value, int) else f"{value:,.1f}" if abs(value) >= 1000 else f"{value:.4f}"
-
-
-def _line(x: Any, y: Any, name: str, number: int, **more: Any) -> go.Scatter:  # noqa: ANN401 - arrays or lists
-    more = {"mode": "lines", **more}
-    line = {"color": _COLOURS[number % len(_COLOURS)], "width": 2}
-    return go.Scatter(x=x, y=y, name=html.escape(name), line=line, **more)
-
-
-def _histogram(title: str, caption: str, values: np.ndarray, counted: str) -> dict[str, Any]:
-    """Bar chart over ranges that grow with the values. The label of a range names its first and last whole number."""
-    top = next(edge for edge in _BINS if edge > values.max())
-    edges = np.array([0, *(edge for edge in _BINS if edge <= top)])
-    counts, _ = np.histogram(values, edges)
-    used = np.flatnonzero(counts)
-    ranges = range(int(used[0]), int(used[-1]) + 1)
-    labels = [f"{edges[i]:,}" if edges[i + 1] - edges[i] == 1 else f"{edges[i]:,}–{edges[i + 1] - 1:,}" for i in ranges]
-    bars = go.Bar(
-        x=labels,
-        y=[int(counts[i]) for i in ranges],
-        marker_color=_COLOURS[0],
-        hovertemplate=f"%{{x}}: %{{y:,}} {counted}<extra></extra>",
-    )
-    return _chart(title, caption, [bars], _CATEGORIES, {"title": counted})
-
-
-def _years(title: str, items: ItemTable, weights: dict[str, np.ndarray]) -> dict[str, Any]:
-    """Chart of the share of each weight [V] by year of release."""
-    first, last = int(items.year[items.has_year].min()), int(items.year[items.has_year].max())
-    traces = []
-    for number, (label, weight) in enumerate(weights.items()):
-        by_year = np.bincount(items.year[items.has_year] - first, weight[items.has_year], minlength=last - first + 1)
-        share = by_year / max(by_year.sum(), 1)
-        line = _line(np.arange(first, last + 1), share, label, number).update(hovertemplate="%{y:.1%}")
-        traces.append(line)
-    return _chart(
-        title,
-        f"share of {' and of '.join(weights)} by the item's year",
-        traces,
-        {"tickformat": "d"},
-        {"tickformat": ".0%"},
-    )
-
-
-def _genres(names: list[str], genres: Ragged, watched: np.ndarray, recommended: np.ndarray) -> dict[str, Any]:
-    item = np.repeat(np.arange(len(genres.offsets) - 1), np.diff(genres.offsets))
-    shares = []
-    for weight in (watched, recommended):
-        counts = np.bincount(genres.values, weight[item], minlength=len(names))
-        shares.append(counts / max(counts.sum(), 1))
-    top = np.argsort(-shares[0], kind="stable")[:_TOP_GENRES][::-1]
-    bars = [
-        go.Bar(
-            y=[html.escape(names[genre]) for genre in top],
-            x=share[top],
-            name=label,
-            orientation="h",
-            marker_color=_COLOURS[number],
-            hovertemplate="%{x:.1%}",
-        )
-        for number, label, share in ((1, "recommendations", shares[1]), (0, "interactions", shares[0]))
-    ]  # plotly stacks upwards
-    return _chart(
-        "Genres",
-        "share of interactions and of recommendations",
-        bars,
-        {"tickformat": ".0%", "showgrid": True},
-        {"showgrid": False, **_CATEGORIES},
-        height=130 + 24 * len(top),
-        bargap=0.25,
-        hovermode="y unified",
-        legend={**_LEGEND, "traceorder": "reversed"},
-    )
-
-
-def _chart(
-    title: str,
-    caption: str,
-    traces: list[Any],
-    x: dict[str, Any] | None = None,
-    y: dict[str, Any] | None = None,
-    **layout: Any,  # noqa: ANN401 - plotly's own
-) -> dict[str, Any]:
-    """A figure with its heading. The style sheet of the page sets the colours of text and grid."""
-    figure = go.Figure(
-        traces,
-        {
-            "template": "none",
-            "height": 300,
-            "margin": {"l": 8, "r": 12, "t": 8, "b": 8},
-            "paper_bgcolor": "rgba(0,0,0,0)",
-            "plot_bgcolor": "rgba(0,0,0,0)",
-            "font": {"family": "system-ui, sans-serif", "size": 12},
-            "hovermode": "x unified" if len(traces) > 1 else "closest",
-            "hoverlabel": {"bgcolor": "#23272f", "bordercolor": "#23272f", "font": {"color": "#ffffff"}},
-            "legend": _LEGEND,
-            "showlegend": len(traces) > 1,
-            "dragmode": False,  # a finger on the chart scrolls the page
-            "xaxis": {"automargin": True, "zeroline": False, "showgrid": False, **(x or {})},
-            "yaxis": {"automargin": True, "zeroline": False, **(y or {})},
-            **layout,
-        },
-    )
-    return {"title": title, "caption": caption, "figure": json.loads(figure.to_json())}

@@ -9,6 +9,7 @@ import pytest
 from bert4rec import storage
 from bert4rec.config import load_config
 from bert4rec.data.dataset import PreparedDataset
+from bert4rec.report import charts
 from bert4rec.report import page as report
 from tests.helpers.datasets import random_histories, write_dataset
 
@@ -218,7 +219,7 @@ def test_the_page_is_self_contained_and_small(dataset):
 
 def test_ranges_of_a_histogram_cover_every_value():
     values = np.array([0, 1, 1, 2, 3, 9, 100, 1000])
-    chart = report._histogram("t", "c", values, "users")["figure"]["data"][0]
+    chart = charts.histogram("t", "c", values, "users")["figure"]["data"][0]
     assert sum(chart["y"]) == len(values)
     assert chart["x"][:5] == ["0", "1", "2", "3", "4–5"]
     assert chart["y"][:5] == [1, 2, 1, 1, 0]
