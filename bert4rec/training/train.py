@@ -37,18 +37,19 @@ if TYPE_CHECKING:
 
     from bert4rec.training.worker import Wish
 
-LEFT_OUT_AT_DEFAULT = (
-    *("data.columns", "data.delimiter", "data.header", "data.time_unit", "data.list_separator"),
-    "data.since",
-    "data.until",
-    "model.position_encoding",
-    "model.time_encoding",
-    "training.item_optimizer",
-    "training.num_workers",
-    "evaluation.query_time",
-)
-"""Keys that count only where they are set: those that came after the first version, whose runs keep their names, and
-the number of workers, which the machine chooses: the same command goes on with its run on another one."""
+_COUNTED_AT_DEFAULT = {
+    "data": "batch_size min_interactions use_full_data sampling_strategy include_new_items min_item_interactions split "
+    "split_time holdout seed",
+    "model": "hidden_units num_heads num_layers max_len dropout_rate random_mask_prob last_item_mask_ratio "
+    "share_embeddings use_genre_emb use_director_emb use_writer_emb use_title_emb metadata_fusion metadata_dropout "
+    "output_features",
+    "training": "num_epochs lr weight_decay optimizer scheduler warmup_epochs loss num_negatives negative_sampling "
+    "gbce_t gradient_clip_val monitor_metric early_stopping early_stopping_patience val_check_interval precision",
+    "evaluation": "exclude_seen",
+}
+"""The keys of the first version, whose runs are named after all of them. No key is added here: any other counts only
+where it is set, so that a new key renames no run. The number of workers, which the machine chooses, does so too: the
+same command goes on with its run on another machine."""
 WORKER_ENVIRONMENT = {
     # OpenMP's threads spin for a while before they sleep. The default makes a step 7 times slower where other processes
     # use the cores too; no spinning at all makes it up to a third slower on idle cores.
@@ -392,11 +393,12 @@ def what_shapes_the_result(config: Config) -> dict[str, Any]:
             "evaluation": set(EvaluationConfig.model_fields) - {"exclude_seen", "query_time"},
         },
     )
-    settings = {f"{group}.{key}": value for group, fields in keys.items() for key, value in fields.items()}
-    for key in LEFT_OUT_AT_DEFAULT:
-        group, _, name = key.partition(".")
-        if settings[key] == type(getattr(config, group)).model_fields[name].default:
-            del settings[key]
+    settings = {
+        f"{group}.{key}": value
+        for group, values in keys.items()
+        for key, value in values.items()
+        if key in _COUNTED_AT_DEFAULT[group].split() or value != type(getattr(config, group)).model_fields[key].default
+    }
     if not config.model.time_parts:
         settings.pop("evaluation.query_time", None)
     if config.model.use_title_emb:

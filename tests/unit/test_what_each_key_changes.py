@@ -290,6 +290,5 @@ def test_a_key_that_came_later_renames_no_run():
     """Pinned: another fingerprint, and every run gets another name, so that none is continued."""
     defaults = what_shapes_the_result(load_config(None, ["training.num_workers=1"]))
     assert storage.fingerprint(defaults) == "0232de4b68dc657b", (
-        "a new key belongs into LEFT_OUT_AT_DEFAULT of bert4rec/training/train.py; what shapes no result, into the "
-        "exclusions of what_shapes_the_result"
+        "the default of a key that is as old as the first version has changed, or a key is gone"
     )
