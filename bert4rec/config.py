@@ -267,7 +267,7 @@ class ModelConfig(_Group):
     @property
     def uses_metadata(self) -> bool:
         """Whether items have more than their id."""
-        return any((self.use_genre_emb, self.use_director_emb, self.use_writer_emb, self.use_title_emb))
+        return any(getattr(self, key) for key in type(self).model_fields if key.startswith("use_"))
 
     @model_validator(mode="after")
     def _parts_fit_together(self) -> Self:
@@ -286,6 +286,11 @@ class ModelConfig(_Group):
         if self.output_features == "fused" and not self.share_embeddings:
             raise ValueError("model.output_features=fused needs model.share_embeddings=true")
         return self
+
+
+Loss = Literal["cross-entropy", "sampled-softmax", "gbce"]
+SAMPLED_LOSSES: tuple[Loss, ...] = ("sampled-softmax", "gbce")
+"""Losses that compare a target with `training.num_negatives` items; all others compare it with every item."""
 
 
 class TrainingConfig(_Group):
@@ -312,12 +317,12 @@ class TrainingConfig(_Group):
     """Course of the learning rate after the warm-up. cosine and linear fall to zero at num_epochs."""
     warmup_epochs: float = Field(0.0, ge=0)
     """Epochs over which the learning rate rises linearly to lr. Fractions are allowed."""
-    loss: Literal["cross-entropy", "sampled-softmax", "gbce"] = "cross-entropy"
-    """cross-entropy compares each target with all items. For large catalogues, the other two compare it with
-    num_negatives sampled items: sampled-softmax with log-Q correction, gbce by generalised binary cross-entropy (Petrov
-    and Macdonald 2023, arXiv 2308.07192)."""
+    loss: Loss = "cross-entropy"
+    """cross-entropy compares each target with all items. For large catalogues, the others compare it with num_negatives
+    sampled items: sampled-softmax with log-Q correction, gbce by generalised binary cross-entropy (Petrov and Macdonald
+    2023, arXiv 2308.07192)."""
     num_negatives: int = Field(256, ge=1)
-    """Negatives drawn per forward pass and shared by all its targets. Used by sampled-softmax and gbce only."""
+    """Negatives drawn per forward pass and shared by all its targets. Only losses that sample items use them."""
     negative_sampling: Literal["uniform", "popularity"] = "uniform"
     """How to draw negatives: uniformly, or in proportion to the interactions in the training data. popularity needs
     training.loss=sampled-softmax."""
@@ -361,9 +366,9 @@ class TrainingConfig(_Group):
     @model_validator(mode="after")
     def _rows_can_be_updated_alone(self) -> Self:
         if self.item_optimizer == "rowwise":
-            if self.loss == "cross-entropy":
+            if self.loss not in SAMPLED_LOSSES:
                 raise ValueError(
-                    "training.item_optimizer=rowwise needs training.loss=sampled-softmax or gbce; cross-entropy "
+                    f"training.item_optimizer=rowwise needs training.loss={' or '.join(SAMPLED_LOSSES)}; {self.loss} "
                     "changes every item in each step"
                 )
             if self.optimizer == "adam" and self.weight_decay:

@@ -7,7 +7,7 @@ from collections.abc import Callable, Iterator
 from contextlib import nullcontext
 from dataclasses import replace
 from functools import reduce
-from typing import Any, NamedTuple, Protocol, cast
+from typing import Any, NamedTuple, Protocol, assert_never, cast
 
 import torch
 import torch.distributed
@@ -70,11 +70,17 @@ def learning_rate(training: TrainingConfig, epochs_done: float) -> float:
     """The learning rate after `epochs_done` epochs, fractions included."""
     if epochs_done < training.warmup_epochs:
         return training.lr * epochs_done / training.warmup_epochs
-    if training.scheduler == "constant":
-        return training.lr
     share = (epochs_done - training.warmup_epochs) / max(training.num_epochs - training.warmup_epochs, 1e-9)
     share = min(share, 1.0)
-    return training.lr * (1 - share if training.scheduler == "linear" else (1 + math.cos(math.pi * share)) / 2)
+    match training.scheduler:
+        case "constant":
+            return training.lr
+        case "linear":
+            return training.lr * (1 - share)
+        case "cosine":
+            return training.lr * ((1 + math.cos(math.pi * share)) / 2)
+        case _:
+            assert_never(training.scheduler)
 
 
 def make_optimizers(model: BERT4Rec, training: TrainingConfig) -> list[torch.optim.Optimizer]:
@@ -87,7 +93,14 @@ def make_optimizers(model: BERT4Rec, training: TrainingConfig) -> list[torch.opt
     by_muon = {id(p) for p in muon}
     matrices = [p for p in model.parameters() if p.requires_grad and p.ndim > 1 and id(p) not in by_muon]
     vectors = [p for p in model.parameters() if p.requires_grad and p.ndim == 1]  # biases and norms are not decayed
-    kind = torch.optim.Adam if training.optimizer == "adam" else torch.optim.AdamW
+    kind: type[torch.optim.Adam]
+    match training.optimizer:
+        case "adam":
+            kind = torch.optim.Adam
+        case "adamw" | "muon":
+            kind = torch.optim.AdamW
+        case _:
+            assert_never(training.optimizer)
     groups = [{"params": matrices, "weight_decay": training.weight_decay}, {"params": vectors, "weight_decay": 0.0}]
     optimizers: list[torch.optim.Optimizer] = [kind(groups, lr=training.lr, fused=True)]
     if muon:

@@ -9,6 +9,7 @@ import pyarrow.parquet as pq
 
 from bert4rec import storage
 from bert4rec.data.dataset import InputFile, Manifest
+from bert4rec.data.features import FEATURES
 
 
 def write_dataset(
@@ -56,9 +57,13 @@ def write_dataset(
             "count": pa.array(counts, pa.int64()),
             "year": pa.array(years or [None] * num_items, pa.int16()),
             "title": pa.array([f"film {token}" for token in tokens]),
+            **{
+                feature.column: pa.array(none, pa.list_(pa.int32()))
+                if feature.is_list
+                else pa.nulls(num_items, pa.int32())
+                for feature in FEATURES.values()
+            },
             "genres": pa.array(genres or none, pa.list_(pa.int32())),
-            "director": pa.array([None] * num_items, pa.int32()),
-            "writers": pa.array(none, pa.list_(pa.int32())),
         }
     )
     pq.write_table(items, path / "items.parquet")
@@ -73,9 +78,8 @@ def write_dataset(
         time_origin=origin,
         catalogue=catalogue,
         vocabularies={
+            **{name: [] for name in FEATURES},
             "genre": [f"genre {value}" for value in sorted({value for values in genres or none for value in values})],
-            "director": [],
-            "writer": [],
         },
         notes=[],
         inputs=[InputFile(name="train_ratings.csv", size=1, sha256=storage.fingerprint([histories, catalogue]))],

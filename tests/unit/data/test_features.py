@@ -42,6 +42,12 @@ def dataset(tmp_path):
     return PreparedDataset(write_dataset(tmp_path / "d", {1: [1, 2, 3], 2: [2, 4]}, 4))
 
 
+def test_a_model_of_any_feature_uses_metadata():
+    assert not ModelConfig().uses_metadata
+    for name in (*FEATURES, "title"):
+        assert ModelConfig.model_validate({f"use_{name}_emb": True}).uses_metadata
+
+
 def test_every_feature_has_a_key_and_every_key_a_feature():
     keys = {key for key in ModelConfig.model_fields if key.startswith("use_")}
     assert keys == {f"use_{name}_emb" for name in (*FEATURES, "title")}
@@ -97,8 +103,8 @@ def test_a_column_without_values_disowns_no_model():
     table, vocabularies, _ = table_with("genre")
     assert catalogue_fingerprint(table, vocabularies) == PINNED
     for empty in (pa.array([[], [], []], pa.list_(pa.int32())), pa.nulls(3, pa.int32())):
-        wider = table.append_column("cast", empty)
+        wider = table.append_column("of no feature", empty)
         assert catalogue_fingerprint(wider, vocabularies) == PINNED
-    filled = table.append_column("cast", pa.array([[0], [], []], pa.list_(pa.int32())))
+    filled = table.append_column("of no feature", pa.array([[0], [], []], pa.list_(pa.int32())))
     assert catalogue_fingerprint(filled, vocabularies) != PINNED
     assert pc.sum(pc.is_null(table["director"])).as_py() == 3

@@ -1,11 +1,13 @@
+import math
+import re
 from typing import get_args
 
 import pytest
 import torch
+import torch.nn.functional as F
 
-from bert4rec.config import TrainingConfig
+from bert4rec.config import SAMPLED_LOSSES, Loss, TrainingConfig
 from bert4rec.model.losses import gbce, linear_cross_entropy, make_loss, sampled_softmax
-from tests.unit.model.test_layers import scores_of_random_items
 
 pytestmark = pytest.mark.unit
 
@@ -16,8 +18,17 @@ LOSSES = {
 }
 
 
+def scores_of_random_items(num_targets=6, num_items=9):
+    generator = torch.Generator().manual_seed(0)
+    hidden, weights = (torch.randn(size, 4, generator=generator) for size in (num_targets, num_items))
+    bias = torch.randn(num_items, generator=generator)
+    return hidden, weights, bias, torch.randint(num_items, (num_targets,), generator=generator)
+
+
 def test_every_loss_has_an_entry_above():
-    assert set(LOSSES) == set(get_args(TrainingConfig.model_fields["loss"].annotation))
+    assert set(LOSSES) == set(get_args(Loss))
+    described = TrainingConfig.model_fields["loss"].description
+    assert all(re.search(rf"{name}\b", described) for name in LOSSES)
 
 
 @pytest.mark.parametrize("name", LOSSES)
@@ -30,3 +41,56 @@ def test_a_name_trains_its_own_loss(name):
     values = {other: float(loss(inputs, negatives)) for other, loss in LOSSES.items()}
     assert got.item() == pytest.approx(values[name])
     assert len({round(value, 4) for value in values.values()}) == len(LOSSES)
+
+
+@pytest.mark.parametrize("repeats", [[1] * 9, [5, 1, 1, 2, 3, 1, 1, 1, 1]])
+def test_sampled_softmax_of_all_items_in_proportion_is_the_full_loss(repeats):
+    """Item j drawn n_j times of K, with probability n_j / K: the estimate of the denominator is exact."""
+    inputs = scores_of_random_items()
+    times = torch.tensor(repeats)
+    negatives = torch.repeat_interleave(torch.arange(9), times)
+    log_q = (times / times.sum()).log()[negatives]
+    got = sampled_softmax(*inputs, negatives, log_q)
+    assert got.item() == pytest.approx(linear_cross_entropy(*inputs).item(), rel=1e-5)
+
+
+@pytest.mark.parametrize("sampling", ["uniform", "popularity"])
+def test_sampled_softmax_comes_to_the_full_loss_with_many_negatives(sampling):
+    inputs = scores_of_random_items()
+    torch.manual_seed(0)
+    training = TrainingConfig(loss="sampled-softmax", num_negatives=200_000, negative_sampling=sampling)
+    got = make_loss(training, torch.arange(1.0, 10.0))(*inputs)
+    assert got.item() == pytest.approx(linear_cross_entropy(*inputs).item(), rel=0.01)
+
+
+def test_gbce_by_hand():
+    hidden, weights, bias, labels = scores_of_random_items()
+    negatives = torch.tensor([0, 3, 3, int(labels[0])])
+    share = 4 / 8
+    beta = share * (0.75 * (1 - 1 / share) + 1 / share)
+    assert beta == 0.625
+    expected = 0.0
+    for state, label in zip(hidden, labels.tolist(), strict=True):
+        probability = torch.sigmoid(weights @ state + bias)
+        expected -= beta * math.log(probability[label])
+        expected -= sum(math.log(1 - probability[j]) for j in negatives.tolist() if j != label)
+    assert gbce(hidden, weights, bias, labels, negatives, 0.75).item() == pytest.approx(expected / 5, rel=1e-5)
+
+
+def test_gbce_over_all_items_is_binary_cross_entropy_whatever_t():
+    hidden, weights, bias, labels = scores_of_random_items()
+    full = F.binary_cross_entropy_with_logits(hidden @ weights.T + bias, F.one_hot(labels, 9).float(), reduction="sum")
+    for t in (0.0, 0.75, 1.0):
+        got = gbce(hidden, weights, bias, labels, torch.arange(9), t)
+        assert got.item() * 10 == pytest.approx(full.item(), rel=1e-5)
+
+
+@pytest.mark.parametrize("loss", LOSSES)
+def test_a_sampled_loss_reads_and_trains_only_what_was_drawn(loss):
+    hidden, weights, bias, labels = scores_of_random_items(num_targets=3, num_items=1000)
+    weights.requires_grad_()
+    torch.manual_seed(0)
+    make_loss(TrainingConfig(loss=loss, num_negatives=5))(hidden, weights, bias, labels).backward()
+    num_trained = int(weights.grad.any(1).sum())
+    assert 3 <= num_trained <= 8 if loss in SAMPLED_LOSSES else num_trained == 1000
+    assert weights.grad[labels].any(1).all()
