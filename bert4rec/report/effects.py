@@ -13,14 +13,16 @@ from bert4rec.inference.ranking import Ranking
 from bert4rec.inference.recommender import ItemId, Recommender
 
 SAMPLE_USERS = 500
-_RULES = {
-    "candidates": ("candidates", "candidates_default"),
-    "exclude": ("exclude",),
-    "max_per": ("max_per",),
-    "diversity": ("diversity", "diversity_pool"),
-    "min_score": ("min_score", "scores"),
+_ELSEWHERE = {"exclude_seen", "exclude_future", "popularity_discount"}
+"""Rules that other parts of the page tell of."""
+_WITH = {"candidates_default": "candidates", "diversity_pool": "diversity", "scores": "min_score"}
+"""Keys that say more of another rule."""
+RULES = {
+    rule.name: (rule.name, *(key for key, of in _WITH.items() if of == rule.name))
+    for rule in fields(Ranking)
+    if rule.name not in _ELSEWHERE | _WITH.keys()
 }
-"""Rules that change lists, and the keys that belong to each."""
+"""All other rules, and the keys that belong to each."""
 
 Lists = dict[ItemId, list[tuple[ItemId, float]]]
 """By user: item and score, by rank."""
@@ -70,12 +72,12 @@ def effects_of(
     sequences, default = users_of_dataset(dataset, ids), Ranking()
     at = settled(inference, recommender.model, dataset).at
     sequences = sequences if not isinstance(at, int) else sequences.asked_at(at)
-    keys = {key for own in _RULES.values() for key in own}
+    keys = {key for own in RULES.values() for key in own}
     usual: dict[str, Any] = {key: getattr(default, key) for key in keys}
     without = replace(ranking, **usual)
     before = _lists(recommender, sequences, inference, without)
     found = []
-    for rule, own in _RULES.items():
+    for rule, own in RULES.items():
         if getattr(ranking, rule) != getattr(default, rule):
             kept: dict[str, Any] = {key: getattr(ranking, key) for key in own}
             alone = replace(without, **kept)
@@ -87,9 +89,7 @@ def effects_of(
 
 def has_rules(ranking: Ranking) -> bool:
     """Whether the ranking has a rule that changes lists."""
-    return any(
-        getattr(ranking, rule.name) != getattr(Ranking(), rule.name) for rule in fields(Ranking) if rule.name in _RULES
-    )
+    return any(getattr(ranking, rule) != getattr(Ranking(), rule) for rule in RULES)
 
 
 def _lists(recommender: Recommender, sequences: Sequences, inference: InferenceConfig, ranking: Ranking) -> Lists:

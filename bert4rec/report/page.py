@@ -26,7 +26,7 @@ from bert4rec.data.dataset import ItemTable, PreparedDataset, moment_text
 from bert4rec.evaluation.protocols import ASKED, MODEL, OTHER_QUERY
 from bert4rec.report import charts
 from bert4rec.report.charts import Chart, Metrics
-from bert4rec.report.effects import Effects
+from bert4rec.report.effects import RULES, Effects
 from bert4rec.runs import REPORT
 
 SHOWN_USERS = 24
@@ -423,6 +423,7 @@ def _filter_section(items: ItemTable, users: _Users, settings: dict[str, Any]) -
         )
     else:
         section.missing.append("Seen items are not filtered: inference.exclude_seen=false.")
+    is_asked = settings.get("at") is not None  # results of earlier versions lack the key
     nothing = np.zeros(len(users.seen), np.int64)
     nothing += users.seen if settings["exclude_seen"] else 0
     nothing += users.future if settings["exclude_future"] else 0
@@ -434,35 +435,26 @@ def _filter_section(items: ItemTable, users: _Users, settings: dict[str, Any]) -
         )
     if not settings["exclude_future"]:
         section.missing.append("Later releases are not filtered: inference.exclude_future=false.")
-    elif not (users.last_year != 0).any() or not items.has_year.any():
-        section.missing.append("No later releases are filtered: that takes times of interactions and years of release.")
+    elif not items.has_year.any() or (not is_asked and not (users.last_year != 0).any()):
+        section.missing.append(
+            "No later releases are filtered: that takes years of release, and times of interactions or inference.at."
+        )
     else:
         section.tiles += [
             (f"{np.median(users.future):,.0f}", "later releases, for the median user"),
             (f"{users.future.max():,}", "later releases, for the user with most"),
         ]
-        than = "recommendations are asked for" if settings.get("at") is not None else "the user's last interaction"
-        caption = f"items released in a later year than {than}, and not seen"
+        year = "asked for (inference.at)" if is_asked else "of the user's last interaction"
+        caption = f"unseen items released after the year {year}"
         section.charts.append(charts.histogram("Later releases", caption, users.future, "users"))
     return section
-
-
-_RULES = (
-    "candidates",
-    "candidates_default",
-    "exclude",
-    "max_per",
-    "diversity",
-    "diversity_pool",
-    "min_score",
-    "scores",
-)
 
 
 def _rules_section(settings: dict[str, Any], effects: Effects | str | None) -> list[Section]:
     """The rules that are set, and what each of them changes; nothing where none is set."""
     default = InferenceConfig().model_dump()
-    set_here = {name: settings[name] for name in _RULES if name in settings and settings[name] != default[name]}
+    keys = [key for own in RULES.values() for key in own]
+    set_here = {key: settings[key] for key in keys if key in settings and settings[key] != default[key]}
     if not set_here:
         return []
     text = "; ".join(f"inference.{name}={_plain(_listed(value))}" for name, value in set_here.items())

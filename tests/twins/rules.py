@@ -34,7 +34,7 @@ class Case:
     values: dict[str, list[list[int]]] = field(default_factory=dict)
     """By feature: each item's values."""
     diversity: float = 0
-    pool: int = 100
+    diversity_pool: int = 100
     vectors: list[list[float]] | None = None
     min_score: float | None = None
     scores: str = "logit"
@@ -89,7 +89,7 @@ def choices(case: Case, user: User, listed: list[int]) -> dict[int, float]:
 
     if not case.diversity:
         return {item: user.scores[item] for item in ranked if fits(item)}
-    pool = ranked[: case.pool]
+    pool = ranked[: case.diversity_pool]
     found = {}
     for item in pool:
         if fits(item):
@@ -99,7 +99,7 @@ def choices(case: Case, user: User, listed: list[int]) -> dict[int, float]:
                 nearest = max(cosine(case.vectors[item], case.vectors[other]) for other in listed)
                 relevance = (1 - case.diversity) * relevance - case.diversity * nearest
             found[item] = relevance
-    return found or {item: user.scores[item] for item in ranked[case.pool :] if fits(item)}
+    return found or {item: user.scores[item] for item in ranked[case.diversity_pool :] if fits(item)}
 
 
 def make_list(case: Case, user: User) -> list[int]:

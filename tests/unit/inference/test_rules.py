@@ -120,63 +120,51 @@ A_LIST = st.one_of(
     st.lists(ITEM, min_size=1, max_size=NUM_ITEMS, unique=True),
     st.lists(PAIR, min_size=1, max_size=60, unique=True),
 )
-CAPS = st.dictionaries(st.sampled_from(["genre", "director"]), st.integers(1, 3), max_size=2)
+
+
+DRAWN = {
+    "exclude_seen": st.booleans(),
+    "exclude_future": st.booleans(),
+    "popularity_discount": st.sampled_from([0.0, 0.4]),
+    "candidates": A_LIST,
+    "candidates_default": st.sampled_from(["none", "all"]),
+    "exclude": A_LIST,
+    "max_per": st.dictionaries(st.sampled_from(["genre", "director"]), st.integers(1, 3), max_size=2),
+    "diversity": st.sampled_from([0.0, 0.0, 0.3, 0.7, 1.0]),
+    "diversity_pool": st.sampled_from([1, 4, 12, 100]),
+    "min_score": st.sampled_from([None, None, -0.5, 0.02, 1.0]),
+    "scores": st.sampled_from(["logit", "probability"]),
+}
+"""By rule, its values."""
+
+
+def test_every_rule_is_drawn():
+    assert set(DRAWN) == {rule.name for rule in dataclasses.fields(Ranking)}
 
 
 @settings(max_examples=80, deadline=None, suppress_health_check=list(HealthCheck))
 @given(
-    candidates=A_LIST,
-    default=st.sampled_from(["none", "all"]),
-    exclude=A_LIST,
-    max_per=CAPS,
-    diversity=st.sampled_from([0.0, 0.0, 0.3, 0.7, 1.0]),
-    pool=st.sampled_from([1, 4, 12, 100]),
-    min_score=st.sampled_from([None, None, -0.5, 0.02, 1.0]),
-    scores=st.sampled_from(["logit", "probability"]),
+    rules=st.fixed_dictionaries(DRAWN),
     k=st.sampled_from([1, 2, 3, 8, NUM_ITEMS]),
-    seen_and_future=st.tuples(st.booleans(), st.booleans()),
-    discount=st.sampled_from([0.0, 0.4]),
     block_bytes=st.sampled_from([2**21, 4 * 3 * 7]),
 )
-def test_all_rules_together_equal_the_slow_way(
-    recommender, tmp_path_factory, candidates, default, exclude, max_per, diversity, pool, min_score, scores, k,
-    seen_and_future, discount, block_bytes,
-):  # fmt: skip
+def test_all_rules_together_equal_the_slow_way(recommender, tmp_path_factory, rules, k, block_bytes):
     folder = tmp_path_factory.getbasetemp()
-    given_lists = {
-        name: None if rows is None else read_list(name, (write_list(folder / f"{name}.csv", rows),))
-        for name, rows in (("candidates", candidates), ("exclude", exclude))
-    }
-    ranking = Ranking(
-        *seen_and_future, discount, given_lists["candidates"], default, given_lists["exclude"], max_per, diversity,
-        pool, min_score, scores,
-    )  # fmt: skip
-    of_users = {
-        name: bool(rows) and isinstance(rows[0], tuple)
-        for name, rows in (("candidates", candidates), ("exclude", exclude))
-    }
+    written = {name: rows for name in ("candidates", "exclude") if (rows := rules[name]) is not None}
+    lists = {name: read_list(name, (write_list(folder / f"{name}.csv", rows),)) for name, rows in written.items()}
+    ranking = Ranking(**{**rules, **lists})
+    of_users = {name: rows for name, rows in written.items() if isinstance(rows[0], tuple)}
+    for_all = {name: set(rows) for name, rows in written.items() if name not in of_users}
+    elsewhere = {"candidates", "exclude", "popularity_discount"}  # the scores hold the discount already
     case = twin.Case(
         k=k,
-        exclude_seen=seen_and_future[0],
-        exclude_future=seen_and_future[1],
-        candidates=None if candidates is None or of_users["candidates"] else set(candidates),
-        has_users_candidates=of_users["candidates"],
-        candidates_default=default,
-        exclude=set() if exclude is None or of_users["exclude"] else set(exclude),
-        max_per=max_per,
+        has_users_candidates="candidates" in of_users,
         values={"genre": GENRES, "director": DIRECTORS},
-        diversity=diversity,
-        pool=pool,
         vectors=recommender.model.items.embedding.weight[1:-1].tolist(),
-        min_score=min_score,
-        scores=scores,
+        **{name: value for name, value in rules.items() if name not in elsewhere},
+        **for_all,
     )
-    users = users_of(
-        recommender,
-        ranking,
-        candidates if of_users["candidates"] else (),
-        exclude if of_users["exclude"] else (),
-    )
+    users = users_of(recommender, ranking, of_users.get("candidates", ()), of_users.get("exclude", ()))
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(ranking_module, "CPU_BLOCK_BYTES", block_bytes)
         check(recommender, ranking, case, users)

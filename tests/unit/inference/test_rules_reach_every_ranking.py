@@ -45,7 +45,9 @@ RULES = {
     "min_score": ("3", EVERYWHERE, ()),
     "scores": ("probability", EVERYWHERE - {"evaluation"}, ()),
 }
-OBEYED = {"exclude_future", "candidates", "exclude"}
+OTHERWISE = {"exclude_seen", "candidates_default", "scores"}
+"""evaluation.exclude_seen; a choice between users in and outside of a list; what is written."""
+OBEYED = {rule for rule, (_, changes, _) in RULES.items() if "evaluation" not in changes} - OTHERWISE
 """Rules that evaluation obeys with evaluation.candidates=true only."""
 
 
@@ -133,7 +135,7 @@ def test_a_rule_changes_every_ranking_that_it_is_for(rule, place, tmp_path):
 def test_evaluation_obeys_on_request(rule, place, tmp_path):
     base = [*place, "evaluation.candidates=true", "evaluation.protocols=[all, uniform-100]"]
     value = RULES[rule][0]
-    value = value if value == "false" else str(tmp_path / f"{value.lower()}.csv")
+    value = str(tmp_path / f"{value.lower()}.csv") if value in ("FOR_ALL", "EVEN") else value
     before, after = (
         evaluate.evaluate(config := load_config(None, each), config.prepared_path, config.inference.checkpoint_path)
         for each in (base, [*base, f"inference.{rule}={value}"])

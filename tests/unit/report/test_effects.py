@@ -1,3 +1,4 @@
+import dataclasses
 import json
 
 import numpy as np
@@ -93,3 +94,8 @@ def test_the_report_shows_what_rules_changed(dataset, tmp_path, monkeypatch):
 
 def test_without_rules_there_is_no_section():
     assert page._rules_section(InferenceConfig().model_dump(), None) == []
+
+
+def test_every_rule_is_told_of_somewhere():
+    told = [key for keys in effects.RULES.values() for key in keys]
+    assert sorted([*told, *effects._ELSEWHERE]) == sorted(rule.name for rule in dataclasses.fields(Ranking))

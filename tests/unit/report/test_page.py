@@ -64,7 +64,15 @@ def test_later_releases_are_those_after_the_moment_asked_for(dataset, tmp_path):
     assert report._read_users(dataset, dataset.items(), 1_300_000_000).future.tolist() == [1, 1, 1]  # 2011
     given = write_recommendations(tmp_path / "r", [(1, 105, 1, 2.5)], at=1_300_000_000)
     page = report.render(load_config(), dataset, "run", RUN, None, given)
-    assert "items released in a later year than recommendations are asked for, and not seen" in page
+    assert "unseen items released after the year asked for (inference.at)" in page
+
+
+def test_the_moment_asked_for_filters_later_releases_where_the_data_have_no_times(tmp_path):
+    dataset = PreparedDataset(write_dataset(tmp_path / "d", HISTORIES, 5, YEARS))
+    given = write_recommendations(tmp_path / "r", [(1, 105, 1, 2.5)], at=1_300_000_000)  # 2011
+    page = report.render(load_config(), dataset, "run", RUN, None, given)
+    assert "Later releases" in titles_of(page)
+    assert "No later releases are filtered" not in page
 
 
 def test_gaps_and_sessions_by_hand(tmp_path):
