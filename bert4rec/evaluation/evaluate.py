@@ -167,10 +167,12 @@ def evaluate(config: Config, dataset_path: str, checkpoint: str) -> Evaluation:
 
     notes += _note_on_repeats(int(repeated[1]), num_users, protocols)
 
-    def by(dimension: int, groups: tuple[str, ...]) -> dict[str, dict[str, dict[str, Metrics]]]:
+    def by(
+        groups: tuple[str, ...], counts_of: Callable[[Tensor, int], Tensor]
+    ) -> dict[str, dict[str, dict[str, Metrics]]]:
         return {
             protocol: {
-                group: {system: _group_metrics(ranks[protocol, system].sum(1 - dimension)[place]) for system in systems}
+                group: {system: _group_metrics(counts_of(ranks[protocol, system], place)) for system in systems}
                 for place, group in enumerate(groups)
             }
             for protocol in protocols
@@ -197,8 +199,8 @@ def evaluate(config: Config, dataset_path: str, checkpoint: str) -> Evaluation:
             protocol: {system: RankCounts(ranks[protocol, system].sum((0, 1))).metrics() for system in systems}
             for protocol in protocols
         },
-        by_history_length=by(0, tuple(HISTORY_LENGTHS)),
-        by_target_popularity=by(1, THIRDS),
+        by_history_length=by(tuple(HISTORY_LENGTHS), lambda counts, place: counts[place].sum(0)),
+        by_target_popularity=by(THIRDS, lambda counts, place: counts[:, place].sum(0)),
         beyond_accuracy={
             lister: _beyond_accuracy(*lists[lister], popularity, RERANKED in listers) for lister in listers
         },
