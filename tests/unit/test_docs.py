@@ -2,9 +2,14 @@
 
 import importlib.util
 import re
+from dataclasses import fields
+from typing import get_args
 
 import pytest
 
+from bert4rec.config import Protocol
+from bert4rec.data.features import FEATURES
+from bert4rec.inference.ranking import Ranking
 from tests.helpers import commands
 
 pytestmark = pytest.mark.unit
@@ -70,6 +75,19 @@ def test_prose_has_at_most_120_columns(page):
     text = re.sub(r"^```.*?^```|^<!-- table.*?^<!-- end -->", "", page.read_text(), flags=re.M | re.S)
     lines = [line for line in text.splitlines() if not line.startswith("|")]
     assert not [line for line in lines if len(line) > 120]
+
+
+NAMED = [
+    *(("data-format.md", rf"^\| `{feature.file}\.tsv` \|") for feature in FEATURES.values()),
+    *(("data-format.md", rf"items\.parquet` \|.*`{feature.column}`") for feature in FEATURES.values()),
+    *(("evaluation.md", rf"^\| [^|]*`{protocol}`") for protocol in get_args(Protocol)),
+    *(("scoring.md", rf"`inference\.{rule.name}\b") for rule in fields(Ranking)),
+]
+
+
+@pytest.mark.parametrize(("page", "pattern"), NAMED)
+def test_the_guide_tells_of_every_feature_protocol_and_rule(page, pattern):
+    assert re.search(pattern, (commands.ROOT / "docs" / page).read_text(), re.M)
 
 
 def test_the_architecture_names_what_there_is():
