@@ -29,9 +29,9 @@ from bert4rec.data.metadata import catalogue_fingerprint, check_items, item_tabl
 from bert4rec.data.ranges import (
     Vocabulary,
     between,
-    build_packed,
+    build,
     count_before,
-    encode_packed,
+    encode,
     leave_out,
     total,
     write,
@@ -319,13 +319,13 @@ def _shuffle(chunks: list[Chunk], checked: _Checked) -> Any:  # noqa: ANN401 - a
     num_ranges, num_rows = len(checked.vocabulary.boundaries) + 1, sum(checked.rows)
     starts = np.append(0, np.cumsum(checked.rows)).astype(np.min_scalar_type(num_rows))
     calls = [partial(_read_rows, *each, checked.int_users, checked.int_items) for each in zip(chunks, starts)]  # noqa: B905
-    rows = _map(_ray_data().dataset_of(calls), encode_packed, vocabulary=checked.vocabulary)
+    rows = _map(_ray_data().dataset_of(calls), encode, vocabulary=checked.vocabulary)
     if num_ranges == 1:  # one task takes all rows
-        ranges = rows.map_batches(build_packed, batch_size=num_rows, batch_format="pyarrow")
+        ranges = rows.map_batches(build, batch_size=num_rows, batch_format="pyarrow")
     else:
         # By hash, so that some partitions have several ranges, and others none. `sort` gives each range its own, but
         # sorts each block before the shuffle and after it, and cuts the rows of a very large range in two.
-        ranges = _map(rows.repartition(num_ranges, keys=["range"]), build_packed)
+        ranges = _map(rows.repartition(num_ranges, keys=["range"]), build)
     return _ray_data().run_shuffle(ranges, "sorting", 2 * len(chunks) + num_ranges)
 
 

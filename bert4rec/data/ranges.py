@@ -1,11 +1,9 @@
 """Sequences of users, built, thinned, counted and written a table at a time. Nothing here knows of Ray.
 
-`prepare` runs these functions over three kinds of tables:
+`prepare` runs these functions over two kinds of tables:
 
     rows: one per interaction, in any order. range, user, code, row (its place in the input, which decides between
         equal times) and, if the data have times, time (float64)
-    packed rows: one row per range of `rows`. range, rows (large_binary: the other columns as an Arrow IPC stream). A
-        shuffle of Ray Data hashes and moves few rows then, not each interaction
     ranges: one row per range of users, so that nothing cuts a range in two. range, user list, length list<int32>
         (interactions of each user), code list<int32> and, if the data have times, time list<float64>; users are in
         ascending order, and the interactions of each user in order of time
@@ -14,7 +12,6 @@ A range is a number, from 0, in the order of users. A code is an item's place in
 """
 
 import hashlib
-import itertools
 from dataclasses import dataclass
 from typing import Self
 
@@ -90,35 +87,6 @@ def encode(table: pa.Table, vocabulary: Vocabulary) -> pa.Table:
     return pa.table(columns | {name: table[name] for name in ("row", "time") if name in table.column_names})
 
 
-def encode_packed(table: pa.Table, vocabulary: Vocabulary) -> pa.Table:
-    """`encode`, packed."""
-    return pack(encode(table, vocabulary))
-
-
-def pack(rows: pa.Table) -> pa.Table:
-    """Make packed rows, in the order of ranges."""
-    in_range = rows["range"].to_numpy()
-    order = np.argsort(in_range, kind="stable")
-    number, first = np.unique(in_range[order], return_index=True)
-    grouped, begins = rows.drop_columns("range").take(pa.array(order)), [*first.tolist(), len(order)]
-    sink, places = pa.BufferOutputStream(), [0]
-    for low, high in itertools.pairwise(begins):
-        with pa.ipc.new_stream(sink, grouped.schema) as writer:
-            writer.write_table(grouped.slice(low, high - low))
-        places.append(sink.tell())
-    buffers = [None, pa.py_buffer(np.array(places, np.int64)), sink.getvalue()]
-    content = pa.LargeBinaryArray.from_buffers(pa.large_binary(), len(number), buffers)
-    return pa.table({"range": pa.array(number, pa.int32()), "rows": content})
-
-
-def unpack(packed: pa.Table) -> pa.Table:
-    """Make the rows again: those of each row of `packed` after one another."""
-    tables = [pa.ipc.open_stream(content.as_buffer()).read_all() for content in packed["rows"]]
-    lengths = [len(table) for table in tables]
-    in_range = np.repeat(packed["range"].to_numpy(), lengths)
-    return pa.concat_tables(tables).append_column("range", pa.array(in_range)).combine_chunks()
-
-
 def _range_of(users: pa.Array, boundaries: pa.Array) -> np.ndarray:
     """[N] range of each user: the number of boundaries that are not above the user."""
     order = pc.sort_indices(pa.concat_arrays([boundaries, users])).to_numpy()  # stable: boundaries before equal users
@@ -126,11 +94,6 @@ def _range_of(users: pa.Array, boundaries: pa.Array) -> np.ndarray:
     result = np.empty(len(users), np.min_scalar_type(len(boundaries)))
     result[order[~is_boundary] - len(boundaries)] = np.cumsum(is_boundary)[~is_boundary]
     return result
-
-
-def build_packed(packed: pa.Table) -> pa.Table:
-    """`build` for packed rows."""
-    return build(unpack(packed)) if len(packed) else packed.select([])
 
 
 def build(rows: pa.Table) -> pa.Table:

@@ -5,18 +5,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from bert4rec.data.ranges import (
-    Vocabulary,
-    build,
-    build_packed,
-    count_before,
-    encode,
-    leave_out,
-    pack,
-    total,
-    unpack,
-    write,
-)
+from bert4rec.data.ranges import Vocabulary, build, count_before, encode, leave_out, total, write
 
 pytestmark = pytest.mark.unit
 
@@ -40,16 +29,6 @@ def test_rows_have_ranges_and_codes():
         "code": [2, 0, 1, 2, 0],
         "row": [4, 5, 6, 7, 8],
     }
-
-
-@pytest.mark.parametrize("rows", [ROWS, ROWS.drop_columns("time"), ROWS.slice(2, 1), ROWS.slice(0, 0)])
-def test_packed_rows_are_the_rows_by_range(rows):
-    packed = pack(rows)
-    assert packed["range"].to_pylist() == sorted(set(rows["range"].to_pylist()))
-    expected = sorted(rows.to_pylist(), key=lambda row: row["range"])  # stable
-    assert unpack(packed).to_pylist() == expected if len(rows) else len(packed) == 0
-    if len(rows):
-        assert build_packed(pa.concat_tables([packed.slice(1), packed.slice(0, 1)])).equals(build(rows))
 
 
 def test_ranges_are_built():
