@@ -77,6 +77,7 @@ TABLES = {
         ("tokens/s", "spread", "useful GFLOP/s", "share of peak", "memory, MiB", "input", "ours is"),
     ),
     "tune": Table("{claim}", ("figure", "spread")),
+    "vectors": Table("{index}", ("equal lists", "recall@10")),
 }
 
 
