@@ -514,6 +514,7 @@ def _filter_section(items: ItemTable, users: _Users, settings: dict[str, Any]) -
 
 
 _RULES = (
+    "blend",
     "candidates",
     "candidates_default",
     "exclude",
