@@ -597,6 +597,8 @@ class RunConfig(_Group):
     that the same command continues the same run."""
     storage_path: str = "runs"
     """Root directory of prepared datasets and runs: a local path, or a URI that all nodes can reach."""
+    chosen: dict[str, str] = {}
+    """What `--config auto` chose for these data, and why. It writes this key itself, for the run's config.yaml."""
     mlflow_uri: str | None = None
     """MLflow tracking server, or a database such as sqlite:///mlflow.db, to which training also logs. Needs the extra
     `mlflow`."""

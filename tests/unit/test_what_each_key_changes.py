@@ -179,6 +179,7 @@ CHANGES = {
     "tune.refit": Key("true", NOTHING),
     "run.name": Key("other", NOTHING),
     "run.storage_path": Key("/other", NOTHING),
+    "run.chosen": Key("{long histories: width 256}", NOTHING),
     "run.mlflow_uri": Key("sqlite:///other.db", NOTHING),
 }
 
