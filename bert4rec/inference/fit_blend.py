@@ -205,16 +205,19 @@ def fit_to_training(model: ItemModel, config: Config, dataset_path: str, fingerp
     return FITTED[model](training, dataset.num_items)
 
 
+def stored_arrays(weights: ItemWeights) -> dict[str, torch.Tensor]:
+    """The weights as `Blend.tensors` reads them."""
+    if isinstance(weights, np.ndarray):
+        return {"weights": torch.from_numpy(weights)}
+    rows = weights.tocsr()
+    arrays = {"offsets": rows.indptr, "items": rows.indices, "values": rows.data}
+    return {name: torch.from_numpy(values) for name, values in arrays.items()}
+
+
 def _fit_and_write(
     model: ItemModel, config: Config, dataset_path: str, fingerprint: str, checkpoint: str
 ) -> dict[str, Any]:
-    weights = fit_to_training(model, config, dataset_path, fingerprint)
-    if isinstance(weights, np.ndarray):
-        arrays = {"weights": weights}
-    else:
-        rows = weights.tocsr()
-        arrays = {"offsets": rows.indptr, "items": rows.indices, "values": rows.data}
-    content = safetensors.torch.save({name: torch.from_numpy(values) for name, values in arrays.items()})
+    content = safetensors.torch.save(stored_arrays(fit_to_training(model, config, dataset_path, fingerprint)))
     sha256 = hashlib.sha256(content).hexdigest()
     name = f"blend-{sha256[:16]}.safetensors"
     storage.write_bytes(storage.join(checkpoint, name), content)

@@ -48,9 +48,10 @@ def ease(training: Windows, num_items: int, l2: float = EASE_L2) -> np.ndarray:
     [V, V] float32. Takes 12 bytes, and V / 2 multiplications, an entry.
     """
     users = user_item(training, num_items)
-    gram = np.empty((num_items, num_items), order="F")
+    gram = np.zeros((num_items, num_items), order="F")
     for low, together in _co_occurrences(users):
-        gram[:, low : low + together.shape[0]] = together.toarray().T  # symmetric
+        row, column = together.tocoo().coords
+        gram[column, low + row] = together.data  # symmetric
     gram[np.diag_indices(num_items)] += l2
     factor, _ = scipy.linalg.lapack.dpotrf(gram, lower=1, clean=0, overwrite_a=1)
     inverse, _ = scipy.linalg.lapack.dpotri(factor, lower=1, overwrite_c=1)
@@ -77,9 +78,14 @@ def _co_occurrences(users: scipy.sparse.csr_array) -> Iterator[tuple[int, scipy.
     """First item, and users [width, V] that each item of a block shares with each item of all."""
     by_item = users.T.tocsr()
     num_items = by_item.shape[0]
-    width = max(1, _BLOCK_BYTES // (12 * num_items))
-    for low in range(0, num_items, width):
-        yield low, by_item[low : low + width] @ users
+    # An item shares users with no more items than its users have in all.
+    most = np.minimum(by_item @ np.diff(users.indptr).astype(np.float64), num_items)
+    total = np.append(0, np.cumsum(12 * most))
+    low = 0
+    while low < num_items:
+        high = max(low + 1, int(np.searchsorted(total, total[low] + _BLOCK_BYTES, "right")) - 1)
+        yield low, by_item[low:high] @ users
+        low = high
 
 
 FITTED: dict[ItemModel, Callable[[Windows, int], ItemWeights]] = {"item-knn": item_knn, "ease": ease}

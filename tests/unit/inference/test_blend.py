@@ -37,13 +37,8 @@ def dense(weights):
 def blend_of(tmp_path, model, histories, weight, num_items=NUM_ITEMS):
     """A blend whose item-item model is fitted to histories, and its weights."""
     fitted = item_item.FITTED[model](windows_of(histories), num_items)
-    if model == "ease":
-        arrays = {"weights": fitted}
-    else:
-        rows = fitted.tocsr()
-        arrays = {"offsets": rows.indptr, "items": rows.indices, "values": rows.data}
     path = str(tmp_path / f"{model}.safetensors")
-    safetensors.torch.save_file({name: torch.from_numpy(values) for name, values in arrays.items()}, path)
+    safetensors.torch.save_file(fit_blend.stored_arrays(fitted), path)
     return Blend(model, weight, weight, path=path), dense(fitted)
 
 
