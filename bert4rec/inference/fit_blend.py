@@ -100,7 +100,7 @@ def _made(ranking: Ranking, blend: Blend, config: Config, dataset: PreparedDatas
     begin(config, meanwhile=("ray.data",))
     opened = (dataset.path, dataset.manifest.fingerprint)
     if content is None or not _has_matrix(content, blend, config, dataset, checkpoint):
-        why = "" if content is None else "; what lies beside the model is of other data or damaged"
+        why = "" if content is None else "; what lies beside the model is another, of other data, or damaged"
         print(f"fitting {blend.model} on {dataset.num_items:,} items for inference.blend{why}", flush=True)
         identity = _matrix_identity(blend.model, config, dataset)
         content = {"matrix": identity, **on_ray(_fit_and_write, blend.model, config, *opened, checkpoint)}

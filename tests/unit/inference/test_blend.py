@@ -186,7 +186,7 @@ def test_what_is_stored_is_used_again_and_what_is_stale_is_not(place, capsys):
     first, _ = place.fitted(AUTO)
     said = capsys.readouterr().out
     assert "fitting ease on 30 items" in said
-    assert "of other data" not in said
+    assert "beside the model" not in said
 
     def told(*more):
         ranking, _ = place.fitted(*more)
@@ -217,7 +217,7 @@ def test_what_is_stored_is_used_again_and_what_is_stale_is_not(place, capsys):
     # other data, other training items, a damaged file, another item-item model
     place.write({user: own[::-1] for user, own in HISTORIES.items()})
     other, said = told(AUTO)
-    assert "fitting ease on 30 items for inference.blend; what lies beside the model is of other data" in said
+    assert "fitting ease on 30 items for inference.blend; what lies beside the model is another, of other data" in said
     assert not storage.exists(first.blend.path)
     _, said = told(AUTO, "data.min_interactions=4")
     assert "fitting ease" in said
