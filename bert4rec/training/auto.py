@@ -307,7 +307,7 @@ def config_for(dataset: PreparedDataset, overrides: list[str]) -> tuple[Config, 
 
 
 def _written(value: Any) -> str:  # noqa: ANN401 - a YAML value
-    return value if isinstance(value, str) else json.dumps(value)
+    return value if isinstance(value, str) else json.dumps(value).replace('"', "")
 
 
 def markdown() -> str:

@@ -76,7 +76,9 @@ def test_overrides_stand_and_reasons_are_kept(tmp_path):
     config, lines = auto.config_for(dataset, overrides)
     assert (config.model.hidden_units, config.data.seed, config.training.lr) == (8, 3, 0.5)
     assert (config.training.num_epochs, config.data.batch_size) == (80, 32)
-    (chosen,) = config.run.chosen.values()
+    assert config.inference.blend == {"ease": "auto"}
+    chosen, blend = config.run.chosen.values()
+    assert blend.startswith("inference.blend={ease: auto}: ")
     assert "training.num_epochs=80" in chosen
     assert "hidden_units" not in chosen  # was given
     assert lines[0].startswith("--config auto found 60 users, 30 items,")
