@@ -9,6 +9,7 @@ import io
 import os
 import select
 import shutil
+import signal
 import sys
 import textwrap
 from collections.abc import Callable
@@ -42,6 +43,8 @@ def run_job(description: str, work: Callable[[Config], object], prepares: bool =
     atexit.register(
         gc.freeze
     )  # otherwise Python's garbage collector checks a million objects before the exit, which takes a second
+    if signal.getsignal(signal.SIGINT) != signal.SIG_IGN:
+        signal.signal(signal.SIGINT, signal.default_int_handler)  # while jobs import, `jobs/__init__.py` handles it
     print_anything()
     arguments = _parser(description).parse_intermixed_args()
     try:

@@ -7,7 +7,8 @@ The sorted list lies beside the prepared dataset, under a name made of both cont
 import json
 import os
 from collections.abc import Iterator
-from typing import Any
+from functools import partial
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import pyarrow as pa
@@ -21,6 +22,9 @@ from bert4rec.data.interactions import Chunk, check_chunk, read_chunk
 from bert4rec.errors import InputError
 from bert4rec.inference.item_lists import ITEM, USER, ItemList, twice_message, with_sorted
 from bert4rec.inference.ranking import Ranking
+
+if TYPE_CHECKING:
+    import ray
 
 _ROW_GROUP_ROWS = 65_536
 
@@ -73,7 +77,8 @@ def _path_of(given: ItemList, dataset: PreparedDataset) -> str:
 
 def _sort(given: ItemList, dataset: PreparedDataset, path: str) -> None:
     import ray
-    import ray.data
+
+    from bert4rec.data import ray_data
 
     check = ray.remote(check_chunk)
     num_rows, distinct = given.check(ray.get([check.remote(chunk) for chunk in given.chunks]))
@@ -82,19 +87,16 @@ def _sort(given: ItemList, dataset: PreparedDataset, path: str) -> None:
     note = given.unknown_items(unknown, len(distinct), items)
     storage.remove(path)  # what a killed job left
     storage.check_writable(path)
-    ids, chunks = ray.put(items.ids.cast(pa.string())), ray.put(given.chunks)
+    ids = ray.put(items.ids.cast(pa.string()))
     kind, opened = _kind_of_users(dataset), (dataset.path, dataset.manifest.fingerprint)
-
-    def read(batch: dict[str, np.ndarray]) -> Iterator[pa.Table]:
-        yield from _read(ray.get(chunks)[int(batch["chunk"][0])], kind, ray.get(ids))
 
     def write(block: pa.Table) -> pa.Table:
         return pa.table({"written": [json.dumps(_write(block, *opened, path))]})
 
-    rows = ray.data.from_items([{"chunk": number} for number in range(len(given.chunks))])
-    rows = rows.repartition(len(given.chunks)).map_batches(read, batch_size=1)
-    written = rows.sort([USER, ITEM]).map_batches(write, batch_size=None, batch_format="pyarrow")
-    found = [json.loads(row["written"]) for row in written.iter_rows()]
+    with ray_data.settings():
+        rows = ray_data.dataset_of([partial(_read, chunk, kind, ids) for chunk in given.chunks])
+        written = rows.sort([USER, ITEM]).map_batches(write, batch_size=None, batch_format="pyarrow")
+        found = [json.loads(row["written"]) for row in written.iter_rows()]
     if twice := [each for each in found if each["twice"]]:
         user, item = twice[0]["first_twice"]
         raise InputError(twice_message(given, user, items.ids[item].as_py(), sum(each["twice"] for each in twice)))
@@ -113,8 +115,11 @@ def _kind_of_users(dataset: PreparedDataset) -> pa.DataType:
     return pq.read_schema(inner, filesystem=filesystem).field(USER).type
 
 
-def _read(chunk: Chunk, kind: pa.DataType, ids: pa.Array) -> Iterator[pa.Table]:
+def _read(chunk: Chunk, kind: pa.DataType, ids_of_items: "ray.ObjectRef") -> Iterator[pa.Table]:
     """The rows of a chunk: users of that kind, and places of their items; rows of no such user are left out."""
+    import ray
+
+    ids = ray.get(ids_of_items)
     for table in read_chunk(chunk):
         user, item = (table[name].combine_chunks() for name in (USER, ITEM))
         users = user.dictionary
