@@ -27,7 +27,7 @@ def recommend_users(config: Config) -> None:
     if inference.output_path:
         check_request(inference, dataset, output_path)
     model = load_for(dataset, checkpoint, ranking)
-    ranking, notes = fit_blend.settled(ranking, config, dataset, checkpoint)
+    ranking, notes = fit_blend.settled(ranking, config, dataset, checkpoint, model)
     recommender = Recommender(model.to(device_for(config.training.accelerator)), dataset.items())
     print(f"model: {checkpoint}")
     for note in [*notes, *recommender.rules(ranking).notes]:

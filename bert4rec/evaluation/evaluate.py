@@ -114,7 +114,7 @@ def evaluate(config: Config, dataset_path: str, checkpoint: str) -> Evaluation:
     model = load_for(dataset, checkpoint, ranking)  # a wrong model is found here, not in an actor
     split = evaluated_split(config)
     _check_is_held_out(config, dataset, model, checkpoint)
-    ranking, blend_notes = fit_blend.settled(ranking, config, dataset, checkpoint)
+    ranking, blend_notes = fit_blend.settled(ranking, config, dataset, checkpoint, model)
     rules = Rules(ranking, dataset.items()) if ranking.looks_at_items else None
     names, notes = _usable_baselines(config, dataset)
     notes += blend_notes

@@ -23,7 +23,7 @@ from bert4rec import storage
 from bert4rec.config import ItemModel
 from bert4rec.data.windows import Windows
 from bert4rec.errors import InputError
-from bert4rec.model.network import WEIGHTS, BERT4Rec
+from bert4rec.model.network import BERT4Rec, weights_of
 
 if TYPE_CHECKING:
     import scipy.sparse
@@ -249,7 +249,7 @@ def read(blend: Blend, checkpoint: str, model: BERT4Rec, popularity_discount: fl
         raise InputError(f"{path}: is missing or damaged{once}")
     weight = blend.weight
     if blend.wanted == "auto":
-        own = {"model": storage.sha256(storage.join(checkpoint, WEIGHTS)), "popularity_discount": popularity_discount}
+        own = {"model": weights_of(checkpoint), "popularity_discount": popularity_discount}
         chosen = found.get("weight")
         if chosen is None or any(chosen["for"][key] != value for key, value in own.items()):
             raise InputError(f"{checkpoint}: no weight of {blend.model} is chosen for this model and discount{once}")

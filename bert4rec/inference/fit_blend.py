@@ -26,7 +26,7 @@ from bert4rec.errors import InputError
 from bert4rec.inference.blend import BLEND, Blend, stored
 from bert4rec.inference.item_item import FITTED, PARAMETERS, ItemWeights
 from bert4rec.inference.ranking import Exclusions, Ranking, rank_of_target, score_next
-from bert4rec.model.network import WEIGHTS, BERT4Rec
+from bert4rec.model.network import BERT4Rec, weights_of
 from bert4rec.progress import Progress, Reporter
 
 GRID = (0.0, 0.03, 0.06, 0.1, 0.2, 0.3, 0.5, 1.0)
@@ -38,8 +38,11 @@ CUTOFF = 10
 LEASE = f"blend.{lease.HOLDER}"
 
 
-def settled(ranking: Ranking, config: Config, dataset: PreparedDataset, checkpoint: str) -> tuple[Ranking, list[str]]:
-    """The ranking with what its blend depends on, found without any work, and lines for the user.
+def settled(
+    ranking: Ranking, config: Config, dataset: PreparedDataset, checkpoint: str, model: BERT4Rec
+) -> tuple[Ranking, list[str]]:
+    """The ranking with what its blend depends on, found without any work, and lines for the user. `model` is that of
+    the checkpoint.
 
     Raises
     ------
@@ -58,7 +61,6 @@ def settled(ranking: Ranking, config: Config, dataset: PreparedDataset, checkpoi
             f"evaluation.max_baseline_items={most:,}"
         )
     if blend.wanted == "auto":
-        model = BERT4Rec.from_pretrained(checkpoint)
         if config.data.use_full_data:
             raise InputError(
                 f"inference.blend={{{blend.model}: auto}} chooses the weight on the validation, which "
@@ -172,7 +174,7 @@ def _matrix_identity(model: ItemModel, config: Config, dataset: PreparedDataset)
 def _weight_identity(config: Config, checkpoint: str, ranking: Ranking) -> dict[str, Any]:
     """All that the chosen weight depends on besides."""
     return {
-        "model": storage.sha256(storage.join(checkpoint, WEIGHTS)),
+        "model": weights_of(checkpoint),
         "popularity_discount": ranking.popularity_discount,
         **config.evaluation.model_dump(include={"exclude_seen", "query_time"}),
         "grid": list(GRID),

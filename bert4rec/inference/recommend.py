@@ -67,7 +67,7 @@ def recommend(config: Config, dataset_path: str, checkpoint: str, output_path: s
     model = load_for(dataset, checkpoint, ranking)  # a wrong model is found here, not in an actor
     inference = settled(inference, model, dataset)
     config = config.model_copy(update={"inference": inference})
-    ranking, more = fit_blend.settled(ranking, config, dataset, checkpoint)
+    ranking, more = fit_blend.settled(ranking, config, dataset, checkpoint, model)
     notes = more + check_request(inference, dataset, output_path, ranking)
     identity = {"dataset": dataset.manifest.fingerprint, **_identity(checkpoint, inference, ranking)}
     counted = _finished(output_path, identity)

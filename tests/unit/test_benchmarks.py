@@ -8,6 +8,7 @@ import pytest
 import torch
 from torch.utils.flop_counter import FlopCounterMode
 
+from benchmarks import blend as blend_benchmark
 from benchmarks import input as input_benchmark
 from benchmarks.common import (
     SYNTHETIC_SHORT,
@@ -137,6 +138,16 @@ def test_the_rankings_that_another_library_gets_are_those_of_our_metrics(tmp_pat
     assert ours["hr@10"] == pytest.approx((ranks <= 10).mean())
     assert ours["ndcg@10"] == pytest.approx(np.where(ranks <= 10, 1 / np.log2(1 + ranks), 0).mean())
     assert ours["mrr"] == pytest.approx((1 / ranks).mean())
+
+
+@pytest.mark.parametrize("model", ["ease", "item-knn"])
+def test_a_blend_is_measured(model, monkeypatch, capsys):
+    options = ["--items", "60", "--users", "40", "--ranked", "20", "--hidden", "8", "--batch", "7"]
+    monkeypatch.setattr(sys, "argv", ["benchmarks/blend.py", "--model", model, *options])
+    threads = torch.get_num_threads()
+    blend_benchmark.main()
+    torch.set_num_threads(threads)
+    assert f"| {model}, 60 items |" in capsys.readouterr().out
 
 
 def test_plain_implementation_has_our_arithmetic():
