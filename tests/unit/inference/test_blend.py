@@ -318,6 +318,23 @@ def test_evaluation_ranks_the_blend_beside_both(place):
     assert result.protocols["all"]["BERT4Rec+ease"]["ndcg@10"] == pytest.approx(ndcg(counts, 10))
 
 
+def test_a_model_that_loses_to_an_item_item_model_says_for_whom():
+    def group(num_users, **ndcg):
+        return {name.replace("_", "+"): {"num_users": num_users, "ndcg@10": value} for name, value in ndcg.items()}
+
+    groups = {
+        "1-9": group(4000, BERT4Rec=0.03, BERT4Rec_ease=0.05, ease=0.04),
+        "10-49": group(800, BERT4Rec=0.04, BERT4Rec_ease=0.03, ease=0.02),
+        "50-199": group(99, BERT4Rec=0.01, BERT4Rec_ease=0.01, ease=0.2),  # too few to say anything
+        "200+": {"BERT4Rec": {"num_users": 0}, "BERT4Rec+ease": {"num_users": 0}, "ease": {"num_users": 0}},
+    }
+    assert evaluate._notes_on_groups(groups, Ranking()) == [
+        "WARNING ease has a higher NDCG@10 than BERT4Rec for users with 1-9 items (4,000 users, 0.0400 against "
+        "0.0300); inference.blend={ease: auto} adds its scores"
+    ]
+    assert evaluate._notes_on_groups(groups, Ranking(blend=Blend("ease", 0.1, 0.1))) == []
+
+
 def test_a_short_list_of_candidates_keeps_the_order(place):
     """A rule takes items away; the others keep their scores."""
     fitted, _ = place.fitted("inference.blend={ease: 0.8}")
