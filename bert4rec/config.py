@@ -424,7 +424,7 @@ class EvaluationConfig(_Group):
     item-item models."""
     candidates: bool = False
     """Rank targets among what the rules of `inference` allow this user: inference.candidates, exclude and
-    exclude_future. A target that they exclude counts as missed. Validation in training has no such rules."""
+    exclude_future. A target that they exclude counts as missed. Validation in training obeys the same rules."""
     max_baseline_items: int = Field(20_000, ge=1)
     """Largest catalogue for the baseline ease, whose memory grows with the square of the number of items (12 bytes
     each) and whose time grows with the cube. For a larger catalogue, `jobs.evaluate` skips ease and prints a note."""
