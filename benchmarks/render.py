@@ -39,6 +39,11 @@ _METRICS = ("HR@10", "NDCG@10", "spread", "popularity-100")
 TABLES = {
     "ablations": Table("{change}", ("NDCG@10", "spread", "minutes")),
     "baselines": Table("{data}: {model}", (*_METRICS, "uniform-100")),
+    "blend": Table("{claim}", ("seconds to fit", "MiB on disk", "users/s without", "users/s with", "memory, MiB")),
+    "blends": Table(
+        "{data}: {system}",
+        ("HR@10", "NDCG@10", "spread", "users of 1-9 items", "of 10-49", "of 50-199", "of 200+", "weight"),
+    ),
     "busy": Table(
         "{implementation}, beside {beside}, hidden {hidden}, {data}", ("tokens/s", "spread", "memory, MiB", "ours is")
     ),

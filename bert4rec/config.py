@@ -395,7 +395,8 @@ Protocol = Literal[
     "all", "all-with-seen", "popularity-100", "popularity-100-of-all", "uniform-100", "uniform-100-of-all"
 ]
 QueryTime = Literal["last", "target"]
-Baseline = Literal["popularity", "popularity-7-days", "item-knn", "ease"]
+ItemModel = Literal["item-knn", "ease"]
+Baseline = Literal["popularity", "popularity-7-days"] | ItemModel
 
 
 class EvaluationConfig(_Group):
@@ -454,6 +455,10 @@ class InferenceConfig(_Group):
     last interaction in the data."""
     popularity_discount: float = Field(0.0, ge=0, allow_inf_nan=False)
     """Prefer less popular items: subtract this factor times log(1 + training interactions) from each item's score."""
+    blend: dict[ItemModel, Literal["auto"] | float] = {}
+    """Add the scores of an item-item model, {ease: 0.06} or {item-knn: 0.06}: the weight of its standardised scores
+    beside the network's. auto takes the weight that ranks best on the validation. It helps most where histories are
+    short. ease needs at most evaluation.max_baseline_items items; beyond that, jobs take item-knn and say so."""
     candidates: tuple[str, ...] | None = Field(None, min_length=1)
     """Files of what may be recommended: CSV or Parquet, names or glob patterns. With the column `item`, the only items
     that anybody may get; with the columns `user,item`, the only items that this user may get."""
@@ -492,6 +497,20 @@ class InferenceConfig(_Group):
     @classmethod
     def _at_is_a_moment(cls, value: object) -> object:
         return value if value is None or value == "now" else moment_of(value)
+
+    @field_validator("blend", mode="before")
+    @classmethod
+    def _blend_is_one_weight(cls, blend: object) -> object:
+        weights = list(blend.values()) if isinstance(blend, dict) else [None]
+        is_number = [isinstance(each, int | float) and 0 <= each < math.inf for each in weights]
+        if len(weights) > 1 or not all(
+            number or each == "auto" for number, each in zip(is_number, weights, strict=True)
+        ):
+            raise ValueError(
+                f"inference.blend={blend!r}: expected one item-item model with auto or a weight of 0 or more, such as "
+                "{ease: auto} or {ease: 0.06}"
+            )
+        return blend
 
     @property
     def is_for_few(self) -> bool:
@@ -578,6 +597,8 @@ class RunConfig(_Group):
     that the same command continues the same run."""
     storage_path: str = "runs"
     """Root directory of prepared datasets and runs: a local path, or a URI that all nodes can reach."""
+    chosen: dict[str, str] = {}
+    """What `--config auto` chose for these data, and why. It writes this key itself, for the run's config.yaml."""
     mlflow_uri: str | None = None
     """MLflow tracking server, or a database such as sqlite:///mlflow.db, to which training also logs. Needs the extra
     `mlflow`."""

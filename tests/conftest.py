@@ -63,8 +63,8 @@ def local_parts(monkeypatch):
         made = worker(*arguments)
         return (made(part) for part in parts)
 
-    for module in ("bert4rec.evaluation.evaluate", "bert4rec.inference.recommend"):
-        monkeypatch.setattr(f"{module}.map_parts", map_parts)
+    for module in ("evaluation.evaluate", "inference.recommend", "inference.fit_blend"):
+        monkeypatch.setattr(f"bert4rec.{module}.map_parts", map_parts)
 
 
 @pytest.fixture

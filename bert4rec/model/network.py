@@ -404,6 +404,11 @@ class BERT4Rec(nn.Module):
         return model.eval()
 
 
+def weights_of(directory: str) -> str:
+    """SHA-256 of the weights in a model directory, which `from_pretrained` checks, as 64 hex digits."""
+    return str(storage.read_sealed(storage.join(directory, CONFIG))["weights_sha256"])
+
+
 def _initialise(module: nn.Module) -> None:
     """Draw weights from normal(0, 0.02), and set biases to zero. Section 3.6 truncates the same normal distribution."""
     if isinstance(module, nn.Linear | nn.Embedding):

@@ -14,6 +14,7 @@ from bert4rec.inference.recommender import ItemId, Recommender
 
 SAMPLE_USERS = 500
 _RULES = {
+    "blend": ("blend",),
     "candidates": ("candidates", "candidates_default"),
     "exclude": ("exclude",),
     "max_per": ("max_per",),

@@ -435,7 +435,7 @@ def what_shapes_the_result(config: Config) -> dict[str, Any]:
     if config.model.use_title_emb:
         settings["title embeddings"] = hashlib.sha256(storage.read_bytes(config.embeddings_path)).hexdigest()[:16]
     if config.training.start_from is not None:
-        from bert4rec.training.warm_start import weights_of
+        from bert4rec.model.network import weights_of
 
         settings["weights of training.start_from"] = weights_of(config.training.start_from)[:16]
     return settings

@@ -12,7 +12,9 @@ from bert4rec.config import InferenceConfig, load_config
 from bert4rec.data.dataset import PreparedDataset
 from bert4rec.data.windows import Windows, item_counts, training_windows, usual_gap
 from bert4rec.evaluation import evaluate
+from bert4rec.inference import fit_blend
 from bert4rec.inference.export import ScoringFunction
+from bert4rec.inference.item_item import FITTED
 from bert4rec.inference.ranking import Ranking
 from bert4rec.inference.recommender import Recommender
 from bert4rec.model.item_vectors import Metadata
@@ -25,6 +27,7 @@ from bert4rec.training.worker import read_sequences
 from tests.helpers.datasets import random_histories, random_times, write_dataset
 from tests.helpers.stand_in_device import DEVICE, moved, stand_in_device
 from tests.helpers.trainer import Quiet
+from tests.unit.inference.test_blend import blend_of
 
 pytestmark = pytest.mark.unit
 
@@ -193,9 +196,13 @@ RULES = {
 }
 
 
-@pytest.mark.parametrize("rules", RULES)
-def test_each_rule_ranks_as_on_the_cpu(dataset, rules):
-    """Lists of items for all and for each user as well."""
+@pytest.mark.parametrize("rules", [*RULES, "ease", "item-knn"])
+def test_each_rule_ranks_as_on_the_cpu(dataset, rules, tmp_path):
+    """Lists of items for all and for each user as well; and blends."""
+    ranking = RULES.get(rules)
+    if ranking is None:
+        blend, _ = blend_of(tmp_path, rules, list(random_histories(50, NUM_ITEMS, 7).values()), 0.7, NUM_ITEMS)
+        ranking = Ranking(blend=blend)
     histories = [[101, 117, 109], [104], [140, 139, 138, 101]]
     lists = [
         {"candidates": list(range(101, 130)), "exclude": [102, 103]},
@@ -206,7 +213,7 @@ def test_each_rule_ranks_as_on_the_cpu(dataset, rules):
         for place in (lambda model: model, moved):
             model = model_of(config_of(*GENRES), dataset)
             recommender = Recommender(place(model).eval(), dataset.items())
-            frames = [recommender.recommend_many(histories, 8, ranking=RULES[rules], **given) for given in ({}, *lists)]
+            frames = [recommender.recommend_many(histories, 8, ranking=ranking, **given) for given in ({}, *lists)]
             found.append(frames)
     for frame, expected in zip(found[1], found[0], strict=True):
         pd.testing.assert_frame_equal(frame, expected)
@@ -228,7 +235,7 @@ def test_an_evaluation_is_that_of_the_cpu(dataset, exclude_seen, tmp_path, monke
     model.item_counts += torch.arange(NUM_ITEMS, 0, -1)
     model.save_pretrained(str(tmp_path))
     opened = (dataset.path, dataset.manifest.fingerprint)
-    fitted = {name: evaluate._fit(name, config, *opened) for name in evaluate.FITTED}
+    fitted = {name: fit_blend.fit_to_training(name, config, *opened) for name in FITTED}
     counts = (torch.arange(NUM_ITEMS), torch.arange(NUM_ITEMS).flip(0))
     systems = [evaluate.MODEL, *config.evaluation.baselines]
     arguments = (config, *opened, str(tmp_path), Ranking.of(config.inference), systems, counts, fitted, False)

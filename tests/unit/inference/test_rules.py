@@ -25,7 +25,9 @@ from bert4rec.inference.recommender import Ranked, Recommender
 from bert4rec.inference.rules import Offer
 from bert4rec.inference.selection import Selection, best_list, pick
 from tests.helpers.datasets import random_histories
+from tests.twins import reference
 from tests.twins import rules as twin
+from tests.unit.inference.test_blend import blend_of, dense
 from tests.unit.model.test_network import NUM_ITEMS, make_model
 
 pytestmark = pytest.mark.unit
@@ -77,7 +79,14 @@ def write_list(path, rows):
 
 def users_of(recommender, ranking, candidates=(), excluded=()):
     """The twin's users. Lists of users are pairs."""
-    scores = score_next(recommender.model, Windows.from_sequences(SEQUENCES), ranking)(0, NUM_ITEMS).tolist()
+    plain = dataclasses.replace(ranking, blend=None)
+    scores = score_next(recommender.model, Windows.from_sequences(SEQUENCES), plain)(0, NUM_ITEMS).tolist()
+    if (blend := ranking.blend) is not None:
+        weights = dense(blend.item_weights()).tolist()
+        scores = [
+            reference.blended(own, weights, history, blend.weight)
+            for own, history in zip(scores, HISTORIES, strict=True)
+        ]
     users = []
     for user in range(NUM_USERS):
         last = LAST_YEARS[user]
@@ -136,11 +145,12 @@ CAPS = st.dictionaries(st.sampled_from(["genre", "director"]), st.integers(1, 3)
     k=st.sampled_from([1, 2, 3, 8, NUM_ITEMS]),
     seen_and_future=st.tuples(st.booleans(), st.booleans()),
     discount=st.sampled_from([0.0, 0.4]),
+    blend=st.sampled_from([None, None, "ease", "item-knn"]),
     block_bytes=st.sampled_from([2**21, 4 * 3 * 7]),
 )
 def test_all_rules_together_equal_the_slow_way(
     recommender, tmp_path_factory, candidates, default, exclude, max_per, diversity, pool, min_score, scores, k,
-    seen_and_future, discount, block_bytes,
+    seen_and_future, discount, blend, block_bytes,
 ):  # fmt: skip
     folder = tmp_path_factory.getbasetemp()
     given_lists = {
@@ -149,7 +159,7 @@ def test_all_rules_together_equal_the_slow_way(
     }
     ranking = Ranking(
         *seen_and_future, discount, given_lists["candidates"], default, given_lists["exclude"], max_per, diversity,
-        pool, min_score, scores,
+        pool, min_score, scores, blend and blend_of(folder, blend, HISTORIES[:5], 0.8)[0],
     )  # fmt: skip
     of_users = {
         name: bool(rows) and isinstance(rows[0], tuple)
