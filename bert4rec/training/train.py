@@ -45,6 +45,7 @@ LEFT_OUT_AT_DEFAULT = (
     "model.time_encoding",
     "training.item_optimizer",
     "training.num_workers",
+    "training.shard_items",
     "evaluation.query_time",
 )
 """Keys that count only where they are set: those that came after the first version, whose runs keep their names, and
@@ -402,7 +403,7 @@ def what_shapes_the_result(config: Config) -> dict[str, Any]:
     if config.model.use_title_emb:
         settings["title embeddings"] = hashlib.sha256(storage.read_bytes(config.embeddings_path)).hexdigest()[:16]
     if config.training.start_from is not None:
-        from bert4rec.training.warm_start import weights_of
+        from bert4rec.model.network import weights_of
 
         settings["weights of training.start_from"] = weights_of(config.training.start_from)[:16]
     return settings
