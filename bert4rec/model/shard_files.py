@@ -113,7 +113,7 @@ def _check(path: str, entry: PartFile, num_files: int) -> None:
     try:
         found = storage.sha256(path)
     except FileNotFoundError:
-        raise InputError(f"{path}: is missing; the model or checkpoint is in {num_files} files") from None
+        raise InputError(f"{path}: is missing; the checkpoint is in {num_files} files") from None
     if found != entry["sha256"]:
         raise InputError(f"{path}: its content is not what was written (SHA-256); the file is damaged or was altered")
 

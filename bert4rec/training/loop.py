@@ -99,10 +99,9 @@ def make_optimizers(model: BERT4Rec, training: TrainingConfig) -> list[torch.opt
     if model.row_tables:
         optimizers.append(RowwiseAdam(model.row_tables, training.lr, training.weight_decay))
     elif model.shards is not None:
-        table = {"params": [model.shards.table], "weight_decay": training.weight_decay}
-        optimizers.append(
-            kind([table, {"params": [model.shards.bias], "weight_decay": 0.0}], lr=training.lr, fused=True)
-        )
+        own = ([model.shards.table], training.weight_decay), ([model.shards.bias], 0.0)
+        groups = [{"params": parameters, "weight_decay": decay} for parameters, decay in own]
+        optimizers.append(kind(groups, lr=training.lr, fused=True))
     return optimizers
 
 
