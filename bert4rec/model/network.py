@@ -283,6 +283,7 @@ class BERT4Rec(nn.Module):
 
     def output_weights(self, popularity_discount: float = 0) -> tuple[Tensor, Tensor]:
         """Weights [V, D] and `discounted_bias` [V]. Special tokens have none, so the model never predicts them."""
+        assert self.shards is None, "the weights are in shards"
         bias = self.discounted_bias(popularity_discount)
         if self.config.output_features == "fused":
             fused = self._fused

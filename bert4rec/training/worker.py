@@ -122,7 +122,8 @@ def run_epochs(
     windows = _training_windows(config, dataset, sequences, read)
     counts = item_counts(windows, model.num_items)
     known = counts[: model.num_items - model.num_new_items].float()
-    model.loss = make_loss(training, known if training.negative_sampling == "popularity" else None)
+    if model.shards is None:
+        model.loss = make_loss(training, known if training.negative_sampling == "popularity" else None)
 
     state: dict[str, Any] = {"epoch": 0, "history": [], "best": None, "improvements": 0, "validations_since_best": 0}
     optimizer_states = scaler_state = begin_at = None

@@ -37,6 +37,7 @@ SETTINGS = {
     "sampled-softmax": [SOFTMAX, "training.optimizer=muon", "model.time_encoding=gap+bias"],
     "gbce": ["training.loss=gbce", "training.gradient_clip_val=0.5"],
     "rowwise": ["model.dropout_rate=0", SOFTMAX, "training.item_optimizer=rowwise", "training.weight_decay=0.1"],
+    "bf16": [SOFTMAX, "training.precision=bf16-mixed"],
     "rowwise clipped": ["training.loss=gbce", "training.item_optimizer=rowwise", "training.gradient_clip_val=0.5"],
 }
 OF_FOUR = ["cross-entropy", "rowwise"]
@@ -97,7 +98,7 @@ def train(config, dataset_path, path, rank=0, size=1, stop_after=None):
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(ItemShards, "negatives", every_item_of_the_shard)
         patch.setattr(loop, "PASS_TOKENS", {"cpu": 50})  # so that workers need different numbers of passes
-        patch.setattr(loop, "VALIDATION_USERS", 7)
+        patch.setattr(loop, "VALIDATION_USERS", 37)  # the second of two workers has none of the last part
         patch.setattr("bert4rec.training.worker.make_loss", every_item_as_negative)
         return run_epochs(
             config,
@@ -163,13 +164,14 @@ def test_a_training_in_shards_is_that_of_whole_tables(dataset_path, root, tmp_pa
             first, *others = [torch.load(root / f"histories-{size}-{rank}.pt")[name] for rank in range(size)]
             found[size] = first, Kept(root / str(size) / name).last
             assert all(without_times(other) == without_times(first) for other in others)
+    exact, near = (2e-2, 5e-2) if name == "bf16" else (1e-5, 5e-3)  # near ties may change places
     for size, (history, last) in found.items():
         for one, other in zip(expected, history, strict=True):
-            assert other["train_loss"] == pytest.approx(one["train_loss"], rel=1e-5), size
-            assert other["val_mrr"] == pytest.approx(one["val_mrr"], abs=5e-3), size  # near ties may change places
+            assert other["train_loss"] == pytest.approx(one["train_loss"], rel=exact), size
+            assert other["val_mrr"] == pytest.approx(one["val_mrr"], abs=near), size
         model = BERT4Rec.from_pretrained(last)
         for (key, one), other in zip(whole.state_dict().items(), model.state_dict().values(), strict=True):
-            assert (one.float() - other.float()).norm() <= 1e-3 * one.float().norm() + 1e-6, (size, key)
+            assert (one.float() - other.float()).norm() <= 100 * exact * one.float().norm() + 1e-6, (size, key)
         assert model.num_parameters == whole.num_parameters
 
 
@@ -267,18 +269,11 @@ def test_a_checkpoint_of_whole_tables_is_none_of_shards(dataset_path, tmp_path):
         read(kept.last)
 
 
-def test_there_are_not_more_workers_than_items(tmp_path):
-    path = write_dataset(tmp_path / "d", {user: [user % 2, (user + 1) % 2, user % 2] for user in range(9)}, 2)
-    with pytest.raises(
-        InputError, match=r"training\.shard_items=true: .*/d has 2 items for 3 workers; expected an item"
-    ):
-        train_alone(config_for(SHARDED), path, Worker(0, 3))
-
-
-def train_alone(config, path, worker):
-    dataset = PreparedDataset(path)
-    sequences = read_sequences(config, dataset)
-    return run_epochs(config, dataset, sequences, report=None, progress=Quiet(), worker=worker)
+def test_there_are_not_more_workers_than_items(dataset_path):
+    dataset, config = PreparedDataset(dataset_path), config_for(SHARDED)
+    read = read_sequences(config, dataset)
+    with pytest.raises(InputError, match=r"shard_items=true: .*/d has 20 items for 21 workers; expected an item"):
+        run_epochs(config, dataset, read, report=None, progress=Quiet(), worker=Worker(0, 21))
 
 
 @pytest.mark.parametrize(
