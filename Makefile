@@ -20,7 +20,7 @@ test:  ## unit tests, without Ray
 	$(python) -m pytest tests/unit
 
 test-all:  ## what .ci/run tests; `-m cluster` and `-m integration` add slow ones
-	$(python) -m pytest
+	$(python) -m pytest -n 2
 
 bench:  ## an hour or more on MovieLens-1M, alone on the machine; the figures are recorded
 	for name in training recommend ray_cost; do $(python) -m benchmarks.$$name --data $(data) --record || exit; done

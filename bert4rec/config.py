@@ -440,7 +440,7 @@ class EvaluationConfig(_Group):
     item-item models."""
     candidates: bool = False
     """Rank targets among what the rules of `inference` allow this user: inference.candidates, exclude and
-    exclude_future. A target that they exclude counts as missed. Validation in training has no such rules."""
+    exclude_future. A target that they exclude counts as missed. Validation in training obeys the same rules."""
     max_baseline_items: int = Field(20_000, ge=1)
     """Largest catalogue for the baseline ease, whose memory grows with the square of the number of items (12 bytes
     each) and whose time grows with the cube. For a larger catalogue, `jobs.evaluate` skips ease and prints a note."""
@@ -648,6 +648,11 @@ class Config(_Group):
             )
         if self.training.shard_items and not self.model.share_embeddings:
             raise ValueError("training.shard_items=true needs model.share_embeddings=true")
+        if self.training.shard_items and self.evaluation.candidates:
+            raise ValueError(
+                "training.shard_items=true needs evaluation.candidates=false: validation does not obey lists of items "
+                "there; jobs.evaluate does, with training.shard_items=false"
+            )
         return self
 
     @property

@@ -1,4 +1,7 @@
-"""One local Ray for the whole session, set up as the jobs do; quiet, and on its own even beside a cluster."""
+"""One local Ray for the whole session, set up as the jobs do; quiet, and on its own even beside a cluster.
+
+With `-n 2`, one process runs all tests with Ray, which wait for other processes most of the time, and one the others.
+"""
 
 import os
 
@@ -18,6 +21,14 @@ S3 = S3Server(free_port())
 os.environ |= S3.environment  # before Ray starts, whose workers inherit it; the server starts when a test asks for it
 
 torch.set_num_threads(1)  # the tensors are tiny
+
+
+@pytest.hookimpl(tryfirst=True)
+def pytest_collection_modifyitems(items):
+    """Let one process have all tests with Ray, and keep each other file together."""
+    for item in items:
+        with_ray = {"integration", "cluster"} & set(item.path.parts)
+        item.add_marker(pytest.mark.xdist_group("ray" if with_ray else item.path.name))
 
 
 @pytest.fixture(scope="session")

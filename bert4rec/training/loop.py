@@ -15,10 +15,12 @@ from torch import Tensor, nn
 
 from bert4rec import storage
 from bert4rec.config import Config, TrainingConfig
-from bert4rec.data.windows import Before, Windows, held_out
+from bert4rec.data.dataset import Sequences
+from bert4rec.data.windows import Before, Windows, held_out, held_out_users
 from bert4rec.errors import InputError
 from bert4rec.evaluation.metrics import RankCounts
 from bert4rec.inference.ranking import Exclusions, NextScores, next_item_states, rank_of_target, score_next
+from bert4rec.inference.rules import Rules
 from bert4rec.model.batches import Step, append_mask, iter_steps, steps_ahead
 from bert4rec.model.network import BERT4Rec
 from bert4rec.model.shards import ItemShards, from_all
@@ -280,30 +282,47 @@ def _check_finite(
 
 
 def validate(
-    model: BERT4Rec, sequences: Windows, config: Config, worker: Worker = ALONE, before: Before | None = None
+    model: BERT4Rec,
+    sequences: Windows,
+    config: Config,
+    worker: Worker = ALONE,
+    before: Before | None = None,
+    ruled: tuple[Rules, Sequences] | None = None,
 ) -> dict[str, float]:
-    """Metrics over all users; each worker ranks its share, and the counts of ranks are summed, which is exact."""
+    """Metrics over all users; each worker ranks its share, and the counts of ranks are summed, which is exact.
+
+    `ruled`: the rules by which users may get items, if validation obeys them, and the histories that `sequences` shows.
+    """
     rank, world_size, device = worker
     asked = config.evaluation.query_time, model.usual_gap
     histories, targets = held_out(sequences, config.data, "validation", before, *asked)
+    parts = torch.split(torch.arange(rank, len(histories), world_size), VALIDATION_USERS)
+    if ruled is not None:  # lists are read by ranges of users
+        parts = torch.split(torch.arange(len(histories)).tensor_split(world_size)[rank], VALIDATION_USERS)
+        index = held_out_users(sequences, config.data, "validation", before)
+    elif model.shards is not None:  # each worker ranks the users of all
+        parts = torch.split(torch.arange(len(histories)), world_size * VALIDATION_USERS)
     ranks = RankCounts.empty(model.num_items)
     token_counts = torch.zeros(model.num_items + 1, dtype=torch.int64)
     not_ranked = torch.zeros((), dtype=torch.int64)
     model.eval()
-    for together in torch.split(torch.arange(len(histories)), world_size * VALIDATION_USERS):
-        users = together[rank::world_size]
+    for part in parts:
+        users = part if model.shards is None else part[rank::world_size]
         batch = histories.users(users).to(device)
         if model.shards is not None:
-            everyone = torch.cat([together[each::world_size] for each in range(world_size)])
+            everyone = torch.cat([part[each::world_size] for each in range(world_size)])
             seen = histories.users(everyone).to(device) if config.evaluation.exclude_seen else None
             of_all = _ranks_over_shards(model, model.shards, batch, seen, targets[everyone].to(device))
-            begin = sum(len(together[each::world_size]) for each in range(rank))
+            begin = sum(len(part[each::world_size]) for each in range(rank))
             found = of_all[begin : begin + len(users)]
-        elif len(users):
-            exclusions = Exclusions.of(batch if config.evaluation.exclude_seen else None, device=device)
-            found = rank_of_target(score_next(model, batch), exclusions, targets[users].to(device), model.num_items)
         else:
-            break
+            if ruled is None:
+                exclusions = Exclusions.of(batch if config.evaluation.exclude_seen else None, device=device)
+            else:
+                rules, own = ruled[0], ruled[1].without_items(index[users].numpy())
+                everyone = torch.arange(len(users))
+                exclusions = rules.offer(batch, own, everyone, rules.lists_of(own), only_some=False).exclusions
+            found = rank_of_target(score_next(model, batch), exclusions, targets[users].to(device), model.num_items)
         not_ranked += (found < 1).sum().cpu()  # a score that is no number is above nothing, not even itself
         ranks.add(found.clamp(min=1))
         if model.metadata_shape:

@@ -24,6 +24,8 @@ from bert4rec.data.ids import find_ids, some_of
 from bert4rec.data.vectors import read_vectors
 from bert4rec.data.windows import Windows, held_out_users, item_counts, training_windows, usual_gap
 from bert4rec.errors import InputError
+from bert4rec.inference.ranking import Ranking
+from bert4rec.inference.rules import Rules
 from bert4rec.model.item_vectors import Metadata
 from bert4rec.model.losses import make_loss
 from bert4rec.model.network import BERT4Rec
@@ -94,6 +96,7 @@ def run_epochs(
     resume_from: str | None = None,
     wrap: Callable[[BERT4Rec], nn.Module] = lambda model: model,
     wish: Callable[[], Wish] = lambda: Wish.NOTHING,
+    ranking: Ranking | None = None,
 ) -> list[dict[str, float]]:
     """Train to the last epoch, or until early stopping; the metrics of each validated epoch.
 
@@ -107,6 +110,8 @@ def run_epochs(
         Puts the model on the worker's device, inside DDP where there are several workers.
     wish : callable
         Called by every worker at the same steps, about once a second; what it tells the first of them counts.
+    ranking : Ranking
+        The rules by which validation ranks, if not all items but the seen ones may be ranked.
 
     Raises
     ------
@@ -122,6 +127,7 @@ def run_epochs(
     windows = _training_windows(config, dataset, sequences, read)
     counts = item_counts(windows, model.num_items)
     known = counts[: model.num_items - model.num_new_items].float()
+    ruled = None if ranking is None else (Rules(ranking, dataset.items(), device), read)
     if model.shards is None:
         model.loss = make_loss(training, known if training.negative_sampling == "popularity" else None)
 
@@ -180,7 +186,7 @@ def run_epochs(
             if worker.rank == 0:
                 place = f"epoch {state['epoch']}/{training.num_epochs}"
                 progress.advance(0, f"{place}, validating{last_validation}", always=True)
-            metrics |= validate(model, sequences, config, worker, read.before)
+            metrics |= validate(model, sequences, config, worker, read.before, ruled)
         _note_best(state, metrics, config.monitor)
         _give_memory_back()
         _report(model, state, optimizers, scaler, metrics, config, dataset, worker, report)

@@ -55,7 +55,8 @@ def hidden_states(model: BERT4Rec, sequence: list[int], times: list[int] | None 
                 count = size // 4
                 both = zip(angles, times, strict=True)
                 angles = [row[: size // 2 - count] + angles_by_time(time, count) for row, time in both]
-            head_query, head_key = rotated(head_query, angles), rotated(head_key, angles)
+            if any(map(any, angles)):  # turning by 0 takes its time too
+                head_query, head_key = rotated(head_query, angles), rotated(head_key, angles)
             products = head_query @ head_key.T / math.sqrt(size)
             if "bias" in parts:
                 table = model.times.bias[layer, :, head]

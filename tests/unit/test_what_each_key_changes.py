@@ -127,7 +127,7 @@ CHANGES = {
     "evaluation.query_time": Key("target", {MODEL, EVALUATION}, ("model.time_encoding=gap",)),
     "evaluation.seed": Key("7", {EVALUATION}, ("evaluation.protocols=[uniform-100]",)),
     "evaluation.baselines": Key("[popularity-7-days]", {EVALUATION}),
-    "evaluation.candidates": Key("true", {EVALUATION}, ("inference.candidates=FOR_ALL",)),
+    "evaluation.candidates": Key("true", {MODEL, EVALUATION}, ("inference.candidates=FOR_ALL",)),
     "evaluation.max_baseline_items": Key("7", {EVALUATION}, ("evaluation.baselines=[ease]",)),
     "embedding.method": Key("bert-mean", {VECTORS}),
     "embedding.model_name": Key("OTHER_MODEL", {VECTORS}),

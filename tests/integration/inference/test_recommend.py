@@ -49,7 +49,7 @@ def read(output_path):
     return pq.read_table(f"{output_path}/recommendations.parquet").to_pylist()
 
 
-def test_every_user_gets_what_the_slow_way_gives(tmp_path, dataset_path, checkpoint, model, capsys):
+def test_every_user_gets_what_the_slow_way_gives(tmp_path, dataset_path, checkpoint, model, capsys, request):
     output = str(tmp_path / "out")
     config = load_config(None, ["inference.topk=7", "inference.batch_size=100"])
     result = recommend(config, dataset_path, checkpoint, output)
@@ -71,6 +71,7 @@ def test_every_user_gets_what_the_slow_way_gives(tmp_path, dataset_path, checkpo
         "recommendations.parquet",
     ]
 
+    request.getfixturevalue("local_parts")
     capsys.readouterr()
     recommend(config, dataset_path, checkpoint, output)
     assert "up to date" in capsys.readouterr().out

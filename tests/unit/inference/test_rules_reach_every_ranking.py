@@ -8,12 +8,16 @@ import torch
 
 from bert4rec.config import InferenceConfig, load_config
 from bert4rec.data.dataset import PreparedDataset
+from bert4rec.data.windows import Windows, held_out_users
 from bert4rec.errors import InputError
 from bert4rec.evaluation import evaluate
 from bert4rec.inference import recommend
 from bert4rec.inference.ranking import Ranking
 from bert4rec.inference.recommender import Recommender
+from bert4rec.inference.rules import Rules
 from bert4rec.report import page
+from bert4rec.training.loop import Worker, validate
+from bert4rec.training.train import validation_rules, what_shapes_the_result
 from jobs import recommend as few
 from tests.helpers.datasets import random_histories, write_dataset
 from tests.helpers.in_process import exported, without_ray
@@ -163,3 +167,48 @@ def test_a_rule_counts_by_its_content(place):
         for each in (Ranking(popularity_discount=0.1), Ranking(popularity_discount=0.2))
     ]
     assert of[0] != of[1]
+
+
+@pytest.mark.parametrize(
+    "rules",
+    [
+        ["inference.candidates=for_all.csv"],
+        ["inference.candidates=of_users.csv", "inference.candidates_default=all"],
+        ["inference.exclude=even.csv"],
+        ["evaluation.exclude_seen=false"],  # of later releases
+    ],
+)
+def test_validation_in_training_ranks_as_evaluation_does(rules, place, tmp_path):
+    model = make_model()
+    model.catalogue, model.held_out = "test", 2
+    model.save_pretrained(str(tmp_path / "held_out"))
+    settings = [*place, "evaluation.candidates=true", "evaluation.split=validation", "data.holdout=2"]
+    config = load_config(None, settings + [_with_path(each, tmp_path) for each in rules])
+    path = config.prepared_path
+    evaluated = evaluate.evaluate(config, path, str(tmp_path / "held_out")).protocols
+    (expected,) = (of_systems["BERT4Rec"] for of_systems in evaluated.values())
+    dataset = PreparedDataset(path)
+    read = dataset.sequences()
+    windows, rules_there = Windows.from_sequences(read), Rules(validation_rules(config), dataset.items())
+    found = validate(model, windows, config, ruled=(rules_there, read))
+    assert {name: found[f"val_{name}"] for name in expected} == pytest.approx(expected)
+    assert validate(model, windows, config) != pytest.approx(found)
+
+    shares = [validate(model, windows, config, Worker(rank, 2), ruled=(rules_there, read)) for rank in range(2)]
+    sizes = [len(part) for part in held_out_users(windows, config.data, "validation").tensor_split(2)]
+    assert sum(size * own["val_ndcg@10"] for size, own in zip(sizes, shares, strict=True)) == pytest.approx(
+        sum(sizes) * found["val_ndcg@10"]
+    )
+
+
+def _with_path(setting, directory):
+    key, _, value = setting.partition("=")
+    return f"{key}={directory / value}" if value.endswith(".csv") else setting
+
+
+def test_another_list_is_another_run(place, tmp_path):
+    settings = [*place, "evaluation.candidates=true", f"inference.exclude={tmp_path / 'even.csv'}"]
+    before = what_shapes_the_result(load_config(None, settings))
+    (tmp_path / "even.csv").write_text("item\n102\n")
+    assert what_shapes_the_result(load_config(None, settings)) != before
+    assert "rules of the validation" not in what_shapes_the_result(load_config(None, place))

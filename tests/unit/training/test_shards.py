@@ -283,6 +283,7 @@ def test_there_are_not_more_workers_than_items(dataset_path):
         (["training.precision=16-mixed"], "needs training.precision=32-true or bf16-mixed"),
         (["training.start_from=runs/a/b"], "cannot be combined with training.start_from"),
         (["model.output_features=fused"], "needs model.output_features=ids"),
+        (["evaluation.candidates=true"], "needs evaluation.candidates=false"),
         (["model.share_embeddings=false"], "needs model.share_embeddings=true"),
         (["model.output_features=fused", "data.include_new_items=true"], "needs model.output_features=ids"),
     ],
