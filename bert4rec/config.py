@@ -308,6 +308,10 @@ class TrainingConfig(_Group):
     """How to update the item embedding and the output layer's weights and biases. dense: each step updates all rows.
     rowwise: a step updates only the rows that it looked up, by AdamW, and its time hardly depends on the number of
     items; a row that no step touches keeps its place. rowwise needs a loss that samples items."""
+    shard_items: bool = False
+    """Split the item table, its optimiser state and the output bias by rows over the training workers, for catalogues
+    of which a worker cannot hold a copy. Workers then send each other the rows that a step looks up, and the hidden
+    states at its masked places; each draws its share of the negatives from its own items."""
     scheduler: Literal["constant", "cosine", "linear"] = "constant"
     """Course of the learning rate after the warm-up. cosine and linear fall to zero at num_epochs."""
     warmup_epochs: float = Field(0.0, ge=0)
@@ -376,6 +380,19 @@ class TrainingConfig(_Group):
                     "training.item_optimizer=rowwise needs training.precision=32-true or bf16-mixed, whose gradients "
                     "are not scaled"
                 )
+        return self
+
+    @model_validator(mode="after")
+    def _items_can_be_in_shards(self) -> Self:
+        if self.shard_items and self.precision == "16-mixed":
+            raise ValueError(
+                "training.shard_items=true needs training.precision=32-true or bf16-mixed, whose gradients are not "
+                "scaled"
+            )
+        if self.shard_items and self.start_from is not None:
+            raise ValueError(
+                "training.shard_items=true cannot be combined with training.start_from, which reads whole tables"
+            )
         return self
 
     @model_validator(mode="after")
@@ -640,6 +657,22 @@ class Config(_Group):
             raise ValueError(
                 "data.include_new_items=true needs model.output_features=fused: "
                 "an item without interactions has nothing but its metadata to be scored by"
+            )
+        return self
+
+    @model_validator(mode="after")
+    def _output_is_in_shards_too(self) -> Self:
+        if self.training.shard_items and self.model.output_features == "fused":
+            raise ValueError(
+                "training.shard_items=true needs model.output_features=ids; fused scores each item by what other "
+                "workers learn too"
+            )
+        if self.training.shard_items and not self.model.share_embeddings:
+            raise ValueError("training.shard_items=true needs model.share_embeddings=true")
+        if self.training.shard_items and self.evaluation.candidates:
+            raise ValueError(
+                "training.shard_items=true needs evaluation.candidates=false: validation does not obey lists of items "
+                "there; jobs.evaluate does, with training.shard_items=false"
             )
         return self
 

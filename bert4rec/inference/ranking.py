@@ -447,27 +447,38 @@ def rank_of_target(
     targets: Tensor,
     num_items: int,
     score_bytes: int = DEFAULT_SCORE_BYTES,
+    over_shards: Callable[[Tensor], Tensor] | None = None,
 ) -> Tensor:
     """[B] int64 rank, from 1, of each target token [B]; items of equal score rank before it.
 
     A target that is itself excluded gets rank V+1: it cannot be recommended, whatever the cut-off.
+
+    Parameters
+    ----------
+    over_shards : callable
+        Sums up over workers, of whom each has a shard of the items. Scores, exclusions, targets and V are then those of
+        the shard, and a target of another shard is 0.
     """
     index = (targets - 1)[:, None]
     blocks = item_blocks(len(targets), num_items, score_bytes)
     parts = exclusions.split(blocks)
     kept: Tensor | None = None
-    target_score = torch.full(index.shape, -torch.inf, device=index.device)
+    target_score = torch.full(index.shape, -torch.inf if over_shards is None else 0.0, device=index.device)
     for (low, high), excluded in zip(blocks, parts, strict=True):
         block = excluded.apply(scores(low, high))  # the target's score comes of the product that it is compared with
         inside = (index >= low) & (index < high)
         own = block.gather(1, (index - low).clamp(0, high - low - 1))
         target_score = torch.where(inside, own, target_score)
         kept = block if len(blocks) == 1 else None
+    if over_shards is not None:
+        target_score = over_shards(target_score)
     rank = torch.zeros(len(targets), dtype=torch.int64, device=index.device)
     for (low, high), excluded in zip(blocks, parts, strict=True):
         block = excluded.apply(scores(low, high)) if kept is None else kept
         rank += (block >= target_score).sum(1)  # the target itself is among them: ranks start at 1
-    return torch.where(target_score[:, 0] == -torch.inf, num_items + 1, rank)
+    is_excluded = target_score[:, 0] == -torch.inf
+    rank = torch.where(is_excluded, num_items, rank)
+    return (rank if over_shards is None else over_shards(rank)) + is_excluded
 
 
 @torch.inference_mode()

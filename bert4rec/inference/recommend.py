@@ -27,7 +27,7 @@ from bert4rec.inference.ranking import Ranking, load_for
 from bert4rec.inference.recommender import Ranked, Recommender
 from bert4rec.inference.rules import Rules
 from bert4rec.inference.sort_lists import sort_lists
-from bert4rec.model.network import WEIGHTS, BERT4Rec
+from bert4rec.model.network import BERT4Rec, weights_of
 from bert4rec.progress import Progress, Reporter
 
 UNFINISHED = "_unfinished"
@@ -165,7 +165,7 @@ def _identity(checkpoint: str, inference: InferenceConfig, ranking: Ranking) -> 
         for key, value in inference.model_dump(mode="json", exclude=elsewhere).items()
         if key in rules or key not in names
     }
-    identity = {"model": storage.sha256(storage.join(checkpoint, WEIGHTS)), "settings": settings}
+    identity = {"model": weights_of(checkpoint), "settings": settings}
     return identity if ranking.blend is None else identity | {"blend": ranking.blend.fitted_to}
 
 

@@ -46,6 +46,7 @@ LEFT_OUT_AT_DEFAULT = (
     "model.time_encoding",
     "training.item_optimizer",
     "training.num_workers",
+    "training.shard_items",
     "evaluation.query_time",
 )
 """Keys that count only where they are set: those that came after the first version, whose runs keep their names, and

@@ -20,6 +20,7 @@ from bert4rec.inference.recommender import Recommender
 from bert4rec.model.item_vectors import Metadata
 from bert4rec.model.losses import make_loss
 from bert4rec.model.network import BERT4Rec
+from bert4rec.model.shards import Shard
 from bert4rec.training import loop
 from bert4rec.training.loop import Worker, make_optimizers, train_epoch, validate
 from bert4rec.training.muon import BFloat16Muon
@@ -55,6 +56,14 @@ TRAININGS = {
     "muon": ["training.optimizer=muon"],
     "clipped": ["training.optimizer=adam", "training.gradient_clip_val=0.5"],
 }
+SHARDED = ["training.shard_items=true"]
+IN_SHARDS = {
+    "in shards": [*SHARDED, *GENRES, "training.gradient_clip_val=0.5"],
+    "in shards, by popularity": [*SHARDED, *TRAININGS["by popularity"]],
+    "in shards, gbce": [*SHARDED, *TRAININGS["gbce"]],
+    "in shards, rows alone": [*SHARDED, *TRAININGS["rows alone"]],
+}
+WAITS_OF_SHARDS = Counter({"aten::_unique2": 1, "aten::bincount": 1, "tolist": 3, "copy to the device": 2})
 
 
 @pytest.fixture(scope="module")
@@ -87,7 +96,8 @@ def model_of(config, dataset):
     titles = np.random.default_rng(2).normal(size=(NUM_ITEMS, 6)).astype(np.float32)
     titles[::3] = 0  # without a title
     metadata = Metadata.of(config.model, dataset.items(), titles)
-    model = BERT4Rec(config.model, NUM_ITEMS, "test", metadata)
+    shard = Shard(0, 1, NUM_ITEMS) if config.training.shard_items else None
+    model = BERT4Rec(config.model, NUM_ITEMS, "test", metadata, shard=shard)
     with torch.no_grad():
         for parameter in model.parameters():
             if parameter.ndim > 1:
@@ -118,12 +128,14 @@ def trained(config, dataset, waits=None):
     by_popularity = config.training.negative_sampling == "popularity"
     model.loss = make_loss(config.training, counts.float() if by_popularity else None)
     device = torch.device("cpu") if waits is None else DEVICE
-    if config.training.item_optimizer == "rowwise":
+    if model.shards is not None:
+        model.row_tables = model.shards.prepare(config.training, counts)
+    elif config.training.item_optimizer == "rowwise":
         model.train_by_rows()
     model = model if waits is None else moved(model)
     optimizers = make_optimizers(model, config.training)
     scaler = torch.amp.GradScaler("cpu", enabled=False)
-    watch = Watch(waits or {})
+    watch = Watch({} if waits is None else waits)  # a Counter is false as long as it is empty
     found = train_epoch(model, windows, config, 0, optimizers, scaler, Worker(device=device), watch)
     metrics = validate(model, Windows.from_sequences(read), config, Worker(device=device))
     return model, {"train_loss": found["train_loss"], **metrics}, watch.by_step
@@ -135,7 +147,7 @@ def weights_of(model):
 
 @pytest.mark.parametrize(
     "settings",
-    [pytest.param(each, id=name) for name, each in (NETWORKS | TRAININGS).items()]
+    [pytest.param(each, id=name) for name, each in (NETWORKS | TRAININGS | IN_SHARDS).items()]
     + [
         pytest.param([*NETWORKS["fused output"], *SAMPLED, *more], id=f"fused output, {name}")
         for name, more in {
@@ -153,7 +165,9 @@ def test_a_training_is_that_of_the_cpu_and_no_step_waits(dataset, settings, monk
     assert metrics == pytest.approx(expected, rel=1e-5)
     before, after = weights_of(model_of(config, dataset)), weights_of(cpu)
     assert (weights_of(model) - after).norm() < 0.01 * (after - before).norm()
-    assert by_step[2] - by_step[1] == Counter(), "a step waits for the device"
+    # How many rows go to each worker is known on the device alone, and needed by the host.
+    shards = Counter() if model.shards is None else WAITS_OF_SHARDS
+    assert by_step[2] - by_step[1] == shards, "a step waits for the device"
 
 
 @pytest.mark.parametrize("network", NETWORKS)

@@ -102,6 +102,7 @@ CHANGES = {
     "training.weight_decay": Key("0.5", TRAINED),
     "training.optimizer": Key("muon", TRAINED),
     "training.item_optimizer": Key("rowwise", TRAINED, SAMPLED),
+    "training.shard_items": Key("true", TRAINED),
     "training.scheduler": Key("cosine", TRAINED),
     "training.warmup_epochs": Key("2", TRAINED),
     "training.loss": Key("gbce", TRAINED),
