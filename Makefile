@@ -29,6 +29,7 @@ bench:  ## an hour or more on MovieLens-1M, alone on the machine; the figures ar
 
 docs:  ## the generated pages: the config reference and the tables of results
 	$(python) -m bert4rec.config_docs > docs/config.md
+	$(python) -m bert4rec.training.auto docs/training.md
 	$(python) -m benchmarks.render
 
 coverage:  ## lines that the unit tests do not run

@@ -1,8 +1,11 @@
 """Steps of large catalogues, all rows or those touched alone: `python -m benchmarks.catalogue --items 100000 1000000`.
 
+`--shard-items --workers 2` measures tables in shards beside whole ones; `--shard-items alone`, where those do not fit.
+
 Each row is a process of its own (or one a worker), with sampled softmax, on synthetic histories of about ten items.
 """
 
+import itertools
 import os
 import tempfile
 from dataclasses import replace
@@ -18,6 +21,7 @@ def main() -> None:
     parser.add_argument("--items", type=int, nargs="+", default=[100_000, 1_000_000])
     parser.add_argument("--item-optimizer", choices=("dense", "rowwise"), nargs="+", default=["dense", "rowwise"])
     parser.add_argument("--workers", type=int, nargs="+", default=[1], help="gloo processes, which share the threads")
+    parser.add_argument("--shard-items", nargs="?", choices=("beside", "alone"), const="beside")
     parser.add_argument("--hidden", type=int, default=64)
     parser.add_argument("--users", type=int, default=256, help="a step, over all workers")
     parser.add_argument("--negatives", type=int, default=1024)
@@ -25,8 +29,9 @@ def main() -> None:
     parser.add_argument("--seconds", type=float, default=10, help="measured in each turn, after the warm-up")
     args = parser.parse_args()
 
-    variants = [(size, items, kind) for size in args.workers for items in args.items for kind in args.item_optimizer]
-    results: dict[tuple[int, int, str], list[dict[str, float]]] = {variant: [] for variant in variants}
+    in_shards = {None: [False], "beside": [False, True], "alone": [True]}[args.shard_items]
+    variants = list(itertools.product(args.workers, args.items, args.item_optimizer, in_shards))
+    results: dict[tuple[int, int, str, bool], list[dict[str, float]]] = {variant: [] for variant in variants}
     with tempfile.TemporaryDirectory() as directory:
         workload = Workload(
             data=os.path.join(directory, "histories.npz"),
@@ -43,23 +48,26 @@ def main() -> None:
             synthetic_histories(100 * args.users, items, MEAN_LENGTH, args.seed).save(workload.data)
             for _ in range(args.repeats):
                 for variant in (each for each in variants if each[1] == items):
-                    own = replace(workload, workers=variant[0], item_optimizer=variant[2])
+                    own = replace(workload, workers=variant[0], item_optimizer=variant[2], shard_items=variant[3])
                     ran = run("benchmarks.ours", own, environment=WORKER_ENVIRONMENT)
                     for name in ("seconds", "cpu_seconds", "bytes_sent"):
                         ran[f"{name}_step"] = ran[name] / ran["steps"]
                     ran["ms"], ran["cpu_ms"] = 1e3 * ran["seconds_step"], 1e3 * ran["cpu_seconds_step"]
                     results[variant].append(ran)
     rows = []
-    for (size, items, kind), turns in results.items():
-        fewest = median(results[size, min(args.items), kind], "cpu_ms")
+    for (size, items, kind, shards), turns in results.items():
+        fewest = median(results[size, min(args.items), kind, shards], "cpu_ms")
+        whole = results.get((size, items, kind, False), []) if shards else []
+        claim = f"{kind}, {items:,} items, hidden {args.hidden}, {size} worker{'s' * (size > 1)}"
         rows.append(
             {
-                "claim": f"{kind}, {items:,} items, hidden {args.hidden}, {size} worker{'s' * (size > 1)}",
+                "claim": claim + (", in shards" if shards else ""),
                 "ms a step": f"{median(turns, 'ms'):,.1f}",
                 "spread": spread(turns, "ms", ",.1f"),
                 "CPU ms a step": f"{median(turns, 'cpu_ms'):,.1f}",
                 "of the fewest items": f"{median(turns, 'cpu_ms') / fewest:.2f}×",
                 "memory, MiB": f"{median(turns, 'memory') / 2**20:,.0f}",
+                "of whole tables": f"{median(turns, 'memory') / median(whole, 'memory'):.2f}×" if whole else "",
                 "MB sent": f"{median(turns, 'bytes_sent_step') / 1e6:,.2f}" if size > 1 else "",
             }
         )
@@ -67,8 +75,9 @@ def main() -> None:
         f"{args.users} users a step of about {MEAN_LENGTH} items, {args.negatives} negatives, 2 layers, {args.threads} "
         f"threads; seed {args.seed}; medians of {args.repeats} turns of at least {args.seconds:g} s.",
         "CPU ms: time of all cores that a worker's process takes, which other processes disturb less than the wall "
-        "time; of the fewest items: that, beside the first row's; memory: a worker's whole process at its peak; MB "
-        "sent: by a worker in a step, all that this machine sent to itself.",
+        "time; of the fewest items: that, beside the first row's; memory: a worker's whole process at its peak; of "
+        "whole tables: that of a table in shards, beside a copy in each worker; MB sent: by a worker in a step, all "
+        "that this machine sent to itself.",
     ]
     publish("catalogue", notes, rows, args.record)
 

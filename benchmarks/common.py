@@ -66,6 +66,8 @@ class Workload:
     """Of ours; see training.num_negatives."""
     item_optimizer: str = "dense"
     """Of ours; see training.item_optimizer."""
+    shard_items: bool = False
+    """Of ours; see training.shard_items."""
     object_store: int = 0
     """Bytes of Ray's object store; 0 for Ray's default."""
 

@@ -1,6 +1,7 @@
 """Our side of a measurement, without Ray: `python -m benchmarks.ours WORKLOAD`."""
 
 import json
+import os
 import tempfile
 import time
 from concurrent.futures import ThreadPoolExecutor
@@ -20,6 +21,7 @@ from bert4rec.model.batches import iter_steps, steps_ahead
 from bert4rec.model.layers import product
 from bert4rec.model.losses import make_loss
 from bert4rec.model.network import BERT4Rec
+from bert4rec.model.shards import Shard
 from bert4rec.training.loop import DDP_OPTIONS, PASS_TOKENS, make_optimizers, train_step
 
 STEPS_OF_WORKERS = 10
@@ -54,7 +56,7 @@ def train(workload: Workload, histories: Histories, rank: int = 0) -> dict[str, 
     Of several workers each runs this in a process of its own (`train_together`), and all return the same counts.
     """
     data = DataConfig(batch_size=workload.batch_size, use_full_data=True, min_interactions=2, seed=workload.seed)
-    keys = ("precision", "optimizer", "loss", "num_negatives", "item_optimizer")
+    keys = ("precision", "optimizer", "loss", "num_negatives", "item_optimizer", "shard_items")
     training = TrainingConfig.model_validate({key: getattr(workload, key) for key in keys})
     device, size = torch.device(workload.device), workload.workers
     num_items = len(histories.item_ids)
@@ -62,9 +64,12 @@ def train(workload: Workload, histories: Histories, rank: int = 0) -> dict[str, 
     if workload.time_encoding == "none":
         windows = replace(windows, times=None)
     torch.manual_seed(workload.seed)
-    model = BERT4Rec(model_config(workload), num_items).to(device).train()
+    shard = Shard(rank, size, num_items) if training.shard_items else None
+    model = BERT4Rec(model_config(workload), num_items, shard=shard).to(device).train()
     model.loss = make_loss(training)
-    if training.item_optimizer == "rowwise":
+    if model.shards is not None:
+        model.row_tables = model.shards.prepare(training, model.get_buffer("item_counts"))
+    elif training.item_optimizer == "rowwise":
         model.train_by_rows()
     wrapped = torch.nn.parallel.DistributedDataParallel
     trained = wrapped(model, **DDP_OPTIONS) if size > 1 else model  # type: ignore[arg-type]
@@ -129,6 +134,7 @@ def _worker(rank: int, workload: Workload, directory: str) -> None:
         Path(directory, "result.json").write_text(json.dumps(result))
     torch.distributed.barrier()  # nobody leaves while another still sums
     torch.distributed.destroy_process_group()
+    os._exit(0)  # the end of Python's own sometimes aborts ("terminate called without an active exception")
 
 
 def recommend(workload: Workload, histories: Histories) -> dict[str, float]:

@@ -39,11 +39,17 @@ _METRICS = ("HR@10", "NDCG@10", "spread", "popularity-100")
 TABLES = {
     "ablations": Table("{change}", ("NDCG@10", "spread", "minutes")),
     "baselines": Table("{data}: {model}", (*_METRICS, "uniform-100")),
+    "blend": Table("{claim}", ("seconds to fit", "MiB on disk", "users/s without", "users/s with", "memory, MiB")),
+    "blends": Table(
+        "{data}: {system}",
+        ("HR@10", "NDCG@10", "spread", "users of 1-9 items", "of 10-49", "of 50-199", "of 200+", "weight"),
+    ),
     "busy": Table(
         "{implementation}, beside {beside}, hidden {hidden}, {data}", ("tokens/s", "spread", "memory, MiB", "ours is")
     ),
     "catalogue": Table(
-        "{claim}", ("CPU ms a step", "of the fewest items", "memory, MiB", "MB sent", "ms a step", "spread")
+        "{claim}",
+        ("CPU ms a step", "of the fewest items", "memory, MiB", "of whole tables", "MB sent", "ms a step", "spread"),
     ),
     "discount": Table("{discount}", (*_METRICS, "popularity-100-of-all", "uniform-100")),
     "embed": Table("{implementation}", ("texts/s", "spread", "of encode")),
@@ -77,6 +83,7 @@ TABLES = {
         ("tokens/s", "spread", "useful GFLOP/s", "share of peak", "memory, MiB", "input", "ours is"),
     ),
     "tune": Table("{claim}", ("figure", "spread")),
+    "vectors": Table("{index}", ("equal lists", "recall@10")),
 }
 
 

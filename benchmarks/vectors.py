@@ -5,7 +5,6 @@ inference.exclude_seen=false inference.exclude_future=false, both of the same mo
 """
 
 import argparse
-import time
 from pathlib import Path
 from typing import Any
 
@@ -43,9 +42,7 @@ def main() -> None:
         indexes[f"HNSW, 32 neighbours, efSearch {search}"] = graph
     rows = []
     for name, index in indexes.items():
-        began = time.perf_counter()
         found = items[index.search(of_users, k)[1]]
-        seconds = time.perf_counter() - began
         pairs = list(zip(found.tolist(), lists.values(), strict=True))
         equal = sum(mine == theirs for mine, theirs in pairs)
         recall = np.mean([len(set(mine) & set(theirs)) / len(theirs) for mine, theirs in pairs])
@@ -54,7 +51,6 @@ def main() -> None:
                 "index": name,
                 "equal lists": f"{equal:,} of {len(pairs):,}",
                 f"recall@{k}": f"{recall:.4f}",
-                "users/s": f"{len(pairs) / seconds:,.0f}",
             }
         )
     notes = [f"{len(users):,} users, {len(items):,} items, vectors of {of_items.shape[1]} numbers; lists of {k}."]

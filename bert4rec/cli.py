@@ -20,7 +20,7 @@ os.environ.setdefault("RAY_DEDUP_LOGS_SKIP_REGEX", "worker processes have been s
 
 import pyarrow as pa
 
-from bert4rec import config_docs
+from bert4rec import config_docs, storage
 from bert4rec.cluster.errors import first_line, root_cause
 from bert4rec.cluster.resources import check_submitted, show_messages
 from bert4rec.config import Config, load_config
@@ -30,10 +30,15 @@ DEFAULT_CONFIG = Path(__file__).parent / "configs" / "ml-100k.yaml"
 """Part of the package; configs/ml-100k.yaml of the repository is a link to it."""
 
 
-def run_job(description: str, work: Callable[[Config], object]) -> None:
+AUTO = "auto"
+"""The name of the config that `training/auto.py` chooses for the data."""
+
+
+def run_job(description: str, work: Callable[[Config], object], prepares: bool = False) -> None:
     """Parse the command line, do the work, and exit with 0 (done), 1 (failed) or 2 (the input is unusable).
 
-    `work` itself starts or joins Ray (`cluster.resources.begin`) once it has checked its input.
+    With `--config auto` the data are prepared first, if they are not, or if `work` itself `prepares` them. `work`
+    itself starts or joins Ray (`cluster.resources.begin`) once it has checked its input.
     """
     atexit.register(
         gc.freeze
@@ -49,6 +54,8 @@ def run_job(description: str, work: Callable[[Config], object]) -> None:
             show_messages()
         else:
             _keep_native_messages_off_the_terminal()
+        if arguments.config == AUTO:
+            config = _chosen(config, arguments.overrides, prepares)
         work(config)
     except InputError as error:
         sys.exit(_fail(str(error), 2))
@@ -107,7 +114,10 @@ def _parser(description: str) -> argparse.ArgumentParser:
         epilog="keys with their defaults (and types):\n" + "\n".join(keys),
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
-    parser.add_argument("--config", help="YAML file; without it and data.data_dir: configs/ml-100k.yaml")
+    parser.add_argument(
+        "--config",
+        help="YAML file, or auto: settings that suit the data; without it and data.data_dir: configs/ml-100k.yaml",
+    )
     parser.add_argument("--verbose", action="store_true", help="show the messages of Ray and its workers")
     parser.add_argument("overrides", nargs="*", metavar="group.key=value", help="override a key of the config")
     return parser
@@ -119,7 +129,20 @@ def _load(path: str | None, overrides: list[str]) -> Config:
             f"no --config and no data.data_dir: MovieLens-100K with {DEFAULT_CONFIG.parent.name}/{DEFAULT_CONFIG.name}"
         )
         path = str(DEFAULT_CONFIG)
-    return load_config(path, overrides)
+    return load_config(None if path == AUTO else path, overrides)
+
+
+def _chosen(config: Config, overrides: list[str], prepares: bool) -> Config:
+    """The config that suits the data of `config`, with the overrides; says what was chosen and why."""
+    from bert4rec import api
+    from bert4rec.data.dataset import PreparedDataset
+    from bert4rec.training.auto import config_for
+
+    if prepares or not storage.is_complete(config.prepared_path):
+        api.prepare(config)
+    chosen, lines = config_for(PreparedDataset(config.prepared_path), overrides)
+    print("\n".join(lines))
+    return chosen
 
 
 def _keep_native_messages_off_the_terminal() -> None:

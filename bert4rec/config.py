@@ -313,6 +313,10 @@ class TrainingConfig(_Group):
     """How to update the item embedding and the output layer's weights and biases. dense: each step updates all rows.
     rowwise: a step updates only the rows that it looked up, by AdamW, and its time hardly depends on the number of
     items; a row that no step touches keeps its place. rowwise needs a loss that samples items."""
+    shard_items: bool = False
+    """Split the item table, its optimiser state and the output bias by rows over the training workers, for catalogues
+    of which a worker cannot hold a copy. Workers then send each other the rows that a step looks up, and the hidden
+    states at its masked places; each draws its share of the negatives from its own items."""
     scheduler: Literal["constant", "cosine", "linear"] = "constant"
     """Course of the learning rate after the warm-up. cosine and linear fall to zero at num_epochs."""
     warmup_epochs: float = Field(0.0, ge=0)
@@ -384,6 +388,19 @@ class TrainingConfig(_Group):
         return self
 
     @model_validator(mode="after")
+    def _items_can_be_in_shards(self) -> Self:
+        if self.shard_items and self.precision == "16-mixed":
+            raise ValueError(
+                "training.shard_items=true needs training.precision=32-true or bf16-mixed, whose gradients are not "
+                "scaled"
+            )
+        if self.shard_items and self.start_from is not None:
+            raise ValueError(
+                "training.shard_items=true cannot be combined with training.start_from, which reads whole tables"
+            )
+        return self
+
+    @model_validator(mode="after")
     def _no_more_at_least_than_at_most(self) -> Self:
         if self.min_workers is not None and self.num_workers is None:
             raise ValueError(
@@ -400,7 +417,8 @@ Protocol = Literal[
     "all", "all-with-seen", "popularity-100", "popularity-100-of-all", "uniform-100", "uniform-100-of-all"
 ]
 QueryTime = Literal["last", "target"]
-Baseline = Literal["popularity", "popularity-7-days", "item-knn", "ease"]
+ItemModel = Literal["item-knn", "ease"]
+Baseline = Literal["popularity", "popularity-7-days"] | ItemModel
 
 
 class EvaluationConfig(_Group):
@@ -428,7 +446,7 @@ class EvaluationConfig(_Group):
     item-item models."""
     candidates: bool = False
     """Rank targets among what the rules of `inference` allow this user: inference.candidates, exclude and
-    exclude_future. A target that they exclude counts as missed. Validation in training has no such rules."""
+    exclude_future. A target that they exclude counts as missed. Validation in training obeys the same rules."""
     max_baseline_items: int = Field(20_000, ge=1)
     """Largest catalogue for the baseline ease, whose memory grows with the square of the number of items (12 bytes
     each) and whose time grows with the cube. For a larger catalogue, `jobs.evaluate` skips ease and prints a note."""
@@ -459,6 +477,10 @@ class InferenceConfig(_Group):
     last interaction in the data."""
     popularity_discount: float = Field(0.0, ge=0, allow_inf_nan=False)
     """Prefer less popular items: subtract this factor times log(1 + training interactions) from each item's score."""
+    blend: dict[ItemModel, Literal["auto"] | float] = {}
+    """Add the scores of an item-item model, {ease: 0.06} or {item-knn: 0.06}: the weight of its standardised scores
+    beside the network's. auto takes the weight that ranks best on the validation. It helps most where histories are
+    short. ease needs at most evaluation.max_baseline_items items; beyond that, jobs take item-knn and say so."""
     candidates: tuple[str, ...] | None = Field(None, min_length=1)
     """Files of what may be recommended: CSV or Parquet, names or glob patterns. With the column `item`, the only items
     that anybody may get; with the columns `user,item`, the only items that this user may get."""
@@ -497,6 +519,20 @@ class InferenceConfig(_Group):
     @classmethod
     def _at_is_a_moment(cls, value: object) -> object:
         return value if value is None or value == "now" else moment_of(value)
+
+    @field_validator("blend", mode="before")
+    @classmethod
+    def _blend_is_one_weight(cls, blend: object) -> object:
+        weights = list(blend.values()) if isinstance(blend, dict) else [None]
+        is_number = [isinstance(each, int | float) and 0 <= each < math.inf for each in weights]
+        if len(weights) > 1 or not all(
+            number or each == "auto" for number, each in zip(is_number, weights, strict=True)
+        ):
+            raise ValueError(
+                f"inference.blend={blend!r}: expected one item-item model with auto or a weight of 0 or more, such as "
+                "{ease: auto} or {ease: 0.06}"
+            )
+        return blend
 
     @property
     def is_for_few(self) -> bool:
@@ -583,6 +619,8 @@ class RunConfig(_Group):
     that the same command continues the same run."""
     storage_path: str = "runs"
     """Root directory of prepared datasets and runs: a local path, or a URI that all nodes can reach."""
+    chosen: dict[str, str] = {}
+    """What `--config auto` chose for these data, and why. It writes this key itself, for the run's config.yaml."""
     mlflow_uri: str | None = None
     """MLflow tracking server, or a database such as sqlite:///mlflow.db, to which training also logs. Needs the extra
     `mlflow`."""
@@ -624,6 +662,22 @@ class Config(_Group):
             raise ValueError(
                 "data.include_new_items=true needs model.output_features=fused: "
                 "an item without interactions has nothing but its metadata to be scored by"
+            )
+        return self
+
+    @model_validator(mode="after")
+    def _output_is_in_shards_too(self) -> Self:
+        if self.training.shard_items and self.model.output_features == "fused":
+            raise ValueError(
+                "training.shard_items=true needs model.output_features=ids; fused scores each item by what other "
+                "workers learn too"
+            )
+        if self.training.shard_items and not self.model.share_embeddings:
+            raise ValueError("training.shard_items=true needs model.share_embeddings=true")
+        if self.training.shard_items and self.evaluation.candidates:
+            raise ValueError(
+                "training.shard_items=true needs evaluation.candidates=false: validation does not obey lists of items "
+                "there; jobs.evaluate does, with training.shard_items=false"
             )
         return self
 

@@ -7,7 +7,7 @@ from bert4rec import storage
 from bert4rec.cli import run_job
 from bert4rec.config import Config
 from bert4rec.evaluation.evaluate import RECOMMENDED, Evaluation, evaluate
-from bert4rec.evaluation.protocols import ASKED, MODEL, OTHER_QUERY, PROTOCOLS
+from bert4rec.evaluation.protocols import ASKED, BLENDED, MODEL, OTHER_QUERY, PROTOCOLS
 from bert4rec.runs import EVALUATION, checkpoint_and_output
 
 
@@ -22,6 +22,11 @@ def evaluate_model(config: Config, checkpoint: str | None = None) -> Evaluation:
     print(f"{_held_out(result)}; {result.num_users:,} users, {result.num_items:,} items, {checkpoint}")
     if result.popularity_discount:
         print(f"{MODEL} with inference.popularity_discount={result.popularity_discount:g}")
+    if blend := result.rules.get("blend"):
+        how = "chosen on the validation" if blend["is_chosen"] else "as given"
+        print(
+            f"{BLENDED[blend['model']]}: inference.blend adds {blend['model']} with weight {blend['weight']:g}, {how}"
+        )
     if result.query_time:
         other, other_time = OTHER_QUERY[result.query_time]
         asked = ", ".join(f"{name} {ASKED[when]}" for name, when in ((MODEL, result.query_time), (other, other_time)))

@@ -54,4 +54,4 @@ def _show_users(dataset: PreparedDataset, output_path: str) -> None:
 
 
 if __name__ == "__main__":
-    run_job("Prepare, train, evaluate, recommend and report.", run_pipeline)
+    run_job("Prepare, train, evaluate, recommend and report.", run_pipeline, prepares=True)

@@ -28,4 +28,4 @@ def prepare_dataset(config: Config) -> str:
 
 
 if __name__ == "__main__":
-    run_job("Build user sequences and the catalogue from the input files.", prepare_dataset)
+    run_job("Build user sequences and the catalogue from the input files.", prepare_dataset, prepares=True)

@@ -4,6 +4,7 @@ from bert4rec.cli import run_job
 from bert4rec.config import Config
 from bert4rec.data.dataset import PreparedDataset, Sequences
 from bert4rec.errors import InputError
+from bert4rec.inference import fit_blend
 from bert4rec.inference.few_users import choose_users, users_of_dataset, users_of_file
 from bert4rec.inference.moment import moment_asked
 from bert4rec.inference.ranking import Ranking, load_for
@@ -26,15 +27,17 @@ def recommend_users(config: Config) -> None:
     if inference.output_path:
         check_request(inference, dataset, output_path)
     model = load_for(dataset, checkpoint, ranking)
+    ranking, notes = fit_blend.settled(ranking, config, dataset, checkpoint, model)
     recommender = Recommender(model.to(device_for(config.training.accelerator)), dataset.items())
     print(f"model: {checkpoint}")
-    for note in recommender.rules(ranking).notes:
+    for note in [*notes, *recommender.rules(ranking).notes]:
         print(f"note: {note}")
     if inference.users is not None or inference.users_file is not None:
         sequences, last = _few_users(config, dataset, recommender)
         if (moment := moment_asked(inference, model, last)) is not None:
             inference = inference.model_copy(update={"at": moment})
             sequences = sequences.asked_at(moment)
+        ranking = fit_blend.fit(ranking, config, dataset, checkpoint)
         ranked = list(recommender.rank(sequences, inference, ranking))
         shown = len(sequences) if inference.users is not None else min(len(sequences), SHOWN_NEW_USERS)
         _show_users(recommender, sequences, ranked, shown, dataset.descriptions())

@@ -99,7 +99,8 @@ def _find_effects(run: str, dataset: PreparedDataset, path: str) -> Effects | st
         checkpoint = manifest["checkpoint"]
         if not storage.exists(checkpoint):  # the run was moved
             checkpoint = storage.join(run, os.path.basename(checkpoint.rstrip("/")))
-        recommender = Recommender(load_for(dataset, checkpoint, ranking), dataset.items())
+        recommender = Recommender(load_for(dataset, checkpoint, ranking), dataset.items(), checkpoint)
+        ranking = recommender.rules(ranking).ranking
         lengths = np.concatenate([dataset.read_part(part).lengths for part in dataset.parts()])
         users = np.union1d(spread(lengths, SAMPLE_USERS), spread(lengths, SHOWN_USERS))
         return effects_of(recommender, dataset, inference, already_sorted(ranking, dataset), users)

@@ -31,6 +31,11 @@ def pytest_collection_modifyitems(items):
         item.add_marker(pytest.mark.xdist_group("ray" if with_ray else item.path.name))
 
 
+def pytest_make_parametrize_id(val, argname):
+    """Name no test by bytes: those of an archive hold the time, and all processes must name a test alike."""
+    return f"{argname} of {len(val)} bytes" if isinstance(val, bytes) else None
+
+
 @pytest.fixture(scope="session")
 def ray_session():
     """A Ray on two cores; the variables with which jobs in processes of their own join it."""
@@ -63,8 +68,8 @@ def local_parts(monkeypatch):
         made = worker(*arguments)
         return (made(part) for part in parts)
 
-    for module in ("bert4rec.evaluation.evaluate", "bert4rec.inference.recommend"):
-        monkeypatch.setattr(f"{module}.map_parts", map_parts)
+    for module in ("evaluation.evaluate", "inference.recommend", "inference.fit_blend"):
+        monkeypatch.setattr(f"bert4rec.{module}.map_parts", map_parts)
 
 
 @pytest.fixture

@@ -163,6 +163,16 @@ class Sequences:
     def __len__(self) -> int:
         return len(self.users)
 
+    def without_items(self, users: np.ndarray) -> Self:
+        """Who the users at the places [B] are, and their last years, without their items."""
+        return type(self)(
+            users=self.users.take(pa.array(users)),
+            items=self.items[:0],
+            offsets=np.zeros(len(users) + 1, np.int64),
+            last_year=self.last_year[users],
+            has_last_year=self.has_last_year[users],
+        )
+
     def asked_at(self, moment: int | np.ndarray) -> Self:
         """The same histories, whose next items are asked for at `moment`, Unix seconds, one for all or [N] int64;
         `last_year` is then its year.

@@ -109,7 +109,7 @@ def build(rows: pa.Table) -> pa.Table:
     order = np.argsort(rows["row"].to_numpy(), kind="stable")  # quick, because the rows of a chunk are in order
     if "time" in rows.column_names:
         time = rows["time"].to_numpy()
-        order = order[np.argsort(time[order], kind="stable")]
+        order = order[_order_of(time[order])]
     order = order[np.argsort(user[order], kind="stable")]
     user, code = user[order], code[order]
     if time is not None:
@@ -119,6 +119,15 @@ def build(rows: pa.Table) -> pa.Table:
     number, num_users = np.unique(range_of_user, return_counts=True)
     lengths = np.bincount(user, minlength=len(ascending))
     return _Ranges(number, num_users, users.dictionary.take(pa.array(ascending)), lengths, code, time).table()
+
+
+def _order_of(times: np.ndarray) -> np.ndarray:
+    """[N] stable order of times. Whole seconds take a third of the time, as numpy sorts 16 bits by radix."""
+    since = times - times.min(initial=0)
+    if not len(times) or since.max() >= 2**32 or not np.array_equal(since, whole := since.astype(np.uint32)):
+        return np.argsort(times, kind="stable")
+    order = np.argsort(whole.astype(np.uint16), kind="stable")
+    return order[np.argsort((whole >> 16).astype(np.uint16)[order], kind="stable")]
 
 
 def _is_duplicate(user: np.ndarray, time: np.ndarray, code: np.ndarray) -> np.ndarray:

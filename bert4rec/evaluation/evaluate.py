@@ -22,7 +22,9 @@ from bert4rec.errors import InputError
 from bert4rec.evaluation import baselines, metrics
 from bert4rec.evaluation.metrics import RankCounts
 from bert4rec.evaluation.negatives import draw_negatives
-from bert4rec.evaluation.protocols import MODEL, OTHER_QUERY, PROTOCOLS, Drawn, OtherQuery
+from bert4rec.evaluation.protocols import BLENDED, MODEL, OTHER_QUERY, PROTOCOLS, Blended, Drawn, OtherQuery
+from bert4rec.inference import fit_blend
+from bert4rec.inference.item_item import FITTED
 from bert4rec.inference.ranking import (
     Exclusions,
     Ranking,
@@ -42,7 +44,7 @@ from bert4rec.progress import Progress, Reporter
 
 RERANKED: Literal["re-ranked"] = "re-ranked"
 """The model's lists by `inference.max_per`, `diversity` and `min_score`."""
-System = Literal["BERT4Rec"] | OtherQuery | Baseline
+System = Literal["BERT4Rec"] | OtherQuery | Blended | Baseline
 Lister = System | Literal["re-ranked"]
 DISTANCE_STEPS = 10_000
 """Steps of a distance of 1 in which intra-list distances are counted, so that their sum is exact."""
@@ -52,11 +54,8 @@ HISTORY_LENGTHS = {"1-9": 10, "10-49": 50, "50-199": 200, "200+": None}
 """Groups of users by the items before their target: name, and the first length beyond."""
 THIRDS = ("head", "mid", "tail")
 """Groups of users by their target: `metrics.popularity_thirds`."""
-FITTED: dict[Baseline, Callable[[Windows, int], baselines.ItemWeights]] = {
-    "item-knn": baselines.item_knn,
-    "ease": baselines.ease,
-}
-"""Baselines that are fitted to the training data before any user is ranked."""
+FEW_USERS = 100
+"""A smaller group says nothing about who ranks better."""
 
 Metrics = dict[str, float]
 
@@ -116,24 +115,27 @@ def evaluate(config: Config, dataset_path: str, checkpoint: str) -> Evaluation:
     model = load_for(dataset, checkpoint, ranking)  # a wrong model is found here, not in an actor
     split = evaluated_split(config)
     _check_is_held_out(config, dataset, model, checkpoint)
+    ranking, blend_notes = fit_blend.settled(ranking, config, dataset, checkpoint, model)
     rules = Rules(ranking, dataset.items()) if ranking.looks_at_items else None
     names, notes = _usable_baselines(config, dataset)
+    notes += blend_notes
     begin(config, meanwhile=("ray.data",))
     if config.evaluation.candidates:
         ranking, more = sort_lists(ranking, dataset)
         notes += [*(rules.notes if rules else []), *more]
+    ranking = fit_blend.fit(ranking, config, dataset, checkpoint)
     use_gpu, num_workers = for_scoring(config)
     popularity, recent = _item_counts(dataset, config, num_workers)
+    beside = None if ranking.blend is None else ranking.blend.model  # its weights are there already
+    fit, opened = ray.remote(fit_blend.fit_to_training), (dataset.path, dataset.manifest.fingerprint)
     fitted: dict[str, ray.ObjectRef] = {
-        name: ray.remote(_fit).remote(name, config, dataset.path, dataset.manifest.fingerprint)
-        for name in names
-        if name in FITTED
+        name: fit.remote(name, config, *opened) for name in names if name in FITTED and name != beside
     }
     if fitted:
         print(f"fitting {', '.join(fitted)} on {dataset.num_items:,} items", flush=True)
         ray.wait(list(fitted.values()), num_returns=len(fitted))  # before the actors take all cores
     query_time = config.evaluation.query_time if model.config.time_parts else None
-    systems: list[System] = [MODEL, *([] if query_time is None else [OTHER_QUERY[query_time][0]]), *names]
+    systems = _systems(names, query_time, ranking)
     protocols = evaluated_protocols(config)
     keys, listers = _keys(systems, protocols), _listers(systems, ranking)
     num_groups = len(HISTORY_LENGTHS) * len(THIRDS)
@@ -142,7 +144,6 @@ def evaluate(config: Config, dataset_path: str, checkpoint: str) -> Evaluation:
     totals = [np.zeros(size, np.int64) for size in sizes]
     with Progress("evaluating", dataset.manifest.num_users, "users") as reporter:
         counts = (popularity, recent)
-        opened = (dataset_path, dataset.manifest.fingerprint)
         arguments = (config, *opened, checkpoint, ranking, systems, counts, fitted, use_gpu, reporter)
         for counted in map_parts(dataset.parts(), _Evaluator, arguments, num_workers, use_gpu):
             for key, total in enumerate(totals):
@@ -178,6 +179,10 @@ def evaluate(config: Config, dataset_path: str, checkpoint: str) -> Evaluation:
             for protocol in protocols
         }
 
+    if ranking.blend is not None and ranking.blend.wanted == "auto" and split == "validation":
+        notes.append("the weight of inference.blend was chosen on the very items that are ranked here")
+    by_history_length = by(tuple(HISTORY_LENGTHS), lambda counts, place: counts[place].sum(0))
+    notes += _notes_on_groups(by_history_length[protocols[0]], ranking)
     return Evaluation(
         checkpoint=checkpoint,
         dataset=dataset_path,
@@ -191,7 +196,10 @@ def evaluate(config: Config, dataset_path: str, checkpoint: str) -> Evaluation:
         split=split,
         popularity_discount=ranking.popularity_discount,
         query_time=query_time,
-        rules={name: value for name, value in ranking.identity().items() if name not in _TOLD_ELSEWHERE},
+        rules={
+            **{name: value for name, value in ranking.identity().items() if name not in _TOLD_ELSEWHERE},
+            **({} if ranking.blend is None else {"blend": ranking.blend.described()}),
+        },
         is_among_candidates=config.evaluation.candidates,
         num_excluded_targets=int(excluded[0]),
         seed=config.evaluation.seed,
@@ -199,7 +207,7 @@ def evaluate(config: Config, dataset_path: str, checkpoint: str) -> Evaluation:
             protocol: {system: RankCounts(ranks[protocol, system].sum((0, 1))).metrics() for system in systems}
             for protocol in protocols
         },
-        by_history_length=by(tuple(HISTORY_LENGTHS), lambda counts, place: counts[place].sum(0)),
+        by_history_length=by_history_length,
         by_target_popularity=by(THIRDS, lambda counts, place: counts[:, place].sum(0)),
         beyond_accuracy={
             lister: _beyond_accuracy(*lists[lister], popularity, RERANKED in listers) for lister in listers
@@ -231,6 +239,16 @@ def _check_is_held_out(config: Config, dataset: PreparedDataset, model: BERT4Rec
             "checkpoint; train with data.holdout=2, or a set number of epochs with training.monitor_metric=train_loss"
         )
     model.check_is_held_out(split, data, dataset.manifest.cutoffs, checkpoint)
+    if (
+        data.split == "leave-one-out"
+        and split == "test"
+        and data.holdout == 1
+        and "auto" in config.inference.blend.values()
+    ):
+        raise InputError(
+            "inference.blend with auto: with data.holdout=1 the weight would be chosen on the test item; train with "
+            "data.holdout=2, or give the weight that was chosen there"
+        )
 
 
 def _note_on_repeats(num_repeats: int, num_users: int, protocols: list[Protocol]) -> list[str]:
@@ -243,6 +261,35 @@ def _note_on_repeats(num_repeats: int, num_users: int, protocols: list[Protocol]
         f"user has had before. Protocol {blind[0]} leaves them out, so that they count as missed. "
         "evaluation.exclude_seen=false ranks them, and inference.exclude_seen=false recommends them"
     ]
+
+
+def _systems(names: list[Baseline], query_time: QueryTime | None, ranking: Ranking) -> list[System]:
+    """What is ranked: the model, as it is and with a blend, and the baselines, with the blend's item-item model."""
+    blend = ranking.blend
+    return [
+        MODEL,
+        *([] if query_time is None else [OTHER_QUERY[query_time][0]]),
+        *([] if blend is None else [BLENDED[blend.model]]),
+        *names,
+        *([] if blend is None or blend.model in names else [blend.model]),
+    ]
+
+
+def _notes_on_groups(groups: dict[str, dict[str, Metrics]], ranking: Ranking) -> list[str]:
+    """A line for each item-item model that ranks better than ours for users of some length of history."""
+    ours = MODEL if ranking.blend is None else BLENDED[ranking.blend.model]
+    notes = []
+    for name in FITTED:
+        ahead = [
+            f"{group} items ({rows[name]['num_users']:,} users, {rows[name]['ndcg@10']:.4f} against "
+            f"{rows[ours]['ndcg@10']:.4f})"
+            for group, rows in groups.items()
+            if name in rows and rows[name]["num_users"] >= FEW_USERS and rows[name]["ndcg@10"] > rows[ours]["ndcg@10"]
+        ]
+        if ahead:
+            hint = f"; inference.blend={{{name}: auto}} adds its scores" if ranking.blend is None else ""
+            notes.append(f"WARNING {name} has a higher NDCG@10 than {ours} for users with {', '.join(ahead)}{hint}")
+    return notes
 
 
 def _usable_baselines(config: Config, dataset: PreparedDataset) -> tuple[list[Baseline], list[str]]:
@@ -319,13 +366,15 @@ class _Evaluator:
         reporter: Reporter,
     ) -> None:
         self.config, self.checkpoint, self.ranking, self.reporter = config, checkpoint, ranking, reporter
-        self.systems = systems
+        self.systems, self.plain = systems, replace(ranking, blend=None)
         self.device = torch.device("cuda" if use_gpu else "cpu")
         self.dataset = PreparedDataset(dataset_path, fingerprint=fingerprint)
         self.model = BERT4Rec.from_pretrained(checkpoint).to(self.device)
         self.popularity, self.recent = item_counts
         self.thirds = metrics.popularity_thirds(self.popularity)
         self.fitted = {name: ray.get(reference) for name, reference in fitted.items()}
+        if ranking.blend is not None:
+            self.fitted[ranking.blend.model] = ranking.blend.item_weights()
         self.protocols = evaluated_protocols(config)
         self.listers = _listers(systems, ranking)
         self.rules: Rules | None = None
@@ -380,6 +429,8 @@ class _Evaluator:
     def _scorer(self, system: System, history: Windows) -> Scorer:
         match system:
             case "BERT4Rec" | "BERT4Rec/last" | "BERT4Rec/target":
+                return score_next(self.model, history.to(self.device), self.plain)
+            case "BERT4Rec+ease" | "BERT4Rec+item-knn":
                 return score_next(self.model, history.to(self.device), self.ranking)
             case "item-knn" | "ease":
                 scores = baselines.from_history(self.fitted[system], history)
@@ -515,10 +566,3 @@ def _item_counts(dataset: PreparedDataset, config: Config, num_workers: int) -> 
     for counted in map_parts(dataset.parts(), _Counter, arguments, num_workers, use_gpu=False):
         np.add.at(total, (counted["key"], counted["value"] - 1), counted["count"])
     return torch.from_numpy(total[0]), torch.from_numpy(total[1])
-
-
-def _fit(baseline: Baseline, config: Config, dataset_path: str, fingerprint: str) -> baselines.ItemWeights:
-    dataset = PreparedDataset(dataset_path, fingerprint=fingerprint)
-    sequences = dataset.sequences(config.data.memory_mb)
-    training = training_windows(Windows.from_sequences(sequences), config.data, sequences.before)
-    return FITTED[baseline](training, dataset.num_items)

@@ -2,7 +2,7 @@
 
 from typing import Literal, NamedTuple
 
-from bert4rec.config import Protocol, QueryTime
+from bert4rec.config import ItemModel, Protocol, QueryTime
 
 
 class Drawn(NamedTuple):
@@ -34,6 +34,9 @@ ASKED: dict[QueryTime, str] = {
 """What a model that reads times is told of the query's time, by evaluation.query_time."""
 
 MODEL: Literal["BERT4Rec"] = "BERT4Rec"
+Blended = Literal["BERT4Rec+ease", "BERT4Rec+item-knn"]
+BLENDED: dict[ItemModel, Blended] = {"ease": "BERT4Rec+ease", "item-knn": "BERT4Rec+item-knn"}
+"""The model with inference.blend is ranked besides, under this name."""
 OtherQuery = Literal["BERT4Rec/last", "BERT4Rec/target"]
 OTHER_QUERY: dict[QueryTime, tuple[OtherQuery, QueryTime]] = {
     "last": ("BERT4Rec/target", "target"),

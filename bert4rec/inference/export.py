@@ -53,7 +53,7 @@ class ScoringFunction(nn.Module):
     Raises
     ------
     InputError
-        If a rule has a list for each user, of whom a program knows nothing.
+        If a rule has a list for each user, of whom a program knows nothing, or there is a blend.
     """
 
     def __init__(
@@ -64,6 +64,7 @@ class ScoringFunction(nn.Module):
         items: ItemTable | None = None,
     ) -> None:
         super().__init__()
+        refuse_blend(ranking, "a program has the network alone")
         for given in ranking.item_lists:
             if not given.is_for_all:
                 raise InputError(
@@ -225,6 +226,12 @@ def _turned(x: Tensor, turns: Tensor) -> Tensor:
     """`network.turned` in real numbers: rotate [B, H, L, D/H] by cosines and sines [L, D/H] or [B, 1, L, D/H]."""
     (a, b), (cos, sin) = (x[..., ::2], x[..., 1::2]), turns.chunk(2, dim=-1)
     return torch.stack([a * cos - b * sin, a * sin + b * cos], dim=-1).flatten(-2)
+
+
+def refuse_blend(ranking: Ranking, why: str) -> None:
+    """Say that an export cannot have a blend."""
+    if ranking.blend is not None:
+        raise InputError(f"inference.blend: {why}; export without it (inference.blend={{}})")
 
 
 def export_program(function: ScoringFunction) -> torch.export.ExportedProgram:

@@ -18,6 +18,7 @@ from bert4rec.data.dataset import ItemTable, PreparedDataset, Sequences
 from bert4rec.data.features import FEATURES
 from bert4rec.data.windows import Windows
 from bert4rec.errors import InputError
+from bert4rec.inference.blend import Added, Blend, places_in
 from bert4rec.inference.item_lists import ItemList, read_list
 from bert4rec.model.batches import append_mask, by_length, pack
 from bert4rec.model.layers import product
@@ -56,6 +57,7 @@ class Ranking:
     diversity_pool: int = 100
     min_score: float | None = None
     scores: Literal["logit", "probability"] = "logit"
+    blend: Blend | None = None
 
     @classmethod
     def of(cls, inference: InferenceConfig) -> Self:
@@ -74,7 +76,8 @@ class Ranking:
             for key in ("candidates", "exclude")
             if (paths := getattr(inference, key)) is not None
         }
-        return cls(**{rule.name: getattr(inference, rule.name) for rule in fields(cls)} | read)
+        made: dict[str, Any] = read | {"blend": Blend.of(inference.blend)}
+        return cls(**{rule.name: getattr(inference, rule.name) for rule in fields(cls)} | made)
 
     @property
     def item_lists(self) -> list[ItemList]:
@@ -104,7 +107,7 @@ class Ranking:
         first, default = ("exclude_seen", "exclude_future", "popularity_discount"), Ranking()
         values = {rule.name: getattr(self, rule.name) for rule in fields(self)}
         return {
-            name: value.digest if isinstance(value, ItemList) else value
+            name: value.digest if isinstance(value, ItemList) else value.identity() if name == "blend" else value
             for name, value in values.items()
             if name in first or value != getattr(default, name)
         }
@@ -279,11 +282,8 @@ def _split_pairs(row: Tensor, item: Tensor, blocks: list[tuple[int, int]]) -> li
 
 def _places(ascending: Tensor, row: Tensor, item: Tensor) -> tuple[Tensor, Tensor]:
     """Pairs whose item is in `ascending`, with the item's place there."""
-    if not len(ascending):
-        return row[:0], item[:0]
-    place = torch.searchsorted(ascending, item).clamp(max=len(ascending) - 1)
-    inside = ascending[place] == item
-    return row[inside], place[inside]
+    inside, place = places_in(ascending, item)
+    return row[inside], place
 
 
 def _rows(ascending: Tensor, row: Tensor, item: Tensor) -> tuple[Tensor, Tensor]:
@@ -326,11 +326,13 @@ def next_item_states(model: BERT4Rec, histories: Windows) -> Tensor:
 class NextScores:
     """Scores of items as the next one of each history: the product of states [B, D] and weights [V, D].
 
-    With `columns` [A], only these items have scores, and A takes the place of V.
+    With `columns` [A], only these items have scores, and A takes the place of V. `added` is added to the product.
     """
 
-    def __init__(self, states: Tensor, weights: Tensor, bias: Tensor, columns: Tensor | None = None) -> None:
-        self.states, self.weights, self.bias, self.columns = states, weights, bias, columns
+    def __init__(
+        self, states: Tensor, weights: Tensor, bias: Tensor, columns: Tensor | None = None, added: Added | None = None
+    ) -> None:
+        self.states, self.weights, self.bias, self.columns, self.added = states, weights, bias, columns, added
         self._block: Tensor | None = None
 
     def __call__(self, low: int, high: int) -> Tensor:
@@ -339,11 +341,19 @@ class NextScores:
         # Into the same memory each time: for few hidden units, fresh pages cost as much as the product.
         used = self._block if self._block is not None and self._block.shape[1] == high - low else None
         self._block = product(self.states, self.weights[at], self.bias[at], out=used)
+        if self.added is not None:
+            self.added.add_to(self._block, low, high)
         return self._block
 
     def of_users(self, users: Tensor) -> "NextScores":
         """Those of the users in `users` [B']."""
-        return NextScores(self.states[users], self.weights, self.bias, self.columns)
+        added = None if self.added is None else self.added.of_users(users)
+        return NextScores(self.states[users], self.weights, self.bias, self.columns, added)
+
+    def with_weight(self, weight: float) -> "NextScores":
+        """The same with another weight of what is added."""
+        assert self.added is not None
+        return NextScores(self.states, self.weights, self.bias, self.columns, replace(self.added, weight=weight))
 
 
 @torch.inference_mode()
@@ -351,9 +361,13 @@ def score_next(
     model: BERT4Rec, histories: Windows, ranking: Ranking = NO_RULES, columns: Tensor | None = None
 ) -> NextScores:
     """Scores of items, or only of those in `columns` [A], as the next one of each history, by those rules that are the
-    same for all users."""
+    same for all users, and with `ranking.blend`, which was read or fitted."""
     weights, bias = (tensor.detach() for tensor in ranking.output_weights(model))
-    return NextScores(next_item_states(model, histories), weights, bias, columns)
+    states, added = next_item_states(model, histories), None
+    if ranking.blend is not None:
+        network = model, ranking.popularity_discount
+        added = ranking.blend.added(network, histories, states, (weights, bias), columns)
+    return NextScores(states, weights, bias, columns, added)
 
 
 def masked(scores: Scorer, exclusions: Exclusions) -> Scorer:
@@ -433,27 +447,38 @@ def rank_of_target(
     targets: Tensor,
     num_items: int,
     score_bytes: int = DEFAULT_SCORE_BYTES,
+    over_shards: Callable[[Tensor], Tensor] | None = None,
 ) -> Tensor:
     """[B] int64 rank, from 1, of each target token [B]; items of equal score rank before it.
 
     A target that is itself excluded gets rank V+1: it cannot be recommended, whatever the cut-off.
+
+    Parameters
+    ----------
+    over_shards : callable
+        Sums up over workers, of whom each has a shard of the items. Scores, exclusions, targets and V are then those of
+        the shard, and a target of another shard is 0.
     """
     index = (targets - 1)[:, None]
     blocks = item_blocks(len(targets), num_items, score_bytes)
     parts = exclusions.split(blocks)
     kept: Tensor | None = None
-    target_score = torch.full(index.shape, -torch.inf, device=index.device)
+    target_score = torch.full(index.shape, -torch.inf if over_shards is None else 0.0, device=index.device)
     for (low, high), excluded in zip(blocks, parts, strict=True):
         block = excluded.apply(scores(low, high))  # the target's score comes of the product that it is compared with
         inside = (index >= low) & (index < high)
         own = block.gather(1, (index - low).clamp(0, high - low - 1))
         target_score = torch.where(inside, own, target_score)
         kept = block if len(blocks) == 1 else None
+    if over_shards is not None:
+        target_score = over_shards(target_score)
     rank = torch.zeros(len(targets), dtype=torch.int64, device=index.device)
     for (low, high), excluded in zip(blocks, parts, strict=True):
         block = excluded.apply(scores(low, high)) if kept is None else kept
         rank += (block >= target_score).sum(1)  # the target itself is among them: ranks start at 1
-    return torch.where(target_score[:, 0] == -torch.inf, num_items + 1, rank)
+    is_excluded = target_score[:, 0] == -torch.inf
+    rank = torch.where(is_excluded, num_items, rank)
+    return (rank if over_shards is None else over_shards(rank)) + is_excluded
 
 
 @torch.inference_mode()

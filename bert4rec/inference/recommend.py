@@ -21,12 +21,13 @@ from bert4rec.cluster.users import map_parts
 from bert4rec.config import Config, InferenceConfig
 from bert4rec.data.dataset import Part, PreparedDataset
 from bert4rec.errors import InputError
+from bert4rec.inference import fit_blend
 from bert4rec.inference.moment import read_asked, settled
 from bert4rec.inference.ranking import Ranking, load_for
 from bert4rec.inference.recommender import Ranked, Recommender
 from bert4rec.inference.rules import Rules
 from bert4rec.inference.sort_lists import sort_lists
-from bert4rec.model.network import WEIGHTS, BERT4Rec
+from bert4rec.model.network import BERT4Rec, weights_of
 from bert4rec.progress import Progress, Reporter
 
 UNFINISHED = "_unfinished"
@@ -66,7 +67,8 @@ def recommend(config: Config, dataset_path: str, checkpoint: str, output_path: s
     model = load_for(dataset, checkpoint, ranking)  # a wrong model is found here, not in an actor
     inference = settled(inference, model, dataset)
     config = config.model_copy(update={"inference": inference})
-    notes = check_request(inference, dataset, output_path, ranking)
+    ranking, more = fit_blend.settled(ranking, config, dataset, checkpoint, model)
+    notes = more + check_request(inference, dataset, output_path, ranking)
     identity = {"dataset": dataset.manifest.fingerprint, **_identity(checkpoint, inference, ranking)}
     counted = _finished(output_path, identity)
     if counted is not None:
@@ -89,6 +91,7 @@ def _score(
 ) -> dict[str, int]:
     """Score the parts that are missing, and publish all; totals of their counts."""
     begin(config, meanwhile=("ray.data",))
+    ranking = fit_blend.fit(ranking, config, dataset, checkpoint)
     ranking, more = sort_lists(ranking, dataset)
     for note in [*notes, *more]:
         print(f"note: {note}")
@@ -162,7 +165,8 @@ def _identity(checkpoint: str, inference: InferenceConfig, ranking: Ranking) -> 
         for key, value in inference.model_dump(mode="json", exclude=elsewhere).items()
         if key in rules or key not in names
     }
-    return {"model": storage.sha256(storage.join(checkpoint, WEIGHTS)), "settings": settings}
+    identity = {"model": weights_of(checkpoint), "settings": settings}
+    return identity if ranking.blend is None else identity | {"blend": ranking.blend.fitted_to}
 
 
 def check_request(

@@ -21,6 +21,7 @@ from bert4rec.data.dataset import ITEMS, ItemTable, Sequences, read_items
 from bert4rec.data.ids import find_ids, some_of
 from bert4rec.data.windows import Windows
 from bert4rec.errors import InputError
+from bert4rec.inference.blend import read
 from bert4rec.inference.item_lists import UserItems, list_of_items
 from bert4rec.inference.ranking import Exclusions, Ranking, score_next, score_similar, top_k
 from bert4rec.inference.rules import Rules, UserLists
@@ -53,8 +54,10 @@ class Recommender:
 
     model: BERT4Rec
     items: ItemTable
-    _made: list[Rules] = field(default_factory=list, compare=False, repr=False)
-    """The last rules, which hold for all parts of the users."""
+    checkpoint: str | None = None
+    """The model directory, if a ranking's blend is to be read from there."""
+    _made: list[tuple[Ranking, Rules]] = field(default_factory=list, compare=False, repr=False)
+    """The last ranking and its rules, which hold for all parts of the users."""
 
     def rules(self, ranking: Ranking) -> Rules:
         """The rules of a ranking on this catalogue.
@@ -62,11 +65,16 @@ class Recommender:
         Raises
         ------
         InputError
-            If a rule does not suit the catalogue.
+            If a rule does not suit the catalogue, or what a blend needs does not lie beside the model.
         """
-        if not self._made or self._made[0].ranking is not ranking:
-            self._made[:] = [Rules(ranking, self.items, self.model.output_bias.device)]
-        return self._made[0]
+        if not self._made or self._made[0][0] is not ranking:
+            found = ranking
+            if ranking.blend is not None and not ranking.blend.path and self.checkpoint is not None:
+                found = replace(
+                    ranking, blend=read(ranking.blend, self.checkpoint, self.model, ranking.popularity_discount)
+                )
+            self._made[:] = [(ranking, Rules(found, self.items, self.model.output_bias.device))]
+        return self._made[0][1]
 
     def rank(
         self, sequences: Sequences, inference: InferenceConfig, ranking: Ranking, lists: UserLists | None = None
@@ -86,7 +94,7 @@ class Recommender:
             histories = windows.users(users).to(device)
             offer = rules.offer(histories, sequences, users, lists)
             values, items = best_list(
-                score_next(self.model, histories, ranking, offer.columns),
+                score_next(self.model, histories, rules.ranking, offer.columns),
                 offer,
                 inference.topk,
                 rules.selection,
@@ -132,7 +140,8 @@ class Recommender:
         at
             When the next item is asked for. Default: `BERT4Rec.usual_gap` seconds after the last of `times`.
         ranking
-            The rules: `Ranking(exclude_seen=False)` ranks the history's items too.
+            The rules: `Ranking(exclude_seen=False)` ranks the history's items too. `Ranking.of(config.inference)` are
+            those of a config. A blend is that which `jobs.evaluate` or `jobs.recommend` left beside the model.
 
         Returns
         -------
@@ -357,7 +366,7 @@ def load(checkpoint: str, device: str = "cpu") -> Recommender:
     items = read_items(path)
     if len(items.ids) != model.num_items:
         raise InputError(f"{path}: has {len(items.ids):,} items, the model {model.num_items:,}; the copy is damaged")
-    return Recommender(model, items)
+    return Recommender(model, items, checkpoint)
 
 
 def device_for(accelerator: str) -> str:

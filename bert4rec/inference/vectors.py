@@ -17,6 +17,7 @@ from bert4rec.config import Config, InferenceConfig
 from bert4rec.data.dataset import Part, PreparedDataset
 from bert4rec.data.windows import Windows
 from bert4rec.errors import InputError
+from bert4rec.inference.export import refuse_blend
 from bert4rec.inference.moment import read_asked, settled
 from bert4rec.inference.ranking import Ranking, load_for, next_item_states
 from bert4rec.inference.rules import Rules
@@ -43,9 +44,10 @@ def export_vectors(config: Config, dataset: PreparedDataset, checkpoint: str, ou
     Raises
     ------
     InputError
-        If the model belongs to another catalogue, or no item is left.
+        If the model belongs to another catalogue, no item is left, or there is a blend.
     """
     ranking = Ranking.of(config.inference)
+    refuse_blend(ranking, "the scores of an item-item model are no inner product of short vectors")
     model, items = load_for(dataset, checkpoint, ranking), dataset.items()
     inference = settled(config.inference, model, dataset)
     rules = Rules(ranking, items)

@@ -16,6 +16,7 @@ from bert4rec.data.dataset import PADDING, ItemTable, Ragged
 from bert4rec.data.features import FEATURES
 from bert4rec.model.layers import Dropout
 from bert4rec.model.rows import RowTable
+from bert4rec.model.shards import ItemShards, Shard, ShardedEmbedding
 
 
 class Metadata(NamedTuple):
@@ -50,13 +51,18 @@ class ItemVectors(nn.Module):
     `model.metadata_fusion` chooses the fusion. concat: a linear layer over all features. add: their sum. gate: their
     sum weighted by softmax(linear(all features)) over the features that the item has."""
 
-    def __init__(self, config: ModelConfig, num_items: int, shape: dict[str, list[int]]) -> None:
+    def __init__(
+        self, config: ModelConfig, num_items: int, shape: dict[str, list[int]], shard: Shard | None = None
+    ) -> None:
+        """Make the tables, of the item embedding only the `shard`'s rows if there is one."""
         super().__init__()
         width = config.hidden_units
         self.features = ["item", *shape]
         self.fusion = config.metadata_fusion
-        self.embedding = nn.Embedding(num_items + 2, width, padding_idx=PADDING)
-        self.rows: RowTable | None = None  # of the embedding, where gradients are kept by row
+        self.embedding = (
+            nn.Embedding(num_items + 2, width, padding_idx=PADDING) if shard is None else ShardedEmbedding(shard, width)
+        )
+        self.rows: RowTable | ItemShards | None = None  # of the embedding, where gradients are kept by row
         self.dropout = Dropout(config.metadata_dropout)
         self.listed = nn.ModuleDict()
         self._most_values: dict[str, int] = {}  # of an item, by feature

@@ -49,6 +49,14 @@ def linear_cross_entropy(hidden: Tensor, weights: Tensor, bias: Tensor, labels: 
     return loss
 
 
+def logit_rows(num_items: int, device: torch.device) -> int:
+    """How many rows of logits to make at a time."""
+    row_bytes = 4 * num_items
+    if device.type == "cpu":
+        return max(_CPU_LOGIT_BYTES // row_bytes, min(_FEWEST_ROWS, _MOST_CPU_LOGIT_BYTES // row_bytes), 16)
+    return max(_GPU_LOGIT_BYTES // row_bytes, 16)
+
+
 class _LinearCrossEntropy(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, hidden: Tensor, weights: Tensor, bias: Tensor, labels: Tensor) -> Tensor:  # noqa: ANN401
@@ -60,11 +68,7 @@ class _LinearCrossEntropy(torch.autograd.Function):
             grad_weights: Tensor | None = None
             grad_bias = torch.zeros_like(bias, dtype=torch.float32)
             loss = torch.zeros((), device=hidden.device)
-            row_bytes = 4 * len(weights)
-            if hidden.device.type == "cpu":
-                rows = max(_CPU_LOGIT_BYTES // row_bytes, min(_FEWEST_ROWS, _MOST_CPU_LOGIT_BYTES // row_bytes), 16)
-            else:
-                rows = max(_GPU_LOGIT_BYTES // row_bytes, 16)
+            rows = logit_rows(len(weights), hidden.device)
             for low in range(0, len(states), rows):
                 part, target = states[low : low + rows], labels[low : low + rows, None]
                 count = len(part)
@@ -114,7 +118,7 @@ def make_loss(training: TrainingConfig, counts: Tensor | None = None) -> Loss:
                 assert_never(training.negative_sampling)
         return sampled_softmax(hidden, weights, bias, labels, negatives, log_q)
 
-    by_popularity = None if counts is None else _ByPopularity(counts)
+    by_popularity = None if counts is None else ByPopularity(counts)
 
     match training.loss:
         case "cross-entropy":
@@ -129,7 +133,7 @@ def make_loss(training: TrainingConfig, counts: Tensor | None = None) -> Loss:
             assert_never(training.loss)
 
 
-class _ByPopularity:
+class ByPopularity:
     """Draws items in proportion to `counts` [V]; a draw takes as long for many items as for few."""
 
     def __init__(self, counts: Tensor) -> None:

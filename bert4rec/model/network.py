@@ -5,6 +5,7 @@ positions each; N wanted positions in all, D hidden_units, H heads, V items.
 """
 
 import hashlib
+import json
 import os
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -13,7 +14,6 @@ from typing import Any, Self
 import safetensors.torch
 import torch
 import torch.nn.functional as F
-from pydantic import ValidationError
 from torch import Tensor, nn
 
 from bert4rec import storage
@@ -25,9 +25,12 @@ from bert4rec.model.item_vectors import ItemVectors, Metadata
 from bert4rec.model.layers import Dropout, Linear, full_size
 from bert4rec.model.losses import Loss, linear_cross_entropy
 from bert4rec.model.rows import OutputRows, RowTable
+from bert4rec.model.shard_files import PartFile, file_of, read_parts, write_part
+from bert4rec.model.shards import ItemShards, Shard, ShardedEmbedding, from_all
 from bert4rec.model.times import TimeEncoding, gaps_of
 
 WEIGHTS = "model.safetensors"
+INDEX = "model.safetensors.index.json"  # of a model in shards, instead of the former
 CONFIG = "config.json"
 
 
@@ -142,6 +145,7 @@ class BERT4Rec(nn.Module):
         catalogue: str = "",
         metadata: Metadata | dict[str, list[int]] | None = None,
         num_new_items: int = 0,
+        shard: Shard | None = None,
     ) -> None:
         """Make the network for a catalogue.
 
@@ -151,6 +155,8 @@ class BERT4Rec(nn.Module):
             The tables, or only their shape if they are loaded later.
         num_new_items : int
             Number of items without interactions, the last of the catalogue. Their id embedding is zero and stays zero.
+        shard : Shard
+            The rows of the item table that this process keeps, instead of all. The output layer then shares the table.
         """
         super().__init__()
         self.config = config
@@ -162,11 +168,12 @@ class BERT4Rec(nn.Module):
         self.trained_before: int | None = None  # temporal split: Unix time from which on training saw nothing
         self.metadata_shape = metadata.shape if isinstance(metadata, Metadata) else metadata or {}
         width = config.hidden_units
-        self.items = ItemVectors(config, num_items, self.metadata_shape)
+        self.items = ItemVectors(config, num_items, self.metadata_shape, shard)
         self.register_buffer("unrankable", torch.zeros(num_items, dtype=torch.bool))
         self.register_buffer("item_counts", torch.zeros(num_items, dtype=torch.int64))  # training fills it
         if isinstance(metadata, Metadata):
             self.items.set_tables(metadata)
+        if isinstance(metadata, Metadata) and shard is None:
             new = torch.arange(1, num_items + 1) > num_items - num_new_items
             self.get_buffer("unrankable").copy_(new & ~self.items.have_metadata(torch.arange(1, num_items + 1)))
         self.position_embedding = nn.Embedding(config.max_len, width)
@@ -181,15 +188,21 @@ class BERT4Rec(nn.Module):
         self.output_transform = Linear(width, width)
         self.row_tables: list[RowTable] = []  # `train_by_rows` fills it
         self._fused: Tensor | None = None  # the fused item vectors, kept while the weights do not change
-        self.output_bias = nn.Parameter(torch.zeros(num_items))
+        self.shards: ItemShards | None = None
+        if isinstance(self.items.embedding, ShardedEmbedding):
+            self.shards = self.items.rows = ItemShards(self.items.embedding.shard, self.items.embedding, self)
+            # DDP would give all workers the rows of the first.
+            self._ddp_params_and_buffers_to_ignore = list(self.shards.shard.starts)
+        self.output_bias = nn.Parameter(torch.zeros(num_items if shard is None else shard.size), shard is None)
         if not config.share_embeddings:
             self.output_embedding = nn.Parameter(torch.empty(num_items, width))
         self.apply(_initialise)
         self.items.favour_item_in_gate()
         if not config.share_embeddings:
             nn.init.normal_(self.output_embedding, std=0.02)
-        with torch.no_grad():
-            self.items.embedding.weight[num_items + 1 - num_new_items : num_items + 1] = 0
+        if num_new_items:
+            with torch.no_grad():
+                self.items.embedding.weight[num_items + 1 - num_new_items : num_items + 1] = 0
 
     def encode(self, batch: Batch) -> Tensor:
         """[N, D] final hidden states at the queries that have a label, in the order of the queries."""
@@ -241,6 +254,15 @@ class BERT4Rec(nn.Module):
         ]
 
     @property
+    def num_parameters(self) -> int:
+        """Numbers that training learns, those of all shards together."""
+        own = sum(parameter.numel() for parameter in self.parameters())
+        if self.shards is None:
+            return own
+        shard, width = self.shards.shard, self.config.hidden_units
+        return own + (self.num_items + 2 - shard.num_rows) * width + self.num_items - shard.size
+
+    @property
     def usual_gap(self) -> int:
         """`windows.usual_gap` of the training data, in seconds; 0 of a model that reads no times."""
         return 0 if self.times is None else int(self.times.get_buffer("usual_gap"))
@@ -261,6 +283,7 @@ class BERT4Rec(nn.Module):
 
     def output_weights(self, popularity_discount: float = 0) -> tuple[Tensor, Tensor]:
         """Weights [V, D] and `discounted_bias` [V]. Special tokens have none, so the model never predicts them."""
+        assert self.shards is None, "the weights are in shards"
         bias = self.discounted_bias(popularity_discount)
         if self.config.output_features == "fused":
             fused = self._fused
@@ -326,6 +349,8 @@ class BERT4Rec(nn.Module):
         known = self.num_items - self.num_new_items  # training would only push down an item that is never a target
         states = self.project(self.encode(batch))  # (N, D)
         labels = batch.labels.index_select(0, batch.wanted)
+        if self.shards is not None:
+            return self.shards.loss(states, labels - 1)
         if self.row_tables:
             biases = self.row_tables[1]
             return self.loss(states, OutputRows(known, self._output_row), OutputRows(known, biases), labels - 1)
@@ -350,11 +375,11 @@ class BERT4Rec(nn.Module):
 
     def save_pretrained(self, directory: str) -> None:
         """Write weights and architecture into a model directory, in formats that readers need neither Ray nor pickle
-        for."""
+        for.
+
+        Where the item table is in shards, every worker calls it, and writes its own part of the directory.
+        """
         os.makedirs(directory, exist_ok=True)
-        state = {name: tensor.detach().cpu().contiguous() for name, tensor in self.state_dict().items()}
-        weights = safetensors.torch.save(state)
-        storage.write_bytes(storage.join(directory, WEIGHTS), weights)
         content: dict[str, Any] = {
             "architecture": "BERT4Rec",
             "num_items": self.num_items,
@@ -364,9 +389,33 @@ class BERT4Rec(nn.Module):
             "catalogue": self.catalogue,
             "model": self.config.model_dump(),
             "metadata": self.metadata_shape,
-            "weights_sha256": hashlib.sha256(weights).hexdigest(),
         }
+        if self.shards is None:
+            state = {name: tensor.detach().cpu().contiguous() for name, tensor in self.state_dict().items()}
+            weights, file = safetensors.torch.save(state), WEIGHTS
+        else:
+            weights, file = self._save_shard(directory, self.shards.shard), INDEX
+            if self.shards.shard.rank > 0:
+                return
+            content["num_shards"] = self.shards.shard.world_size
+        storage.write_bytes(storage.join(directory, file), weights)
+        content["weights_sha256"] = hashlib.sha256(weights).hexdigest()
         storage.write_sealed(storage.join(directory, CONFIG), content)
+
+    def _save_shard(self, directory: str, shard: Shard) -> bytes:
+        """Write this worker's file; the index of all, in the format of the hub."""
+        state = self.state_dict()
+        if shard.rank > 0:
+            state = {name: state[name] for name in shard.starts}
+        file = file_of("model", shard.rank, shard.world_size)
+        written = write_part(os.path.join(directory, file), state, shard.starts, shard.world_size)
+        files = dict(from_all((file, written)))
+        metadata = {
+            "total_size": sum(each["bytes"] for each in files.values()),
+            "files": {name: {"sha256": each["sha256"], "bytes": each["bytes"]} for name, each in files.items()},
+        }
+        weight_map = {tensor: name for name, each in files.items() for tensor in each["tensors"]}
+        return json.dumps({"metadata": metadata, "weight_map": weight_map}, indent=1).encode()
 
     @classmethod
     def from_pretrained(cls, directory: str) -> Self:
@@ -379,12 +428,7 @@ class BERT4Rec(nn.Module):
         """
         content = storage.read_sealed(storage.join(directory, CONFIG))
         try:
-            weights = storage.read_bytes(storage.join(directory, WEIGHTS))
-            if hashlib.sha256(weights).hexdigest() != content["weights_sha256"]:
-                raise InputError(
-                    f"{storage.join(directory, WEIGHTS)}: its content is not what was written (SHA-256); "
-                    "the file is damaged or was altered"
-                )
+            weights = _read_weights(directory, content)
             model = cls(
                 ModelConfig.model_validate(content["model"]),
                 content["num_items"],
@@ -394,18 +438,68 @@ class BERT4Rec(nn.Module):
             )
             model.held_out = content["held_out"]
             model.trained_before = content.get("trained_before")
-            state = safetensors.torch.load(weights)
-            state.setdefault("item_counts", model.get_buffer("item_counts"))  # earlier versions did not store them
-            model.load_state_dict(state)
-        except FileNotFoundError:
-            raise InputError(f"{directory}: {WEIGHTS} is missing; this is no whole model directory") from None
-        except (KeyError, TypeError, ValidationError, RuntimeError, safetensors.SafetensorError) as error:
+            if "num_shards" in content:
+                read_parts(directory, _files(weights), model.state_dict(), {})
+            else:
+                state = safetensors.torch.load(weights)
+                state.setdefault("item_counts", model.get_buffer("item_counts"))  # earlier versions did not store them
+                model.load_state_dict(state)
+        except (KeyError, TypeError, ValueError, RuntimeError, safetensors.SafetensorError) as error:
             raise InputError(f"{directory}: not a model directory of this version ({error})") from None
         return model.eval()
+
+    def read_shard(self, directory: str) -> None:
+        """Fill this worker's shard, and all that is not in shards, from a model directory of any number of shards.
+
+        Raises
+        ------
+        InputError
+            If it is not in shards, or a file is missing or damaged.
+        """
+        assert self.shards is not None
+        shard, content = self.shards.shard, storage.read_sealed(storage.join(directory, CONFIG))
+        if "num_shards" not in content:
+            raise InputError(f"{directory}: this model is not in shards; it was trained without training.shard_items")
+        files = _files(_read_weights(directory, content))
+        read_parts(directory, files, self.state_dict(), shard.starts, shard.world_size)
+
+
+def _read_weights(directory: str, content: dict[str, Any]) -> bytes:
+    """The weights, or the index of their files; checked."""
+    file = INDEX if "num_shards" in content else WEIGHTS
+    try:
+        weights = storage.read_bytes(storage.join(directory, file))
+    except FileNotFoundError:
+        raise InputError(f"{directory}: {file} is missing; this is no whole model directory") from None
+    if hashlib.sha256(weights).hexdigest() != content["weights_sha256"]:
+        raise InputError(
+            f"{storage.join(directory, file)}: its content is not what was written (SHA-256); "
+            "the file is damaged or was altered"
+        )
+    return weights
+
+
+def _files(index: bytes) -> dict[str, PartFile]:
+    """The files of a model in shards."""
+    content = json.loads(index)
+    tensors: dict[str, list[str]] = {}
+    for tensor, file in content["weight_map"].items():
+        tensors.setdefault(file, []).append(tensor)
+    return {
+        name: {"sha256": said["sha256"], "bytes": said["bytes"], "tensors": tensors[name]}
+        for name, said in content["metadata"]["files"].items()
+    }
+
+
+def weights_of(directory: str) -> str:
+    """SHA-256 of the weights in a model directory, which `from_pretrained` checks, as 64 hex digits."""
+    return str(storage.read_sealed(storage.join(directory, CONFIG))["weights_sha256"])
 
 
 def _initialise(module: nn.Module) -> None:
     """Draw weights from normal(0, 0.02), and set biases to zero. Section 3.6 truncates the same normal distribution."""
+    if isinstance(module, ShardedEmbedding):
+        module.draw(0.02)
     if isinstance(module, nn.Linear | nn.Embedding):
         nn.init.normal_(module.weight, std=0.02)
     if isinstance(module, nn.Linear):

@@ -20,6 +20,7 @@ class RowTable:
         """
         self._module, self._name, self.padding = module, name, padding
         self._looked_up: list[tuple[Tensor, Tensor]] = []
+        self._added: list[tuple[Tensor, Tensor]] = []
         self.table.requires_grad_(False)
 
     @property
@@ -35,10 +36,15 @@ class RowTable:
             self._looked_up.append((index, rows.requires_grad_()))
         return rows
 
+    def add(self, index: Tensor, gradients: Tensor) -> None:
+        """Note [N, ...] gradients of the rows `index` [N], which somebody else has looked up."""
+        self._added.append((index, gradients))
+
     def take_gradients(self) -> tuple[Tensor, Tensor]:
-        """[N] int64 rows and [N, ...] gradients of all look-ups since the last call; a row may occur several times."""
-        known = [(index, rows.grad) for index, rows in self._looked_up if rows.grad is not None]
-        self._looked_up.clear()
+        """[N] int64 rows and [N, ...] gradients of all look-ups, and those added, since the last call; a row may occur
+        several times."""
+        known = [(index, rows.grad) for index, rows in self._looked_up if rows.grad is not None] + self._added
+        self._looked_up, self._added = [], []
         return torch.cat([index for index, _ in known]), torch.cat([gradient for _, gradient in known])
 
 

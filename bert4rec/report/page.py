@@ -23,7 +23,7 @@ from bert4rec import storage
 from bert4rec.config import Config, InferenceConfig, QueryTime
 from bert4rec.config_docs import all_keys
 from bert4rec.data.dataset import ItemTable, PreparedDataset, moment_text
-from bert4rec.evaluation.protocols import ASKED, MODEL, OTHER_QUERY
+from bert4rec.evaluation.protocols import ASKED, BLENDED, MODEL, OTHER_QUERY
 from bert4rec.report import charts
 from bert4rec.report.charts import Chart, Metrics
 from bert4rec.report.effects import RULES, Effects
@@ -326,6 +326,7 @@ def _metrics_section(evaluation: dict[str, Any] | None) -> Section:
         f"{evaluation['num_items']:,} items. What each protocol ranks is in docs/evaluation.md."
         + _discount(evaluation)
         + _query_time(evaluation)
+        + _blend(evaluation)
     )
     for metric in ("ndcg@10", "hr@10"):
         caption = "under each protocol" if len(protocols) > 1 else f"protocol {next(iter(protocols))}"
@@ -410,6 +411,14 @@ def _query_time(evaluation: dict[str, Any]) -> str:
         return ""
     other, other_time = OTHER_QUERY[query_time]
     return f" {MODEL} is asked for it {ASKED[query_time]}, {other} {ASKED[other_time]}."
+
+
+def _blend(evaluation: dict[str, Any]) -> str:
+    blend = evaluation.get("rules", {}).get("blend")  # results of earlier versions lack the key
+    if blend is None:
+        return ""
+    how = "chosen on the validation" if blend["is_chosen"] else "as inference.blend has it"
+    return f" {BLENDED[blend['model']]} adds the scores of {blend['model']} with weight {blend['weight']:g}, {how}."
 
 
 def _filter_section(items: ItemTable, users: _Users, settings: dict[str, Any]) -> Section:

@@ -23,7 +23,7 @@ def model_card(
     name
         Of the model directory.
     """
-    num_parameters = sum(parameter.numel() for parameter in model.parameters())
+    num_parameters = model.num_parameters
     metadata = [name for name in (*FEATURES, "title") if getattr(config.model, f"use_{name}_emb")]
     example = [item.as_py() for item in items.ids[:3]]
     call = f"{example!r}, topk={min(5, len(items.ids))}"

@@ -15,12 +15,15 @@ from torch import Tensor, nn
 
 from bert4rec import storage
 from bert4rec.config import Config, TrainingConfig
-from bert4rec.data.windows import Before, Windows, held_out
+from bert4rec.data.dataset import Sequences
+from bert4rec.data.windows import Before, Windows, held_out, held_out_users
 from bert4rec.errors import InputError
 from bert4rec.evaluation.metrics import RankCounts
-from bert4rec.inference.ranking import Exclusions, rank_of_target, score_next
-from bert4rec.model.batches import Step, iter_steps, steps_ahead
+from bert4rec.inference.ranking import Exclusions, NextScores, next_item_states, rank_of_target, score_next
+from bert4rec.inference.rules import Rules
+from bert4rec.model.batches import Step, append_mask, iter_steps, steps_ahead
 from bert4rec.model.network import BERT4Rec
+from bert4rec.model.shards import ItemShards, from_all
 from bert4rec.training.muon import muon_for
 from bert4rec.training.rowwise import RowwiseAdam
 
@@ -110,6 +113,10 @@ def make_optimizers(model: BERT4Rec, training: TrainingConfig) -> list[torch.opt
         optimizers.append(kind_of_muon(muon, lr=training.lr, weight_decay=decay, adjust_lr_fn=scaled))
     if model.row_tables:
         optimizers.append(RowwiseAdam(model.row_tables, training.lr, training.weight_decay))
+    elif model.shards is not None:
+        own = ([model.shards.table], training.weight_decay), ([model.shards.bias], 0.0)
+        groups = [{"params": parameters, "weight_decay": decay} for parameters, decay in own]
+        optimizers.append(kind(groups, lr=training.lr, fused=True))
     return optimizers
 
 
@@ -127,29 +134,47 @@ def train_step(
     the number of workers, over which DDP takes the mean.
     """
     is_distributed = isinstance(model, nn.parallel.DistributedDataParallel)
+    shards = _core(model).shards
     device = next(model.parameters()).device
     dtype = {"32-true": None, "16-mixed": torch.float16, "bf16-mixed": torch.bfloat16}[training.precision]
     sums = torch.zeros(2, dtype=torch.float64, device=device)
     for optimizer in optimizers:
         optimizer.zero_grad(set_to_none=True)
-    for index, batch in enumerate(step.batches):
-        is_last = index == len(step.batches) - 1
+    batches = step.batches if shards is None else shards.begin(step.batches)
+    for index, batch in enumerate(batches):
+        is_last = index == len(batches) - 1
         with model.no_sync() if is_distributed and not is_last else nullcontext():  # type: ignore[operator]
             with torch.autocast(device.type, dtype=dtype) if dtype else nullcontext():
                 loss = model(batch)
             scaler.scale(loss * (world_size / max(step.num_targets, 1))).backward()
         sums += torch.stack([loss.detach(), (batch.labels > 0).sum()])
+    if shards is not None:
+        shards.collect(step.num_targets)
+        world_size = 1  # each row is on one worker
     of_rows = [own for each in optimizers if isinstance(each, RowwiseAdam) for own in each.collect(world_size)]
     if training.gradient_clip_val is not None:
         for optimizer in optimizers:
             scaler.unscale_(optimizer)
         gradients = [p.grad for p in model.parameters() if p.grad is not None] + of_rows
-        norm = nn.utils.get_total_norm(gradients)
+        norm = nn.utils.get_total_norm(gradients) if shards is None else _norm_over_shards(gradients, of_rows, shards)
         torch._foreach_mul_(gradients, (training.gradient_clip_val / (norm + 1e-6)).clamp(max=1))
     for optimizer in optimizers:
         scaler.step(optimizer)
     scaler.update()
     return sums
+
+
+def _core(model: nn.Module) -> BERT4Rec:
+    """The network itself, which DDP may wrap."""
+    return cast(BERT4Rec, model.module if isinstance(model, nn.parallel.DistributedDataParallel) else model)
+
+
+def _norm_over_shards(gradients: list[Tensor], of_rows: list[Tensor], shards: ItemShards) -> Tensor:
+    """The norm of all gradients, of which each worker has those of its own shard besides those that all have."""
+    of_shard = of_rows or [own.grad for own in (shards.table, shards.bias) if own.grad is not None]
+    of_all = [each for each in gradients if not any(each is own for own in of_shard)]
+    squares = nn.utils.get_total_norm(of_all).square() + shards.summed(nn.utils.get_total_norm(of_shard).square())
+    return squares.sqrt()
 
 
 def train_epoch(
@@ -187,7 +212,7 @@ def train_epoch(
         If the loss is no finite number.
     """
     training, data = config.training, config.data
-    core = cast(BERT4Rec, model.module if isinstance(model, nn.parallel.DistributedDataParallel) else model)
+    core = _core(model)
     torch.manual_seed(data.seed + 1_000_003 * (epoch + 1) + worker.rank)  # dropout, the same in a resumed run
     began = time.monotonic()
     by_step: list[Tensor] = []  # [steps, 2] each: loss, targets
@@ -230,7 +255,7 @@ def train_epoch(
                 "seconds": place.seconds,
                 "sums": sum_up(),
                 "drawn": step.drawn,
-                "random": _from_all(_random(worker)),
+                "random": from_all(_random(worker)),
             }
             saver.save(place, state)
     for optimizer in optimizers:
@@ -270,21 +295,47 @@ def _check_finite(
 
 
 def validate(
-    model: BERT4Rec, sequences: Windows, config: Config, worker: Worker = ALONE, before: Before | None = None
+    model: BERT4Rec,
+    sequences: Windows,
+    config: Config,
+    worker: Worker = ALONE,
+    before: Before | None = None,
+    ruled: tuple[Rules, Sequences] | None = None,
 ) -> dict[str, float]:
-    """Metrics over all users; each worker ranks its share, and the counts of ranks are summed, which is exact."""
+    """Metrics over all users; each worker ranks its share, and the counts of ranks are summed, which is exact.
+
+    `ruled`: the rules by which users may get items, if validation obeys them, and the histories that `sequences` shows.
+    """
     rank, world_size, device = worker
     asked = config.evaluation.query_time, model.usual_gap
     histories, targets = held_out(sequences, config.data, "validation", before, *asked)
-    mine = torch.arange(rank, len(histories), world_size)
+    parts = torch.split(torch.arange(rank, len(histories), world_size), VALIDATION_USERS)
+    if ruled is not None:  # lists are read by ranges of users
+        parts = torch.split(torch.arange(len(histories)).tensor_split(world_size)[rank], VALIDATION_USERS)
+        index = held_out_users(sequences, config.data, "validation", before)
+    elif model.shards is not None:  # each worker ranks the users of all
+        parts = torch.split(torch.arange(len(histories)), world_size * VALIDATION_USERS)
     ranks = RankCounts.empty(model.num_items)
     token_counts = torch.zeros(model.num_items + 1, dtype=torch.int64)
     not_ranked = torch.zeros((), dtype=torch.int64)
     model.eval()
-    for users in torch.split(mine, VALIDATION_USERS):
+    for part in parts:
+        users = part if model.shards is None else part[rank::world_size]
         batch = histories.users(users).to(device)
-        exclusions = Exclusions.of(batch if config.evaluation.exclude_seen else None, device=device)
-        found = rank_of_target(score_next(model, batch), exclusions, targets[users].to(device), model.num_items)
+        if model.shards is not None:
+            everyone = torch.cat([part[each::world_size] for each in range(world_size)])
+            seen = histories.users(everyone).to(device) if config.evaluation.exclude_seen else None
+            of_all = _ranks_over_shards(model, model.shards, batch, seen, targets[everyone].to(device))
+            begin = sum(len(part[each::world_size]) for each in range(rank))
+            found = of_all[begin : begin + len(users)]
+        else:
+            if ruled is None:
+                exclusions = Exclusions.of(batch if config.evaluation.exclude_seen else None, device=device)
+            else:
+                rules, own = ruled[0], ruled[1].without_items(index[users].numpy())
+                everyone = torch.arange(len(users))
+                exclusions = rules.offer(batch, own, everyone, rules.lists_of(own), only_some=False).exclusions
+            found = rank_of_target(score_next(model, batch), exclusions, targets[users].to(device), model.num_items)
         not_ranked += (found < 1).sum().cpu()  # a score that is no number is above nothing, not even itself
         ranks.add(found.clamp(min=1))
         if model.metadata_shape:
@@ -302,29 +353,47 @@ def validate(
 
 
 @torch.inference_mode()
+def _ranks_over_shards(
+    model: BERT4Rec, shards: ItemShards, own: Windows, seen: Windows | None, targets: Tensor
+) -> Tensor:
+    """[B] ranks of the targets of all workers, by rank of the worker: each counts the items of its shard.
+
+    Parameters
+    ----------
+    own : Windows
+        Histories of this worker's users.
+    seen : Windows or None
+        [B] what each user has seen, if that is not ranked.
+    targets : Tensor
+        [B] tokens.
+    """
+    shards.fetch(append_mask(own, model.config.max_len, model.num_items)[0] if len(own) else targets[:0])
+    states, _ = shards.gather(next_item_states(model, own))
+    shard, columns = shards.shard, shards.shard.columns(states.device)
+    is_own = (targets - 1 - columns[0]) % shard.world_size == 0
+    places = torch.where(is_own, torch.searchsorted(columns, targets - 1) + 1, 0)
+    exclusions = Exclusions.of(seen, device=states.device).within(columns)
+    scores = NextScores(states, shards.weights, shards.bias.detach())
+    return rank_of_target(scores, exclusions, places, shard.size, over_shards=shards.summed)
+
+
+@torch.inference_mode()
 def _mean_gates(model: BERT4Rec, token_counts: Tensor) -> dict[str, float]:
     """val_gate/FEATURE: mean gate over the items that validation read, each as often as it was read."""
     if not model.metadata_shape or model.config.metadata_fusion != "gate":
         return {}
     tokens = torch.nonzero(token_counts).flatten()
     weights = token_counts[tokens].double() / token_counts.sum()
+    if model.shards is not None:
+        model.shards.fetch(tokens.to(model.shards.table.device))
     gates = model.items.gates(tokens.to(model.output_bias.device)).cpu().double()
     return {f"val_gate/{name}": float(mean) for name, mean in zip(model.items.features, weights @ gates, strict=True)}
-
-
-def _from_all(own: Any) -> list[Any]:  # noqa: ANN401
-    """What each worker gives, in the order of their ranks."""
-    if not torch.distributed.is_initialized():
-        return [own]
-    found: list[Any] = [None] * torch.distributed.get_world_size()
-    torch.distributed.all_gather_object(found, own)
-    return found
 
 
 def _over_workers(sums: Tensor) -> Tensor:
     """The sum over all workers, on the CPU; added in the order of their ranks, so that the last digit is always the
     same."""
-    total: Tensor = reduce(torch.add, _from_all(sums.cpu()))
+    total: Tensor = reduce(torch.add, from_all(sums.cpu()))
     return total
 
 

@@ -15,7 +15,7 @@ import time
 import uuid
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager, nullcontext
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from typing import TYPE_CHECKING, Any
 
 import ray
@@ -35,6 +35,7 @@ from bert4rec.training.tensorboard import TensorBoardLog
 if TYPE_CHECKING:
     from ray.train import UserCallback
 
+    from bert4rec.inference.ranking import Ranking
     from bert4rec.training.worker import Wish
 
 _COUNTED_AT_DEFAULT = {
@@ -147,6 +148,7 @@ def _train(
     """Train in `run_path`, which is open."""
     manifest, name = dataset.manifest, os.path.basename(run_path)
     resources.begin(config, meanwhile=HEAVY)
+    ranking = sorted_rules(config, dataset)
     places = resources.for_training(config)
     cores = f"{places.cpus_per_worker} CPU core{'s' * (places.cpus_per_worker > 1)}"
     plural = "s" * (places.num_workers > 1)
@@ -170,6 +172,7 @@ def _train(
             "fingerprint": manifest.fingerprint,
             "reporter": reporter,
             "sequences": sequences,
+            "ranking": ranking,
             "num_threads": places.cpus_per_worker,
             "end_key": end_key,
             # Every look at it waits for all workers, so only where Ray looks itself.
@@ -321,6 +324,7 @@ def train_worker(loop: dict[str, Any]) -> list[dict[str, float]] | str | None:
                 resume_from=None if checkpoint is None else stack.enter_context(checkpoint.as_directory()),
                 wrap=lambda model: ray.train.torch.prepare_model(model, parallel_strategy_kwargs=DDP_OPTIONS),
                 wish=_wish(loop["end_key"], loop["may_lose_nodes"]),
+                ranking=loop["ranking"],
             )
     except InputError as error:
         return str(error)
@@ -376,6 +380,33 @@ def check_times(config: Config, dataset: PreparedDataset) -> None:
         )
 
 
+def validation_rules(config: Config) -> "Ranking | None":
+    """The rules on what users may get, where validation obeys them; training does not know the others."""
+    if not config.evaluation.candidates or config.data.use_full_data:
+        return None
+    from bert4rec.inference.ranking import NO_RULES, Ranking
+
+    ranking = Ranking.of(config.inference)
+    return replace(
+        NO_RULES,
+        exclude_seen=config.evaluation.exclude_seen,
+        exclude_future=ranking.exclude_future,
+        candidates=ranking.candidates,
+        candidates_default=ranking.candidates_default,
+        exclude=ranking.exclude,
+    )
+
+
+def sorted_rules(config: Config, dataset: PreparedDataset) -> "Ranking | None":
+    """`validation_rules`, whose lists of users Ray Data has sorted."""
+    if (ranking := validation_rules(config)) is None:
+        return None
+    from bert4rec.inference.sort_lists import sort_lists
+
+    ranking, _ = sort_lists(ranking, dataset)
+    return ranking
+
+
 def what_shapes_the_result(config: Config) -> dict[str, Any]:
     """The settings that change the trained model, by key; where the data lie and the hardware do not."""
     keys = config.model_dump(
@@ -401,10 +432,12 @@ def what_shapes_the_result(config: Config) -> dict[str, Any]:
     }
     if not config.model.time_parts:
         settings.pop("evaluation.query_time", None)
+    if (ranking := validation_rules(config)) is not None:
+        settings["rules of the validation"] = storage.fingerprint(ranking.identity())
     if config.model.use_title_emb:
         settings["title embeddings"] = hashlib.sha256(storage.read_bytes(config.embeddings_path)).hexdigest()[:16]
     if config.training.start_from is not None:
-        from bert4rec.training.warm_start import weights_of
+        from bert4rec.model.network import weights_of
 
         settings["weights of training.start_from"] = weights_of(config.training.start_from)[:16]
     return settings

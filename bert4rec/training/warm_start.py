@@ -15,11 +15,6 @@ _MAY_DIFFER = {"dropout_rate", "random_mask_prob", "last_item_mask_ratio", "meta
 """What is of the training alone: all else in `model.` is the network, and the same."""
 
 
-def weights_of(directory: str) -> str:
-    """SHA-256 of the weights in a model directory."""
-    return str(storage.read_sealed(storage.join(directory, CONFIG))["weights_sha256"])
-
-
 def check_start(config: Config, manifest: Manifest) -> None:
     """Check before training that it can begin with the model of training.start_from.
 

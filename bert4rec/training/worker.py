@@ -6,9 +6,6 @@
 import contextlib
 import ctypes
 import math
-import os
-import shutil
-import tempfile
 import time
 from collections.abc import Callable
 from enum import IntEnum
@@ -27,16 +24,18 @@ from bert4rec.data.ids import find_ids, some_of
 from bert4rec.data.vectors import read_vectors
 from bert4rec.data.windows import Windows, held_out_users, item_counts, training_windows, usual_gap
 from bert4rec.errors import InputError
+from bert4rec.inference.ranking import Ranking
+from bert4rec.inference.rules import Rules
 from bert4rec.model.item_vectors import Metadata
 from bert4rec.model.losses import make_loss
 from bert4rec.model.network import BERT4Rec
+from bert4rec.model.shards import Shard
 from bert4rec.runs import checkpoint_name, unfinished_name
 from bert4rec.training.card import CARD, model_card
+from bert4rec.training.checkpoint import load_checkpoint, load_shard, write_checkpoint
 from bert4rec.training.loop import ALONE, Place, Worker, make_optimizers, train_epoch, validate
 from bert4rec.training.warm_start import begin_from
 
-STATE = "training_state.pt"
-STATE_HASH = "training_state.sha256"  # as sha256sum writes and checks it
 SECONDS_BETWEEN_LOOKS = 1.0
 """How often the workers agree on whether to save in the middle of an epoch."""
 MOST_OF_THE_TIME = 0.01
@@ -57,7 +56,8 @@ class Progress(Protocol):
 
 
 class Report(Protocol):
-    """Keeps a checkpoint. Every worker calls it equally often; all but the first give no directory."""
+    """Keeps a checkpoint. Every worker calls it equally often; all but the first give no directory, except for their
+    parts of a checkpoint in shards."""
 
     def __call__(self, metrics: dict[str, float], name: str, directory: str | None, in_background: bool) -> None:
         """Keep the content of `directory`, which it removes, as the checkpoint `name`.
@@ -96,6 +96,7 @@ def run_epochs(
     resume_from: str | None = None,
     wrap: Callable[[BERT4Rec], nn.Module] = lambda model: model,
     wish: Callable[[], Wish] = lambda: Wish.NOTHING,
+    ranking: Ranking | None = None,
 ) -> list[dict[str, float]]:
     """Train to the last epoch, or until early stopping; the metrics of each validated epoch.
 
@@ -109,6 +110,8 @@ def run_epochs(
         Puts the model on the worker's device, inside DDP where there are several workers.
     wish : callable
         Called by every worker at the same steps, about once a second; what it tells the first of them counts.
+    ranking : Ranking
+        The rules by which validation ranks, if not all items but the seen ones may be ranked.
 
     Raises
     ------
@@ -119,18 +122,23 @@ def run_epochs(
     """
     training, device = config.training, worker.device
     torch.manual_seed(config.data.seed)
-    model = _new_model(config, dataset)
+    model = _new_model(config, dataset, worker)
     sequences = Windows.from_sequences(read)
     windows = _training_windows(config, dataset, sequences, read)
     counts = item_counts(windows, model.num_items)
     known = counts[: model.num_items - model.num_new_items].float()
-    model.loss = make_loss(training, known if training.negative_sampling == "popularity" else None)
+    ruled = None if ranking is None else (Rules(ranking, dataset.items(), device), read)
+    if model.shards is None:
+        model.loss = make_loss(training, known if training.negative_sampling == "popularity" else None)
 
     state: dict[str, Any] = {"epoch": 0, "history": [], "best": None, "improvements": 0, "validations_since_best": 0}
     optimizer_states = scaler_state = begin_at = None
     if resume_from is not None:
-        weights, state = load_checkpoint(resume_from)
-        model.load_state_dict(weights)
+        if model.shards is None:
+            weights, state = load_checkpoint(resume_from)
+            model.load_state_dict(weights)
+        else:
+            state = load_shard(resume_from, model)
         optimizer_states, scaler_state = state.pop("optimizers"), state.pop("scaler")
         begin_at = state.pop("in_epoch", None)
         if worker.rank == 0:
@@ -142,7 +150,9 @@ def run_epochs(
     if model.times is not None:
         model.times.get_buffer("usual_gap").fill_(usual_gap(windows))
 
-    if training.item_optimizer == "rowwise":
+    if model.shards is not None:
+        model.row_tables = model.shards.prepare(training, counts)
+    elif training.item_optimizer == "rowwise":
         model.train_by_rows()
     wrapped = wrap(model)
     optimizers = make_optimizers(model, training)
@@ -159,9 +169,8 @@ def run_epochs(
             progress.advance(1 / place.num_steps, f"{where}, {rate:,.0f} tokens/s{last_validation}")
 
     def save(place: Place, in_epoch: dict[str, Any]) -> None:
-        name, directory = unfinished_name(place.epoch + 1, place.step), None
-        if worker.rank == 0:
-            directory = _write_checkpoint(model, {**state, "in_epoch": in_epoch}, optimizers, scaler)
+        name = unfinished_name(place.epoch + 1, place.step)
+        directory = write_checkpoint(model, {**state, "in_epoch": in_epoch}, optimizers, scaler, worker.rank)
         # Below every finished epoch, so that Ray Train keeps it only while it is the latest.
         report({"improvement": -1}, name, directory, in_background=True)
 
@@ -177,7 +186,7 @@ def run_epochs(
             if worker.rank == 0:
                 place = f"epoch {state['epoch']}/{training.num_epochs}"
                 progress.advance(0, f"{place}, validating{last_validation}", always=True)
-            metrics |= validate(model, sequences, config, worker, read.before)
+            metrics |= validate(model, sequences, config, worker, read.before, ruled)
         _note_best(state, metrics, config.monitor)
         _give_memory_back()
         _report(model, state, optimizers, scaler, metrics, config, dataset, worker, report)
@@ -244,10 +253,17 @@ def _give_memory_back() -> None:
         ctypes.CDLL(None).malloc_trim(0)
 
 
-def _new_model(config: Config, dataset: PreparedDataset) -> BERT4Rec:
-    manifest = dataset.manifest
+def _new_model(config: Config, dataset: PreparedDataset, worker: Worker) -> BERT4Rec:
+    manifest, shard = dataset.manifest, None
+    if config.training.shard_items:
+        shard = Shard(worker.rank, worker.world_size, manifest.num_items)
+        if manifest.num_items < worker.world_size:
+            raise InputError(
+                f"training.shard_items=true: {dataset.path} has {manifest.num_items} items for {worker.world_size} "
+                "workers; expected an item for each, so set a smaller training.num_workers"
+            )
     metadata = _metadata(config, dataset)
-    model = BERT4Rec(config.model, manifest.num_items, manifest.catalogue, metadata, manifest.num_new_items)
+    model = BERT4Rec(config.model, manifest.num_items, manifest.catalogue, metadata, manifest.num_new_items, shard)
     if config.data.split == "temporal" and not config.data.use_full_data:
         model.trained_before = manifest.cutoffs["validation"]
     else:
@@ -317,59 +333,18 @@ def _report(
     worker: Worker,
     report: Report,
 ) -> None:
-    """Report the metrics, and from rank 0 a checkpoint: a model directory and the state to resume from."""
+    """Report the metrics and a checkpoint: a model directory and the state to resume from."""
     name = checkpoint_name(metrics, config.monitor)
     # What Ray keeps the best checkpoint by: of equal epochs the first is best, as early stopping has it.
     metrics = {**metrics, "improvement": 0 if state["validations_since_best"] else state["improvements"]}
-    directory = None
+    directory = write_checkpoint(model, state, optimizers, scaler, worker.rank)
     if worker.rank == 0:
-        directory = _write_checkpoint(model, state, optimizers, scaler)
+        assert directory is not None
         # The catalogue and the card make the directory one that can be handed over.
         storage.write_bytes(storage.join(directory, ITEMS), storage.read_bytes(dataset.items_file))
         card = model_card(model, config, dataset.manifest, dataset.items(), metrics, name)
         storage.write_bytes(storage.join(directory, CARD), card.encode())
     report(metrics, name, directory, in_background=False)
-
-
-def _write_checkpoint(
-    model: BERT4Rec,
-    state: dict[str, Any],
-    optimizers: list[torch.optim.Optimizer],
-    scaler: Any,  # noqa: ANN401
-) -> str:
-    """The new local directory of a checkpoint: the model, and all that `load_checkpoint` returns."""
-    directory = tempfile.mkdtemp(prefix="checkpoint-")
-    try:
-        model.save_pretrained(directory)
-        states = [optimizer.state_dict() for optimizer in optimizers]
-        path = storage.join(directory, STATE)
-        torch.save({**state, "optimizers": states, "scaler": scaler.state_dict()}, path)
-        storage.write_bytes(storage.join(directory, STATE_HASH), f"{storage.sha256(path)}  {STATE}\n".encode())
-    except BaseException:
-        shutil.rmtree(directory, ignore_errors=True)
-        raise
-    return directory
-
-
-def load_checkpoint(directory: str) -> tuple[dict[str, torch.Tensor], dict[str, Any]]:
-    """The weights, and the state to resume from.
-
-    Raises
-    ------
-    InputError
-        If it is missing, damaged, altered, or of an older version.
-    """
-    path = storage.join(directory, STATE)
-    try:
-        is_whole = storage.read_bytes(storage.join(directory, STATE_HASH)).decode().split()[0] == storage.sha256(path)
-    except (FileNotFoundError, UnicodeDecodeError, IndexError):
-        is_whole = False
-    if not is_whole:
-        raise InputError(f"{path}: is missing, damaged or was altered (SHA-256 in {STATE_HASH})")
-    state: dict[str, Any] = torch.load(os.path.join(directory, STATE), map_location="cpu", weights_only=True)
-    if "optimizers" not in state:
-        raise InputError(f"{path}: was written by an older version; train anew with another run.name")
-    return BERT4Rec.from_pretrained(directory).state_dict(), state
 
 
 def _summary(metrics: dict[str, float], monitor: str) -> str:

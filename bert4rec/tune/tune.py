@@ -36,7 +36,7 @@ from bert4rec.data.dataset import Manifest, PreparedDataset
 from bert4rec.errors import InputError
 from bert4rec.progress import duration
 from bert4rec.runs import begin_directory, checkpoint_name, kept_metrics
-from bert4rec.training.train import TrainResult, train, what_shapes_the_result, with_features
+from bert4rec.training.train import TrainResult, sorted_rules, train, what_shapes_the_result, with_features
 from bert4rec.tune import outputs
 from bert4rec.tune.space import Space, Trial, score, with_values
 
@@ -95,6 +95,7 @@ def tune(config: Config, dataset_path: str) -> TuneResult:
     dataset = PreparedDataset(dataset_path)
     config = with_values(config, {"training.num_workers": config.training.num_workers or 1})  # trials share the cores
     resources.begin(config)
+    sorted_rules(config, dataset)  # now, as trials leave no core for it
     resolved = with_features(config, dataset.manifest)
     space = Space.of(resolved)
     sweep_path = storage.join(storage.absolute(config.run.storage_path), sweep_name(resolved, dataset.manifest))

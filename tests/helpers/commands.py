@@ -62,7 +62,7 @@ def parse(command, *overrides):
         module._parser().parse_args(words)
         return None
     options = cli._parser("").parse_intermixed_args(command.arguments)
-    is_ours = options.config is not None and not re.search(r"\b[A-Z]{3,}\b", options.config)
+    is_ours = options.config not in (None, cli.AUTO) and not re.search(r"\b[A-Z]{3,}\b", options.config)
     return load_config(str(ROOT / options.config) if is_ours else None, [*options.overrides, *overrides])
 
 

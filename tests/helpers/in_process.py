@@ -5,6 +5,7 @@ import contextlib
 import pyarrow as pa
 import pytest
 
+from bert4rec.inference import fit_blend
 from jobs import export
 from tests.helpers.trainer import Quiet
 
@@ -15,13 +16,14 @@ def map_parts(parts, worker, arguments, num_workers, use_gpu):
 
 
 def without_ray(monkeypatch, *modules):
-    """Scoring of `modules` in this process."""
-    for module in modules:
+    """Scoring of `modules` in this process, and fitting of blends."""
+    for module in (*modules, fit_blend):
         monkeypatch.setattr(module, "map_parts", map_parts)
         monkeypatch.setattr(module, "begin", lambda config, meanwhile=(): None)
-        monkeypatch.setattr(module, "sort_lists", lambda ranking, dataset: (ranking, []))
+        monkeypatch.setattr(module, "sort_lists", lambda ranking, dataset: (ranking, []), raising=False)
         monkeypatch.setattr(module, "for_scoring", lambda config: (False, 1))
         monkeypatch.setattr(module, "Progress", lambda *arguments: contextlib.nullcontext(Quiet()))
+    monkeypatch.setattr(fit_blend, "on_ray", lambda work, *arguments: work(*arguments))
 
 
 def exported(config, checkpoint, inputs):

@@ -175,6 +175,23 @@ def recommendations(
     return sorted(kept, key=lambda pair: -pair[1])[:k]
 
 
+def blended(scores: list[float], item_weights: list[list[float]], history: list[int], weight: float) -> list[float]:
+    """The network's scores, -inf of items that it cannot score, with those of an item-item model added."""
+    num_items = len(scores)
+    others = [sum(item_weights[own - 1][item] for own in set(history)) for item in range(num_items)]
+    known = [item for item in range(num_items) if scores[item] > -math.inf]
+
+    def mean_and_deviation(values: list[float]) -> tuple[float, float]:
+        mean = sum(values[item] for item in known) / len(known)
+        return mean, math.sqrt(sum((values[item] - mean) ** 2 for item in known) / len(known))
+
+    _, own = mean_and_deviation(scores)
+    mean, deviation = mean_and_deviation(others)
+    if deviation == 0:
+        return scores
+    return [m + weight * own * (e - mean) / deviation for m, e in zip(scores, others, strict=True)]
+
+
 def discounted(model: BERT4Rec, scores: list[float], popularity_discount: float) -> list[float]:
     """Subtract `popularity_discount` times log(1 + the item's training interactions) from each score."""
     counts = model.item_counts.tolist()

@@ -1,12 +1,14 @@
 import os
 import subprocess
 import sys
+from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
 from torch.utils.flop_counter import FlopCounterMode
 
+from benchmarks import blend as blend_benchmark
 from benchmarks import input as input_benchmark
 from benchmarks.common import (
     SYNTHETIC_SHORT,
@@ -22,14 +24,17 @@ from benchmarks.common import (
     synthetic_histories,
     training_flops,
 )
+from benchmarks.foreign import rankings
 from benchmarks.ours import model_config, train, windows_of
 from benchmarks.plain import PlainBERT4Rec, plain_loss
 from benchmarks.prepare import descendants, write_ratings
 from benchmarks.short_histories import NUM_GENRES, PARTS, SERIES, ceiling_rank, short_histories
+from bert4rec.config import ModelConfig, load_config
 from bert4rec.model import layers
 from bert4rec.model.batches import Step, last_items, mask_items, pack
 from bert4rec.model.network import BERT4Rec
 from bert4rec.training.loop import make_optimizers
+from tests.helpers.datasets import random_histories, write_dataset
 
 pytestmark = pytest.mark.unit
 
@@ -114,6 +119,35 @@ def test_scoring_flops_are_those_torch_counts_where_nothing_is_padding(monkeypat
     with torch.inference_mode(), torch.nn.attention.sdpa_kernel(torch.nn.attention.SDPBackend.MATH):
         counted = count_flops(score)
     assert counted == scoring_flops(workload, np.array([5, 9, 30]), num_items)  # all read 6 positions
+
+
+def test_the_rankings_that_another_library_gets_are_those_of_our_metrics(tmp_path):
+    config = load_config(None, [f"run.storage_path={tmp_path}", "data.data_dir=/d"])
+    histories = random_histories(300, 30, longest=9)
+    write_dataset(Path(config.prepared_path), histories, 30)
+    model = BERT4Rec(ModelConfig(hidden_units=8, num_heads=2, max_len=6), 30, "test")
+    model.save_pretrained(str(tmp_path / "m"))
+    ours, given = rankings(config, str(tmp_path / "m"), 200)
+    assert len(given["target"]) == 200
+    ranks = []
+    for user, target in enumerate(given["target"].tolist()):
+        scores = dict(zip(given["item"][given["user"] == user], given["score"][given["user"] == user], strict=True))
+        ranks.append(sum(score >= scores[target] for score in scores.values()))
+    ranks = np.array(ranks)
+    assert len(set(given["user"])) == 200
+    assert ours["hr@10"] == pytest.approx((ranks <= 10).mean())
+    assert ours["ndcg@10"] == pytest.approx(np.where(ranks <= 10, 1 / np.log2(1 + ranks), 0).mean())
+    assert ours["mrr"] == pytest.approx((1 / ranks).mean())
+
+
+@pytest.mark.parametrize("model", ["ease", "item-knn"])
+def test_a_blend_is_measured(model, monkeypatch, capsys):
+    options = ["--items", "60", "--users", "40", "--ranked", "20", "--hidden", "8", "--batch", "7"]
+    monkeypatch.setattr(sys, "argv", ["benchmarks/blend.py", "--model", model, *options])
+    threads = torch.get_num_threads()
+    blend_benchmark.main()
+    torch.set_num_threads(threads)
+    assert f"| {model}, 60 items |" in capsys.readouterr().out
 
 
 def test_plain_implementation_has_our_arithmetic():

@@ -12,12 +12,15 @@ from bert4rec.config import InferenceConfig, load_config
 from bert4rec.data.dataset import PreparedDataset
 from bert4rec.data.windows import Windows, item_counts, training_windows, usual_gap
 from bert4rec.evaluation import evaluate
+from bert4rec.inference import fit_blend
 from bert4rec.inference.export import ScoringFunction
+from bert4rec.inference.item_item import FITTED
 from bert4rec.inference.ranking import Ranking
 from bert4rec.inference.recommender import Recommender
 from bert4rec.model.item_vectors import Metadata
 from bert4rec.model.losses import make_loss
 from bert4rec.model.network import BERT4Rec
+from bert4rec.model.shards import Shard
 from bert4rec.training import loop
 from bert4rec.training.loop import Worker, make_optimizers, train_epoch, validate
 from bert4rec.training.muon import BFloat16Muon
@@ -25,6 +28,7 @@ from bert4rec.training.worker import read_sequences
 from tests.helpers.datasets import random_histories, random_times, write_dataset
 from tests.helpers.stand_in_device import DEVICE, moved, stand_in_device
 from tests.helpers.trainer import Quiet
+from tests.unit.inference.test_blend import blend_of
 
 pytestmark = pytest.mark.unit
 
@@ -52,6 +56,14 @@ TRAININGS = {
     "muon": ["training.optimizer=muon"],
     "clipped": ["training.optimizer=adam", "training.gradient_clip_val=0.5"],
 }
+SHARDED = ["training.shard_items=true"]
+IN_SHARDS = {
+    "in shards": [*SHARDED, *GENRES, "training.gradient_clip_val=0.5"],
+    "in shards, by popularity": [*SHARDED, *TRAININGS["by popularity"]],
+    "in shards, gbce": [*SHARDED, *TRAININGS["gbce"]],
+    "in shards, rows alone": [*SHARDED, *TRAININGS["rows alone"]],
+}
+WAITS_OF_SHARDS = Counter({"aten::_unique2": 1, "aten::bincount": 1, "tolist": 3, "copy to the device": 2})
 
 
 @pytest.fixture(scope="module")
@@ -84,7 +96,8 @@ def model_of(config, dataset):
     titles = np.random.default_rng(2).normal(size=(NUM_ITEMS, 6)).astype(np.float32)
     titles[::3] = 0  # without a title
     metadata = Metadata.of(config.model, dataset.items(), titles)
-    model = BERT4Rec(config.model, NUM_ITEMS, "test", metadata)
+    shard = Shard(0, 1, NUM_ITEMS) if config.training.shard_items else None
+    model = BERT4Rec(config.model, NUM_ITEMS, "test", metadata, shard=shard)
     with torch.no_grad():
         for parameter in model.parameters():
             if parameter.ndim > 1:
@@ -115,12 +128,14 @@ def trained(config, dataset, waits=None):
     by_popularity = config.training.negative_sampling == "popularity"
     model.loss = make_loss(config.training, counts.float() if by_popularity else None)
     device = torch.device("cpu") if waits is None else DEVICE
-    if config.training.item_optimizer == "rowwise":
+    if model.shards is not None:
+        model.row_tables = model.shards.prepare(config.training, counts)
+    elif config.training.item_optimizer == "rowwise":
         model.train_by_rows()
     model = model if waits is None else moved(model)
     optimizers = make_optimizers(model, config.training)
     scaler = torch.amp.GradScaler("cpu", enabled=False)
-    watch = Watch(waits or {})
+    watch = Watch({} if waits is None else waits)  # a Counter is false as long as it is empty
     found = train_epoch(model, windows, config, 0, optimizers, scaler, Worker(device=device), watch)
     metrics = validate(model, Windows.from_sequences(read), config, Worker(device=device))
     return model, {"train_loss": found["train_loss"], **metrics}, watch.by_step
@@ -132,7 +147,7 @@ def weights_of(model):
 
 @pytest.mark.parametrize(
     "settings",
-    [pytest.param(each, id=name) for name, each in (NETWORKS | TRAININGS).items()]
+    [pytest.param(each, id=name) for name, each in (NETWORKS | TRAININGS | IN_SHARDS).items()]
     + [
         pytest.param([*NETWORKS["fused output"], *SAMPLED, *more], id=f"fused output, {name}")
         for name, more in {
@@ -150,7 +165,9 @@ def test_a_training_is_that_of_the_cpu_and_no_step_waits(dataset, settings, monk
     assert metrics == pytest.approx(expected, rel=1e-5)
     before, after = weights_of(model_of(config, dataset)), weights_of(cpu)
     assert (weights_of(model) - after).norm() < 0.01 * (after - before).norm()
-    assert by_step[2] - by_step[1] == Counter(), "a step waits for the device"
+    # How many rows go to each worker is known on the device alone, and needed by the host.
+    shards = Counter() if model.shards is None else WAITS_OF_SHARDS
+    assert by_step[2] - by_step[1] == shards, "a step waits for the device"
 
 
 @pytest.mark.parametrize("network", NETWORKS)
@@ -193,9 +210,13 @@ RULES = {
 }
 
 
-@pytest.mark.parametrize("rules", RULES)
-def test_each_rule_ranks_as_on_the_cpu(dataset, rules):
-    """Lists of items for all and for each user as well."""
+@pytest.mark.parametrize("rules", [*RULES, "ease", "item-knn"])
+def test_each_rule_ranks_as_on_the_cpu(dataset, rules, tmp_path):
+    """Lists of items for all and for each user as well; and blends."""
+    ranking = RULES.get(rules)
+    if ranking is None:
+        blend, _ = blend_of(tmp_path, rules, list(random_histories(50, NUM_ITEMS, 7).values()), 0.7, NUM_ITEMS)
+        ranking = Ranking(blend=blend)
     histories = [[101, 117, 109], [104], [140, 139, 138, 101]]
     lists = [
         {"candidates": list(range(101, 130)), "exclude": [102, 103]},
@@ -206,7 +227,7 @@ def test_each_rule_ranks_as_on_the_cpu(dataset, rules):
         for place in (lambda model: model, moved):
             model = model_of(config_of(*GENRES), dataset)
             recommender = Recommender(place(model).eval(), dataset.items())
-            frames = [recommender.recommend_many(histories, 8, ranking=RULES[rules], **given) for given in ({}, *lists)]
+            frames = [recommender.recommend_many(histories, 8, ranking=ranking, **given) for given in ({}, *lists)]
             found.append(frames)
     for frame, expected in zip(found[1], found[0], strict=True):
         pd.testing.assert_frame_equal(frame, expected)
@@ -228,7 +249,7 @@ def test_an_evaluation_is_that_of_the_cpu(dataset, exclude_seen, tmp_path, monke
     model.item_counts += torch.arange(NUM_ITEMS, 0, -1)
     model.save_pretrained(str(tmp_path))
     opened = (dataset.path, dataset.manifest.fingerprint)
-    fitted = {name: evaluate._fit(name, config, *opened) for name in evaluate.FITTED}
+    fitted = {name: fit_blend.fit_to_training(name, config, *opened) for name in FITTED}
     counts = (torch.arange(NUM_ITEMS), torch.arange(NUM_ITEMS).flip(0))
     systems = [evaluate.MODEL, *config.evaluation.baselines]
     arguments = (config, *opened, str(tmp_path), Ranking.of(config.inference), systems, counts, fitted, False)

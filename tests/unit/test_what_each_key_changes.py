@@ -19,13 +19,13 @@ from bert4rec.embedding.embed import read_texts
 from bert4rec.embedding.encoders import identify
 from bert4rec.errors import InputError
 from bert4rec.evaluation import evaluate
-from bert4rec.inference import recommend
+from bert4rec.inference import fit_blend, recommend
 from bert4rec.inference.ranking import Ranking
 from bert4rec.training import warm_start
 from bert4rec.training.train import what_shapes_the_result
 from bert4rec.tune import space, tune
 from tests.helpers.datasets import random_histories, random_times, write_dataset
-from tests.helpers.in_process import exported, map_parts
+from tests.helpers.in_process import exported, without_ray
 from tests.helpers.trainer import Quiet
 from tests.unit.model.test_network import make_model
 
@@ -102,6 +102,7 @@ CHANGES = {
     "training.weight_decay": Key("0.5", TRAINED),
     "training.optimizer": Key("muon", TRAINED),
     "training.item_optimizer": Key("rowwise", TRAINED, SAMPLED),
+    "training.shard_items": Key("true", TRAINED),
     "training.scheduler": Key("cosine", TRAINED),
     "training.warmup_epochs": Key("2", TRAINED),
     "training.loss": Key("gbce", TRAINED),
@@ -126,7 +127,7 @@ CHANGES = {
     "evaluation.query_time": Key("target", {MODEL, EVALUATION}, ("model.time_encoding=gap",)),
     "evaluation.seed": Key("7", {EVALUATION}, ("evaluation.protocols=[uniform-100]",)),
     "evaluation.baselines": Key("[popularity-7-days]", {EVALUATION}),
-    "evaluation.candidates": Key("true", {EVALUATION}, ("inference.candidates=FOR_ALL",)),
+    "evaluation.candidates": Key("true", {MODEL, EVALUATION}, ("inference.candidates=FOR_ALL",)),
     "evaluation.max_baseline_items": Key("7", {EVALUATION}, ("evaluation.baselines=[ease]",)),
     "embedding.method": Key("bert-mean", {VECTORS}),
     "embedding.model_name": Key("OTHER_MODEL", {VECTORS}),
@@ -147,6 +148,7 @@ CHANGES = {
     "inference.exclude_future": Key("false", {RECOMMENDATIONS}),
     "inference.at": Key("2026-01-01", {RECOMMENDATIONS}),
     "inference.popularity_discount": Key("0.5", {RECOMMENDATIONS, EVALUATION, PROGRAM}),
+    "inference.blend": Key("{ease: 0.9}", {RECOMMENDATIONS, EVALUATION, PROGRAM}),  # which is refused
     "inference.candidates": Key("FOR_ALL", {RECOMMENDATIONS, PROGRAM}),
     "inference.candidates_default": Key("all", {RECOMMENDATIONS}),
     "inference.exclude": Key("FOR_ALL", {RECOMMENDATIONS, PROGRAM}),
@@ -178,6 +180,7 @@ CHANGES = {
     "tune.refit": Key("true", NOTHING),
     "run.name": Key("other", NOTHING),
     "run.storage_path": Key("/other", NOTHING),
+    "run.chosen": Key("{long histories: width 256}", NOTHING),
     "run.mlflow_uri": Key("sqlite:///other.db", NOTHING),
 }
 
@@ -204,6 +207,7 @@ class Deciders:
         make_model(130, max_len=9).save_pretrained(self.names["OTHER_MODEL"])
         for path in (self.names["MODEL"], self.names["OTHER_MODEL"]):
             shutil.copy(f"{self.dataset.path}/items.parquet", path)
+        self.scored = str(shutil.copytree(root / "m", root / "s"))  # evaluation may add files
         (root / "titles.tsv").write_text("item\ttitle\n1\tOne\n")
         (root / "genres.tsv").write_text("item\tgenre\n1\tWar&Peace\n")
         self.root = root
@@ -219,19 +223,25 @@ class Deciders:
             SWEEP: {k: v for k, v in tune._identity(config, self.dataset.manifest).items() if k.startswith("tune.")},
             EVALUATION: self._evaluated(config),
             RECOMMENDATIONS: recommend._identity(self.names["MODEL"], config.inference, Ranking.of(config.inference)),
-            PROGRAM: exported(config, self.names["MODEL"], self.program_inputs),
+            PROGRAM: self._programs(config),
             VECTORS: self._embedded(config),
         }
 
+    def _programs(self, config):
+        try:
+            return exported(config, self.names["MODEL"], self.program_inputs)
+        except InputError as error:
+            return str(error)
+
     def _evaluated(self, config):
         names, notes = evaluate._usable_baselines(config, self.dataset)
-        systems = [evaluate.MODEL, *(name for name in names if name not in evaluate.FITTED)]
         with pytest.MonkeyPatch.context() as patch:
-            patch.setattr(evaluate, "map_parts", map_parts)
+            without_ray(patch, evaluate)
             counts = evaluate._item_counts(self.dataset, config, 1)
-        ranking = Ranking.of(config.inference)
+            ranking = fit_blend.fit(Ranking.of(config.inference), config, self.dataset, self.scored)
+        systems = evaluate._systems([name for name in names if name not in evaluate.FITTED], None, ranking)
         opened = (self.dataset.path, self.dataset.manifest.fingerprint)
-        arguments = (config, *opened, self.names["MODEL"], ranking, systems, counts, {}, False, Quiet())
+        arguments = (config, *opened, self.scored, ranking, systems, counts, {}, False, Quiet())
         worker = evaluate._Evaluator(*arguments)
         counted = [{k: v.tolist() for k, v in worker(part).items()} for part in self.dataset.parts()]
         return names, notes, evaluate.evaluated_protocols(config), evaluate.evaluated_split(config), counted

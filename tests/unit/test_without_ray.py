@@ -16,6 +16,7 @@ WITH_RAY = {
     "bert4rec.data.ray_data",
     "bert4rec.embedding.embed",
     "bert4rec.evaluation.evaluate",
+    "bert4rec.inference.fit_blend",
     "bert4rec.inference.recommend",
     "bert4rec.inference.vectors",
     "bert4rec.progress",

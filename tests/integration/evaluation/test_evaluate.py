@@ -1,4 +1,5 @@
 import math
+import shutil
 from typing import get_args
 
 import numpy as np
@@ -9,8 +10,12 @@ from bert4rec.config import Protocol, load_config
 from bert4rec.data.dataset import PreparedDataset
 from bert4rec.errors import InputError
 from bert4rec.evaluation.evaluate import evaluate
+from bert4rec.inference import fit_blend
+from bert4rec.inference.blend import stored
+from bert4rec.inference.ranking import Ranking
 from bert4rec.training.train import train
 from tests.helpers.datasets import random_histories, write_dataset
+from tests.helpers.in_process import without_ray
 from tests.twins import reference
 from tests.unit.model.test_network import make_model
 
@@ -201,6 +206,19 @@ def test_every_protocol_and_system_equals_the_slow_way(
         information = [-math.log2(max(popularity[item], 1) / sum(popularity)) for item in recommended]
         assert got.beyond_accuracy[system]["novelty"] == pytest.approx(mean(information))
     assert any("uniform-100: " in note and "fewer than 100 items left to draw" in note for note in got.notes)
+
+
+def test_a_blend_on_ray_is_that_of_one_process(dataset_path, checkpoint, tmp_path, monkeypatch):
+    """The fit, and the choice of the weight by two workers."""
+    config, found = load_config(None, ["data.holdout=2", "inference.blend={item-knn: auto}"]), []
+    for name in ("ray", "here"):
+        if name == "here":
+            without_ray(monkeypatch)
+        model = str(shutil.copytree(checkpoint, tmp_path / name))
+        fit_blend.fit(Ranking.of(config.inference), config, PreparedDataset(dataset_path), model)
+        found.append(stored(model))
+    assert found[0] == found[1]
+    assert found[0]["weight"]["num_users"] > 0
 
 
 @pytest.mark.usefixtures("local_parts")

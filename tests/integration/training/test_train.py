@@ -102,6 +102,21 @@ def test_two_workers_learn_what_one_does_with_the_threads_that_were_asked_for(tm
     assert two[-1]["train_loss"] < two[0]["train_loss"]
 
 
+def test_two_workers_write_one_checkpoint_in_shards(tmp_path, dataset_path):
+    """Ray Train puts the parts of both together. The loss of all items is that of whole tables."""
+    settings = ["model.dropout_rate=0", "training.num_epochs=2"]
+    shards = ["training.shard_items=true", "training.num_workers=2", "training.checkpoint_minutes=1e-9"]
+    two = train(config_for(tmp_path, *settings, *shards), dataset_path)
+    one, _ = trainer.run(config_for(tmp_path, *settings), dataset_path, tmp_path / "one")
+    for ours, theirs in zip(one, two.history, strict=True):
+        assert ours["train_loss"] == pytest.approx(theirs["train_loss"], rel=1e-4)
+        assert ours["val_mrr"] == pytest.approx(theirs["val_mrr"], abs=2e-2)
+    for path in (two.best_checkpoint, two.last_checkpoint):
+        assert len(list(Path(path).glob("*-of-00002.safetensors"))) == 4
+        assert BERT4Rec.from_pretrained(path).output_weights()[0].shape == (20, 8)
+    assert not list(Path(two.run_path).glob("unfinished-*"))
+
+
 # The driver
 
 

@@ -5,6 +5,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
+from bert4rec.data import ranges
 from bert4rec.data.ranges import Vocabulary, build, count_before, encode, leave_out, total, write
 
 pytestmark = pytest.mark.unit
@@ -89,3 +90,10 @@ def test_each_range_is_a_file(tmp_path):
         "items": [[3, 2]],
         "last_year": [None],
     }
+
+
+@pytest.mark.parametrize("times", [[], [5], [70_000, 3, 65_536, 3, 2**32, 0], [1.5, 1, 2.5, 1], [-4, 2**40, -4, 7]])
+def test_times_are_ordered_stably(times):
+    times = np.array(times, np.float64)
+    expected = sorted(range(len(times)), key=lambda place: times[place])
+    assert ranges._order_of(times).tolist() == expected

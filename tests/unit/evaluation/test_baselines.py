@@ -5,6 +5,7 @@ import pytest
 
 from bert4rec.config import DataConfig
 from bert4rec.evaluation import baselines
+from bert4rec.inference import item_item
 from tests.helpers.datasets import random_histories
 from tests.twins import reference
 from tests.unit.model.test_batches import windows_of
@@ -19,7 +20,7 @@ def dense(weights):
 def test_item_knn_by_hand():
     """Item 1 is had by three users, 2 and 3 by two, 4 by one, who has it twice."""
     windows = windows_of([[1, 2, 3], [1, 2], [1, 4, 4], [3]])
-    cosine = dense(baselines.item_knn(windows, 5))
+    cosine = dense(item_item.item_knn(windows, 5))
     r6, r3 = 1 / math.sqrt(6), 1 / math.sqrt(3)
     expected = [
         [0, 2 * r6, r6, r3, 0],
@@ -29,7 +30,7 @@ def test_item_knn_by_hand():
         [0, 0, 0, 0, 0],
     ]
     np.testing.assert_allclose(cosine, expected, rtol=1e-6)
-    nearest = dense(baselines.item_knn(windows, 5, num_neighbours=1))
+    nearest = dense(item_item.item_knn(windows, 5, num_neighbours=1))
     np.testing.assert_allclose(nearest.max(1), [2 * r6, 2 * r6, 0.5, r3, 0], rtol=1e-6)
     assert (nearest > 0).sum(1).tolist() == [1, 1, 1, 1, 0]
 
@@ -38,17 +39,17 @@ def test_ease_by_hand():
     """Two items, had together by one of two users each: the ridge regression of each on the other."""
     windows = windows_of([[1, 2], [1], [2]])
     # item 2 from item 1: sum(x1 x2) / (sum(x1 x1) + l2) = 1 / (2 + 3)
-    np.testing.assert_allclose(baselines.ease(windows, 2, l2=3), [[0, 0.2], [0.2, 0]], rtol=1e-6)
+    np.testing.assert_allclose(item_item.ease(windows, 2, l2=3), [[0, 0.2], [0.2, 0]], rtol=1e-6)
 
 
 @pytest.mark.parametrize("block_bytes", [10**9, 12 * 40 * 7])
 def test_item_models_equal_the_slow_way(monkeypatch, block_bytes):
-    monkeypatch.setattr(baselines, "_BLOCK_BYTES", block_bytes)
+    monkeypatch.setattr(item_item, "_BLOCK_BYTES", block_bytes)
     histories = [[*items, *items[:2]] for items in random_histories(200, 40, seed=3, longest=15).values()]
     windows = windows_of(histories)
-    knn = baselines.item_knn(windows, 40, num_neighbours=5)
+    knn = item_item.item_knn(windows, 40, num_neighbours=5)
     np.testing.assert_allclose(dense(knn), reference.item_knn(histories, 40, 5), rtol=1e-5)
-    ease = baselines.ease(windows, 40, l2=20)
+    ease = item_item.ease(windows, 40, l2=20)
     np.testing.assert_allclose(ease, reference.ease(histories, 40, 20), rtol=1e-4, atol=1e-6)
     for weights in (knn, ease):
         scores = baselines.from_history(weights, windows)

@@ -25,7 +25,9 @@ from bert4rec.inference.recommender import Ranked, Recommender
 from bert4rec.inference.rules import Offer
 from bert4rec.inference.selection import Selection, best_list, pick
 from tests.helpers.datasets import random_histories
+from tests.twins import reference
 from tests.twins import rules as twin
+from tests.unit.inference.test_blend import blend_of, dense
 from tests.unit.model.test_network import NUM_ITEMS, make_model
 
 pytestmark = pytest.mark.unit
@@ -77,7 +79,14 @@ def write_list(path, rows):
 
 def users_of(recommender, ranking, candidates=(), excluded=()):
     """The twin's users. Lists of users are pairs."""
-    scores = score_next(recommender.model, Windows.from_sequences(SEQUENCES), ranking)(0, NUM_ITEMS).tolist()
+    plain = dataclasses.replace(ranking, blend=None)
+    scores = score_next(recommender.model, Windows.from_sequences(SEQUENCES), plain)(0, NUM_ITEMS).tolist()
+    if (blend := ranking.blend) is not None:
+        weights = dense(blend.item_weights()).tolist()
+        scores = [
+            reference.blended(own, weights, history, blend.weight)
+            for own, history in zip(scores, HISTORIES, strict=True)
+        ]
     users = []
     for user in range(NUM_USERS):
         last = LAST_YEARS[user]
@@ -134,6 +143,7 @@ DRAWN = {
     "diversity_pool": st.sampled_from([1, 4, 12, 100]),
     "min_score": st.sampled_from([None, None, -0.5, 0.02, 1.0]),
     "scores": st.sampled_from(["logit", "probability"]),
+    "blend": st.sampled_from([None, None, "ease", "item-knn"]),
 }
 """By rule, its values."""
 
@@ -152,10 +162,11 @@ def test_all_rules_together_equal_the_slow_way(recommender, tmp_path_factory, ru
     folder = tmp_path_factory.getbasetemp()
     written = {name: rows for name in ("candidates", "exclude") if (rows := rules[name]) is not None}
     lists = {name: read_list(name, (write_list(folder / f"{name}.csv", rows),)) for name, rows in written.items()}
-    ranking = Ranking(**{**rules, **lists})
+    blend = rules["blend"] and blend_of(folder, rules["blend"], HISTORIES[:5], 0.8)[0]
+    ranking = Ranking(**{**rules, **lists, "blend": blend})
     of_users = {name: rows for name, rows in written.items() if isinstance(rows[0], tuple)}
     for_all = {name: set(rows) for name, rows in written.items() if name not in of_users}
-    elsewhere = {"candidates", "exclude", "popularity_discount"}  # the scores hold the discount already
+    elsewhere = {"candidates", "exclude", "popularity_discount", "blend"}  # the scores hold the last two already
     case = twin.Case(
         k=k,
         has_users_candidates="candidates" in of_users,

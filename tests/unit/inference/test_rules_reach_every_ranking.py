@@ -8,12 +8,16 @@ import torch
 
 from bert4rec.config import InferenceConfig, load_config
 from bert4rec.data.dataset import PreparedDataset
+from bert4rec.data.windows import Windows, held_out_users
 from bert4rec.errors import InputError
 from bert4rec.evaluation import evaluate
 from bert4rec.inference import recommend
 from bert4rec.inference.ranking import Ranking
 from bert4rec.inference.recommender import Recommender
+from bert4rec.inference.rules import Rules
 from bert4rec.report import page
+from bert4rec.training.loop import Worker, validate
+from bert4rec.training.train import validation_rules, what_shapes_the_result
 from jobs import recommend as few
 from tests.helpers.datasets import random_histories, write_dataset
 from tests.helpers.in_process import exported, without_ray
@@ -36,6 +40,7 @@ RULES = {
     "exclude_seen": ("false", EVERYWHERE - {"evaluation"}, ()),
     "exclude_future": ("false", EVERYWHERE - {"evaluation", "programs"}, ()),
     "popularity_discount": ("0.9", EVERYWHERE, ()),
+    "blend": ("{ease: 0.9}", EVERYWHERE - {"programs"}, ()),
     "candidates": ("FOR_ALL", EVERYWHERE - {"evaluation"}, ()),
     "candidates_default": ("all", {"all users", "report"}, LISTS_OF_USERS),
     "exclude": ("EVEN", EVERYWHERE - {"evaluation"}, ()),
@@ -98,8 +103,8 @@ def everything(settings, tmp_path, name, where=EVERYWHERE):
     model = recommend.BERT4Rec.from_pretrained(checkpoint)
     history = [100 + token for token in HISTORIES[1]]
     if "one history" in where:
-        one = Recommender(model, dataset.items()).recommend(history, topk=4, last_year=1992, ranking=ranking)
-        found["one history"] = one.to_dict()
+        recommender = Recommender(model, dataset.items(), checkpoint)
+        found["one history"] = recommender.recommend(history, topk=4, last_year=1992, ranking=ranking).to_dict()
     result = evaluate.evaluate(config, path, checkpoint)
     found["evaluation"] = result.protocols, result.beyond_accuracy
     if "programs" in where:
@@ -125,6 +130,7 @@ def test_a_rule_changes_every_ranking_that_it_is_for(rule, place, tmp_path):
     files = {name: str(tmp_path / f"{name.lower()}.csv") for name in ("FOR_ALL", "EVEN", "OF_USERS")}
     base = [*place, *(f"{key}={files.get(to, to)}" for key, _, to in (each.partition("=") for each in beside))]
     where = EVERYWHERE - {"one history", "programs"} if beside == LISTS_OF_USERS else EVERYWHERE
+    where = where - {"programs"} if rule == "blend" else where  # they refuse it
     before = everything(base, tmp_path, "before", where)
     after = everything([*base, f"inference.{rule}={files.get(value, value)}"], tmp_path, "after", where)
     assert set(before) == where
@@ -165,3 +171,48 @@ def test_a_rule_counts_by_its_content(place):
         for each in (Ranking(popularity_discount=0.1), Ranking(popularity_discount=0.2))
     ]
     assert of[0] != of[1]
+
+
+@pytest.mark.parametrize(
+    "rules",
+    [
+        ["inference.candidates=for_all.csv"],
+        ["inference.candidates=of_users.csv", "inference.candidates_default=all"],
+        ["inference.exclude=even.csv"],
+        ["evaluation.exclude_seen=false"],  # of later releases
+    ],
+)
+def test_validation_in_training_ranks_as_evaluation_does(rules, place, tmp_path):
+    model = make_model()
+    model.catalogue, model.held_out = "test", 2
+    model.save_pretrained(str(tmp_path / "held_out"))
+    settings = [*place, "evaluation.candidates=true", "evaluation.split=validation", "data.holdout=2"]
+    config = load_config(None, settings + [_with_path(each, tmp_path) for each in rules])
+    path = config.prepared_path
+    evaluated = evaluate.evaluate(config, path, str(tmp_path / "held_out")).protocols
+    (expected,) = (of_systems["BERT4Rec"] for of_systems in evaluated.values())
+    dataset = PreparedDataset(path)
+    read = dataset.sequences()
+    windows, rules_there = Windows.from_sequences(read), Rules(validation_rules(config), dataset.items())
+    found = validate(model, windows, config, ruled=(rules_there, read))
+    assert {name: found[f"val_{name}"] for name in expected} == pytest.approx(expected)
+    assert validate(model, windows, config) != pytest.approx(found)
+
+    shares = [validate(model, windows, config, Worker(rank, 2), ruled=(rules_there, read)) for rank in range(2)]
+    sizes = [len(part) for part in held_out_users(windows, config.data, "validation").tensor_split(2)]
+    assert sum(size * own["val_ndcg@10"] for size, own in zip(sizes, shares, strict=True)) == pytest.approx(
+        sum(sizes) * found["val_ndcg@10"]
+    )
+
+
+def _with_path(setting, directory):
+    key, _, value = setting.partition("=")
+    return f"{key}={directory / value}" if value.endswith(".csv") else setting
+
+
+def test_another_list_is_another_run(place, tmp_path):
+    settings = [*place, "evaluation.candidates=true", f"inference.exclude={tmp_path / 'even.csv'}"]
+    before = what_shapes_the_result(load_config(None, settings))
+    (tmp_path / "even.csv").write_text("item\n102\n")
+    assert what_shapes_the_result(load_config(None, settings)) != before
+    assert "rules of the validation" not in what_shapes_the_result(load_config(None, place))

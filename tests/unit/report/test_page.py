@@ -160,6 +160,14 @@ def test_metrics_of_every_system_and_protocol_are_shown(dataset):
     assert charts["NDCG@10 by length of history"]["data"][0]["x"] == ["10-49<br>1 users"]  # nobody is in the other
 
 
+def test_the_blend_of_an_evaluation_is_named(dataset):
+    systems = {name: {"hr@10": 0.5, "ndcg@10": 0.25} for name in ("BERT4Rec", "BERT4Rec+ease", "ease")}
+    for rules, is_named in (({"blend": {"model": "ease", "weight": 0.06, "is_chosen": True}}, True), ({}, False)):
+        page = report.render(load_config(), dataset, "run", RUN, evaluation_of(systems) | {"rules": rules}, "none")
+        line = "BERT4Rec+ease adds the scores of ease with weight 0.06, chosen on the validation."
+        assert (line in page) == is_named
+
+
 def test_the_query_time_of_an_evaluation_is_named(dataset):
     systems = {"BERT4Rec": {"hr@10": 0.5, "ndcg@10": 0.25}, "BERT4Rec/target": {"hr@10": 0.5, "ndcg@10": 0.25}}
     evaluation = evaluation_of(systems) | {"query_time": "last"}

@@ -6,8 +6,8 @@ import torch
 from bert4rec.config import ModelConfig, load_config
 from bert4rec.data.dataset import ITEMS, Manifest
 from bert4rec.errors import InputError
-from bert4rec.model.network import BERT4Rec
-from bert4rec.training.warm_start import begin_from, check_start, weights_of
+from bert4rec.model.network import BERT4Rec, weights_of
+from bert4rec.training.warm_start import begin_from, check_start
 from tests.unit.model.test_network import make_model
 
 SETTINGS = ["model.hidden_units=16", "model.num_heads=4", "model.max_len=12", "model.use_title_emb=false"]

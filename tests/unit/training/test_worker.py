@@ -19,9 +19,10 @@ from bert4rec.errors import InputError
 from bert4rec.model.network import BERT4Rec
 from bert4rec.runs import checkpoint_name
 from bert4rec.training import worker as worker_module
+from bert4rec.training.checkpoint import load_checkpoint
 from bert4rec.training.loop import Place, Worker
 from bert4rec.training.tensorboard import TensorBoardLog
-from bert4rec.training.worker import AskedToEndError, Wish, load_checkpoint, read_sequences, run_epochs
+from bert4rec.training.worker import AskedToEndError, Wish, read_sequences, run_epochs
 from tests.helpers.datasets import random_histories, random_times, write_dataset
 from tests.helpers.trainer import Kept, Quiet, WorkerKilledError, every_item_as_negative, run
 

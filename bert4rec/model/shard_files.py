@@ -1,0 +1,128 @@
+"""Tensors whose rows lie in several safetensors files, one a shard: a process reads the rows that it keeps.
+
+A file of shard r of W holds the rows r, r + W, r + 2 W and so on of the tensor NAME under the name `NAME[r::W]`, and
+whole tensors under their own names.
+"""
+
+import math
+import os
+import re
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from typing import Any, TypedDict
+
+import safetensors
+import safetensors.torch
+import torch
+from torch import Tensor
+
+from bert4rec import storage
+from bert4rec.errors import InputError
+
+_ROWS_AT_ONCE = 65_536
+_ROWS_OF = re.compile(r"(.+)\[(\d+)::(\d+)\]")
+
+
+class PartFile(TypedDict):
+    """What an index says of a file."""
+
+    sha256: str
+    bytes: int
+    tensors: list[str]
+
+
+def file_of(stem: str, rank: int, num_shards: int) -> str:
+    """Name of a shard's file, as the hub's large models have it."""
+    return f"{stem}-{rank + 1:05}-of-{num_shards:05}.safetensors"
+
+
+def write_part(path: str, tensors: Mapping[str, Tensor], starts: Mapping[str, int], num_shards: int) -> PartFile:
+    """Write a local file, straight from the memory of the tensors.
+
+    Parameters
+    ----------
+    starts : mapping
+        Of the tensors that are rows of a larger one: the place of the first row there.
+    """
+    named = {
+        f"{name}[{starts[name]}::{num_shards}]" if name in starts else name: tensor.detach().cpu().contiguous()
+        for name, tensor in tensors.items()
+    }
+    safetensors.torch.save_file(named, path)
+    return {"sha256": storage.sha256(path), "bytes": os.path.getsize(path), "tensors": sorted(named)}
+
+
+def read_parts(
+    directory: str,
+    files: Mapping[str, PartFile],
+    into: Mapping[str, Tensor],
+    starts: Mapping[str, int],
+    num_shards: int = 1,
+) -> None:
+    """Fill the tensors `into`, in place, from those files that have something of them.
+
+    Parameters
+    ----------
+    starts : mapping
+        Of the tensors that keep rows of a larger one, every num_shards-th: the place of the first. All others are
+        whole, wherever their rows lie.
+
+    Raises
+    ------
+    InputError
+        If a file is missing or damaged, or rows or tensors are in none of them.
+    """
+    filled = dict.fromkeys(into, 0)
+    for file, entry in files.items():
+        path = storage.inside(directory, file)
+        wanted = []
+        for stored in entry["tensors"]:
+            split = _ROWS_OF.fullmatch(stored)
+            name, start, step = (split[1], int(split[2]), int(split[3])) if split else (stored, 0, 1)
+            own = num_shards if name in starts else 1
+            if name in into and (start - starts.get(name, 0)) % math.gcd(step, own) == 0:
+                wanted.append((stored, name, start, step, own))
+        if not wanted:
+            continue
+        _check(path, entry, len(files))
+        with _opened(path) as part:
+            for stored, name, start, step, own in wanted:
+                if into[name].ndim == 0:
+                    into[name].copy_(part(stored)[()])
+                    filled[name] += 1
+                    continue
+                filled[name] += _copy_rows(part(stored), into[name], start, step, starts.get(name, 0), own)
+    for name, tensor in into.items():
+        if filled[name] != (expected := len(tensor) if tensor.ndim else 1):
+            raise InputError(f"{directory}: its {len(files)} files have {filled[name]} of {expected} rows of {name}")
+
+
+def _copy_rows(source: Any, target: Tensor, start: int, step: int, first: int, own: int) -> int:  # noqa: ANN401
+    """Copy those rows start, start + step... of the whole that are first, first + own...; how many."""
+    copied, length = 0, source.get_shape()[0] if hasattr(source, "get_shape") else len(source)
+    for low in range(0, length, _ROWS_AT_ONCE):
+        block = source[low : low + _ROWS_AT_ONCE]
+        place = start - first + step * torch.arange(low, low + len(block))
+        kept = place % own == 0
+        target[(place[kept] // own).to(target.device)] = block[kept].to(target.device, target.dtype)
+        copied += int(kept.sum())
+    return copied
+
+
+def _check(path: str, entry: PartFile, num_files: int) -> None:
+    try:
+        found = storage.sha256(path)
+    except FileNotFoundError:
+        raise InputError(f"{path}: is missing; the checkpoint is in {num_files} files") from None
+    if found != entry["sha256"]:
+        raise InputError(f"{path}: its content is not what was written (SHA-256); the file is damaged or was altered")
+
+
+@contextmanager
+def _opened(path: str) -> Iterator[Callable[[str], Any]]:
+    """Gives the tensors of a file by name, to be sliced: memory-mapped from a local file."""
+    if storage.is_local(path):
+        with safetensors.safe_open(storage.open_store(path)[1], framework="pt") as file:
+            yield lambda name: file.get_slice(name) if file.get_slice(name).get_shape() else file.get_tensor(name)
+    else:
+        yield safetensors.torch.load(storage.read_bytes(path)).__getitem__
