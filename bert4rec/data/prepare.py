@@ -259,9 +259,10 @@ def _chunk_size_for(total: float, smallest: int, shard: int) -> int:
 def _scan(data_dir: str, names: list[str], data: DataConfig) -> list[tuple[InputFile, list[Chunk]]]:
     sizes = [files.size_of(data_dir, name) for name in names]
     chunk_bytes = _chunk_size_for(sum(sizes), CHUNK_BYTES, _SHARD_ROWS * _ROW_BYTES)
-    return list(
-        _results_of(interactions.scan_interactions, [(data_dir, name, chunk_bytes, data) for name in names], "scanning")
-    )
+    arguments = [(data_dir, name, chunk_bytes, data) for name in names]
+    if sum(sizes) <= CHUNK_BYTES:  # sooner done than a task of Ray Data begins
+        return [interactions.scan_interactions(*each) for each in arguments]
+    return list(_results_of(interactions.scan_interactions, arguments, "scanning"))
 
 
 def _up_to_date(path: str, identities: list[InputFile], data: DataConfig) -> Manifest | None:
