@@ -17,7 +17,7 @@ import torch.distributed
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from bert4rec.config import TrainingConfig
+from bert4rec.config import SAMPLED_LOSSES, TrainingConfig
 from bert4rec.data.dataset import PADDING
 from bert4rec.model.batches import Batch, pack
 from bert4rec.model.layers import add_product_over_rows, full_size, product
@@ -207,7 +207,7 @@ class ItemShards:
         """
         assert self._training is not None
         kind = self._training.loss
-        negatives, log_q = (labels[:0], hidden[:0, 0]) if kind == "cross-entropy" else self.negatives(hidden.device)
+        negatives, log_q = self.negatives(hidden.device) if kind in SAMPLED_LOSSES else (labels[:0], hidden[:0, 0])
         told = self._told([len(hidden), len(negatives)])
         counts, num_negatives = [count for count, _ in told], sum(drawn for _, drawn in told)
         states, tokens = self._gather(hidden, counts), self._gather(labels + 1, counts)

@@ -321,7 +321,7 @@ def markdown() -> str:
             for rule in RULES
         ),
         "",
-        "The rule was made from these data sets, and gives the best settings that we know for each of them:",
+        "We made the rule from these data sets. It gives the best settings that we know for each of them:",
         "",
         "| data | users | items | interactions | of the median user | config | it reaches |",
         "| --- | --- | --- | --- | --- | --- | --- |",

@@ -81,7 +81,7 @@ NAMED = [
     *(("data-format.md", rf"^\| `{feature.file}\.tsv` \|") for feature in FEATURES.values()),
     *(("data-format.md", rf"items\.parquet` \|.*`{feature.column}`") for feature in FEATURES.values()),
     *(("evaluation.md", rf"^\| [^|]*`{protocol}`") for protocol in get_args(Protocol)),
-    *(("scoring.md", rf"`inference\.{rule.name}\b") for rule in fields(Ranking)),
+    *(("scoring.md", rf"\binference\.{rule.name}\b") for rule in fields(Ranking)),
 ]
 
 
