@@ -51,6 +51,7 @@ TABLES = {
         "{claim}",
         ("CPU ms a step", "of the fewest items", "memory, MiB", "of whole tables", "MB sent", "ms a step", "spread"),
     ),
+    "checkpoints": Table("{saves in the middle of epochs}", ("seconds", "spread", "of the time without")),
     "discount": Table("{discount}", (*_METRICS, "popularity-100-of-all", "uniform-100")),
     "embed": Table("{implementation}", ("texts/s", "spread", "of encode")),
     "input": Table("{claim}", ("M tokens a CPU second", "M tokens/s", "spread", "waiting")),
@@ -72,6 +73,7 @@ TABLES = {
         "{implementation}, hidden {hidden}, {data}",
         ("users/s", "seconds", "spread", "useful GFLOP/s", "share of peak", "memory, MiB", "ours is"),
     ),
+    "rules": Table("{data}: {rules}", ("users/s", "seconds", "spread", "of no list")),
     "short_histories": Table("{model}", ("HR@1", "HR@10", "NDCG@10", "spread", "coverage", "one core"), "NDCG@10"),
     "start": Table("{claim}", ("seconds", "spread", "of before")),
     "times": Table(

@@ -28,8 +28,7 @@ def prepare(config: Config) -> str:
         If an input file is missing or cannot be used.
     """
     fetch_if_default(config.data.data_dir)
-    begin(config, meanwhile=("ray.data",))
-    manifest = _prepare(config.data, config.prepared_path, report=print)
+    manifest = _prepare(config.data, config.prepared_path, print, lambda: begin(config, meanwhile=("ray.data",)))
     for note in manifest.notes:
         print(f"note: {note}")
     return config.prepared_path

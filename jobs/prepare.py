@@ -16,8 +16,7 @@ def prepare_dataset(config: Config) -> str:
     find_interactions(
         storage.absolute(config.data.data_dir), config.data.data_file
     )  # report a missing file before Ray starts
-    begin(config, meanwhile=("ray.data",))
-    manifest = prepare(config.data, config.prepared_path, report=print)
+    manifest = prepare(config.data, config.prepared_path, print, lambda: begin(config, meanwhile=("ray.data",)))
     for note in manifest.notes:
         print(f"note: {note}")
     print(

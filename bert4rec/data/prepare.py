@@ -75,7 +75,12 @@ class _Totals:
     """Time of the last interaction; minus infinity if the data have no times."""
 
 
-def prepare(data: DataConfig, path: str, report: Callable[[str], None] = lambda line: None) -> Manifest:
+def prepare(
+    data: DataConfig,
+    path: str,
+    report: Callable[[str], None] = lambda line: None,
+    start_ray: Callable[[], None] = lambda: None,
+) -> Manifest:
     """Write the prepared dataset of `data` to `path`, unless a complete one of the same input files is there.
 
     Parameters
@@ -86,6 +91,8 @@ def prepare(data: DataConfig, path: str, report: Callable[[str], None] = lambda 
         Directory of the dataset. What it holds stays usable until the new files are all there.
     report
         Called with a line at each stage.
+    start_ray
+        Called when the work needs Ray, which small input does not need to be found up to date.
 
     Raises
     ------
@@ -95,12 +102,13 @@ def prepare(data: DataConfig, path: str, report: Callable[[str], None] = lambda 
     data_dir = storage.absolute(data.data_dir)
     names = files.find_interactions(data_dir, data.data_file)
     metadata_names = files.find_metadata(data_dir)
-    scans = _scan(data_dir, names, data)
+    scans = _scan(data_dir, names, data, start_ray)
     metadata_files = {key: files.hash_file(data_dir, name) for key, name in metadata_names.items()}
     identities = [*(identity for identity, _ in scans), *metadata_files.values()]
     if (present := _up_to_date(path, identities, data)) is not None:
         report("up to date: the input files have not changed")
         return present
+    start_ray()
     with lease.held(path):
         if (present := _up_to_date(path, identities, data)) is not None:  # another job has written it since
             return present
@@ -256,12 +264,16 @@ def _chunk_size_for(total: float, smallest: int, shard: int) -> int:
     return max(smallest, int((total * shard) ** 0.5))
 
 
-def _scan(data_dir: str, names: list[str], data: DataConfig) -> list[tuple[InputFile, list[Chunk]]]:
+def _scan(
+    data_dir: str, names: list[str], data: DataConfig, start_ray: Callable[[], None]
+) -> list[tuple[InputFile, list[Chunk]]]:
     sizes = [files.size_of(data_dir, name) for name in names]
     chunk_bytes = _chunk_size_for(sum(sizes), CHUNK_BYTES, _SHARD_ROWS * _ROW_BYTES)
-    return list(
-        _results_of(interactions.scan_interactions, [(data_dir, name, chunk_bytes, data) for name in names], "scanning")
-    )
+    arguments = [(data_dir, name, chunk_bytes, data) for name in names]
+    if sum(sizes) <= CHUNK_BYTES:  # sooner done than a task of Ray Data begins
+        return [interactions.scan_interactions(*each) for each in arguments]
+    start_ray()
+    return list(_results_of(interactions.scan_interactions, arguments, "scanning"))
 
 
 def _up_to_date(path: str, identities: list[InputFile], data: DataConfig) -> Manifest | None:
