@@ -1,4 +1,4 @@
-"""What pip makes of the repository works without it: in an empty directory, with no network."""
+"""A wheel of the repository, which pip builds without a network, works in an empty directory."""
 
 import os
 import shutil
