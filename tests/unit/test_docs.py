@@ -78,7 +78,7 @@ def test_prose_has_at_most_120_columns(page):
 
 
 NAMED = [
-    *(("data-format.md", rf"^\| `{feature.file}\.tsv` \|") for feature in FEATURES.values()),
+    *(("data-format.md", rf"^\| `{feature.file}\.tsv` \| `item`, `{name}` \|") for name, feature in FEATURES.items()),
     *(("data-format.md", rf"items\.parquet` \|.*`{feature.column}`") for feature in FEATURES.values()),
     *(("evaluation.md", rf"^\| [^|]*`{protocol}`") for protocol in get_args(Protocol)),
     *(("scoring.md", rf"\binference\.{rule.name}\b") for rule in fields(Ranking)),
