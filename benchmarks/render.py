@@ -73,7 +73,7 @@ TABLES = {
         "{implementation}, hidden {hidden}, {data}",
         ("users/s", "seconds", "spread", "useful GFLOP/s", "share of peak", "memory, MiB", "ours is"),
     ),
-    "rules": Table("{data}: {rules}", ("users/s", "seconds", "spread", "of no list")),
+    "rules": Table("{data}: {rules}", ("users/s", "seconds", "spread", "of no list", "memory, MiB")),
     "short_histories": Table("{model}", ("HR@1", "HR@10", "NDCG@10", "spread", "coverage", "one core"), "NDCG@10"),
     "start": Table("{claim}", ("seconds", "spread", "of before")),
     "times": Table(

@@ -134,7 +134,7 @@ def test_a_worker_has_as_many_threads_as_cores(tmp_path, dataset_path, monkeypat
     monkeypatch.setattr(ray.train, "get_checkpoint", lambda: None)
     monkeypatch.setattr("ray.train.torch.get_device", lambda: torch.device("cpu"))
     loop = {"config": config_for(tmp_path), "dataset_path": dataset_path, "reporter": None, "sequences": None}
-    loop |= {"fingerprint": None, "end_key": b"key", "may_lose_nodes": False}
+    loop |= {"ranking": None, "fingerprint": None, "end_key": b"key", "may_lose_nodes": False}
     before = torch.get_num_threads()
     try:
         for threads in (2, 1):
