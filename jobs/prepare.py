@@ -1,11 +1,9 @@
 """Makes the prepared dataset from ratings and metadata: `python -m jobs.prepare [--config FILE] [group.key=value
 ...]`."""
 
-from bert4rec import storage
 from bert4rec.cli import run_job
 from bert4rec.cluster.resources import begin
 from bert4rec.config import Config
-from bert4rec.data.files import find_interactions
 from bert4rec.data.movielens import fetch_if_default
 from bert4rec.data.prepare import prepare
 
@@ -13,9 +11,6 @@ from bert4rec.data.prepare import prepare
 def prepare_dataset(config: Config) -> str:
     """Prepare the config's data, and download MovieLens-100K if it is the default. Return the dataset's directory."""
     fetch_if_default(config.data.data_dir)
-    find_interactions(
-        storage.absolute(config.data.data_dir), config.data.data_file
-    )  # report a missing file before Ray starts
     manifest = prepare(config.data, config.prepared_path, print, lambda: begin(config, meanwhile=("ray.data",)))
     for note in manifest.notes:
         print(f"note: {note}")

@@ -135,6 +135,7 @@ class LocalTrainer:
                 report=kept.report,
                 progress=self.loop["reporter"],
                 resume_from=kept.last,
+                ranking=self.loop["ranking"],
             )
         except InputError as error:
             return SimpleNamespace(return_value=str(error))

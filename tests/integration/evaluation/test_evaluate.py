@@ -278,3 +278,19 @@ def test_a_model_trained_on_a_temporal_split_is_validated_as_it_is_evaluated(dat
     nobody = load_config(None, [*options, "data.min_interactions=30", f"run.storage_path={tmp_path / 'other'}"])
     with pytest.raises(InputError, match=r"none of 600 users has data\.min_interactions=30"):
         train(nobody, dataset_path)
+
+
+@pytest.mark.usefixtures("local_training", "local_parts")
+def test_validation_in_training_obeys_the_lists_of_users(dataset_path, tmp_path):
+    rng = np.random.default_rng(2)
+    rows = [f"{user},{item}\n" for user in HISTORIES for item in 101 + rng.permutation(NUM_ITEMS)[:60]]
+    (tmp_path / "lists.csv").write_text("user,item\n" + "".join(rows))
+    small = ["model.hidden_units=8", "model.num_heads=2", "model.max_len=8", "training.num_epochs=1", "data.holdout=2"]
+    paths = [f"run.storage_path={tmp_path}", f"data.data_dir={tmp_path}/none"]
+    lists = ["evaluation.candidates=true", f"inference.candidates={tmp_path}/lists.csv"]
+    config = load_config(None, [*small, *paths, *lists, "evaluation.split=validation"])
+    trained = train(config, dataset_path)
+    got = evaluate(config, dataset_path, trained.best_checkpoint)
+    assert got.num_excluded_targets > got.num_users / 4
+    for name, value in got.protocols["all"]["BERT4Rec"].items():
+        assert trained.best_metrics[f"val_{name}"] == pytest.approx(value)

@@ -128,13 +128,19 @@ def test_a_worker_has_as_many_threads_as_cores(tmp_path, dataset_path, monkeypat
     from bert4rec.training.train import train_worker
 
     seen = []
-    monkeypatch.setattr("bert4rec.training.worker.run_epochs", lambda *_, **__: seen.append(torch.get_num_threads()))
+    rules = object()
+
+    def run_epochs(*_, ranking, **__):
+        assert ranking is rules
+        seen.append(torch.get_num_threads())
+
+    monkeypatch.setattr("bert4rec.training.worker.run_epochs", run_epochs)
     context = type("Context", (), {"get_world_rank": lambda _: 0, "get_world_size": lambda _: 1})()
     monkeypatch.setattr(ray.train, "get_context", lambda: context)
     monkeypatch.setattr(ray.train, "get_checkpoint", lambda: None)
     monkeypatch.setattr("ray.train.torch.get_device", lambda: torch.device("cpu"))
     loop = {"config": config_for(tmp_path), "dataset_path": dataset_path, "reporter": None, "sequences": None}
-    loop |= {"ranking": None, "fingerprint": None, "end_key": b"key", "may_lose_nodes": False}
+    loop |= {"ranking": rules, "fingerprint": None, "end_key": b"key", "may_lose_nodes": False}
     before = torch.get_num_threads()
     try:
         for threads in (2, 1):

@@ -374,6 +374,19 @@ def test_a_rerun_does_nothing_until_an_input_changes(tmp_path):
     assert any("reading 6 files" in line for line in lines)
 
 
+@pytest.mark.parametrize("is_small", [True, False])
+def test_ray_starts_once_it_is_needed(tmp_path, monkeypatch, is_small):
+    data = write(tmp_path / "data", train_ratings_csv="user,item,time\n1,5,7\n1,6,8\n2,5,9\n")
+    config, happened = DataConfig(data_dir=str(data)), []
+    monkeypatch.setattr(prepare_module, "CHUNK_BYTES", 10**6 if is_small else 1)
+    scan = interactions.scan_interactions
+    monkeypatch.setattr(interactions, "scan_interactions", lambda *each: happened.append("scan") or scan(*each))
+    for _ in range(2):
+        prepare(config, str(tmp_path / "out"), start_ray=lambda: happened.append("start"))
+    large = ["start", "scan", "start", "start", "scan"]
+    assert happened == (["scan", "start", "scan"] if is_small else large)
+
+
 def test_half_a_dataset_is_refused_and_repaired(tmp_path):
     data = write(tmp_path / "data", train_ratings_csv="user,item\n1,5\n2,5\n")
     whole = run(data, tmp_path / "out")
