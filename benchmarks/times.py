@@ -25,7 +25,7 @@ from bert4rec.training.worker import run_epochs
 QUERY_TIMES = ("target", "last", "with the item before")
 
 
-class _Quiet:
+class Printed:
     """Prints each validated epoch."""
 
     def advance(self, amount: float, text: str = "", always: bool = False) -> None:
@@ -69,7 +69,7 @@ def train(config: Config, sequences: Sequences, keep: str | None) -> dict[str, s
         shutil.rmtree(directory)
         print(config.model.time_encoding, int(metrics["epoch"]), metrics["train_loss"], by_epoch[-1], flush=True)
 
-    history = run_epochs(config, dataset, sequences, report=report, progress=_Quiet())
+    history = run_epochs(config, dataset, sequences, report=report, progress=Printed())
     epochs = [int(metrics["epoch"]) for metrics in history]
     return row_of(config, epochs, losses, by_epoch) | {"minutes": f"{(time.monotonic() - began) / 60:.0f}"}
 

@@ -137,6 +137,27 @@ def window_places(windows: Windows, max_len: int, generator: torch.Generator) ->
     return last_places(replace(windows, end=windows.end - left_out), max_len)
 
 
+def with_prefixes(windows: Windows, count: int, generator: torch.Generator) -> Windows:
+    """The histories, and behind them some beginnings of each: of 2 items or more, but not all.
+
+    A history with at most `count` beginnings gives them all. A longer one gives `count`, evenly spaced from a random
+    place (systematic sampling), so that all are equally likely.
+    """
+    found = (windows.lengths - 2).clamp(min=0)[:, None]  # (N, 1)
+    number = torch.arange(count)
+    draw = torch.rand(len(windows), 1, generator=generator, dtype=torch.float64)
+    which = torch.where(found > count, ((number + draw) * found / count).long(), number)  # (N, count), from 0
+    row, column = torch.nonzero(which < found, as_tuple=True)
+    of_row = windows.users(row)
+    return windows.and_then(replace(of_row, end=of_row.start + 2 + which[row, column]))
+
+
+def mask_last(tokens: Tensor, num_items: int) -> tuple[Tensor, Tensor]:
+    """[B, L] tokens and labels as `mask_items` returns them, with the last item as the only target."""
+    mask = torch.full_like(tokens[:, -1:], num_items + 1)
+    return torch.cat([tokens[:, :-1], mask], dim=1), F.pad(tokens[:, -1:], (tokens.shape[1] - 1, 0), value=PADDING)
+
+
 def mask_items(
     tokens: Tensor, model: ModelConfig, num_items: int, generator: torch.Generator, num_new_items: int = 0
 ) -> tuple[Tensor, Tensor]:
@@ -301,7 +322,9 @@ def iter_steps(
         num_done, drawn = after
         generator.set_state(drawn)
     for users in parts[num_done:]:
-        chosen = windows.users(users)
+        chosen, num_users = windows.users(users), len(users)
+        if data.num_prefixes:
+            chosen = with_prefixes(chosen, data.num_prefixes, generator)
         match data.sampling_strategy:
             case "recent":
                 places = last_places(chosen, model.max_len)
@@ -312,7 +335,10 @@ def iter_steps(
             case _:
                 assert_never(data.sampling_strategy)
         tokens, times = tokens_at(chosen, places), times_at(chosen, places)
-        masked, labels = mask_items(tokens, model, num_items, generator, num_new_items)
+        masked, labels = mask_items(tokens[:num_users], model, num_items, generator, num_new_items)
+        if data.num_prefixes:
+            of_prefixes = mask_last(tokens[num_users:], num_items)
+            masked, labels = (torch.cat(parts) for parts in zip((masked, labels), of_prefixes, strict=True))
         lengths = (tokens != PADDING).sum(1)
         rows = torch.argsort(lengths, descending=True, stable=True)[rank::world_size]
         batches = [

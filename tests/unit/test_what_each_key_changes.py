@@ -70,6 +70,7 @@ CHANGES = {
     "data.min_interactions": Key("5", {MODEL, EVALUATION}),
     "data.use_full_data": Key("true", {MODEL, EVALUATION}),
     "data.sampling_strategy": Key("window", TRAINED),
+    "data.num_prefixes": Key("7", TRAINED),
     "data.include_new_items": Key("true", {DATASET, MODEL}, ("model.output_features=fused",)),
     "data.memory_mb": Key("7", NOTHING),
     "data.min_item_interactions": Key("5", {DATASET, MODEL}),

@@ -225,6 +225,47 @@ def test_groups_end_where_padding_costs_more_than_another_group():
     assert list(batches._group_ends(lengths, 2048)) == [6]
 
 
+def beginnings_of(histories, count, seed=0):
+    """By history, the beginnings that `with_prefixes` puts behind the histories."""
+    found = batches.with_prefixes(windows_of(histories), count, seeded(seed))
+    items = [found.items[begin:end].tolist() for begin, end in zip(found.start, found.end, strict=True)]
+    assert items[: len(histories)] == histories
+    return items[len(histories) :]
+
+
+def test_beginnings_by_hand():
+    """A history of five items has three; one of two items or fewer has none."""
+    histories = [[1, 2, 3, 4, 5], [6, 7], [8], [9, 10, 11], []]
+    for count in (3, 4):
+        assert beginnings_of(histories, count) == [[1, 2], [1, 2, 3], [1, 2, 3, 4], [9, 10]]
+
+
+def test_of_many_beginnings_some_are_drawn_all_equally_often():
+    history, times = list(range(1, 10)), 700  # of 2 to 8 items
+    lengths = [[len(each) for each in beginnings_of([history], 3, seed)] for seed in range(times)]
+    assert all(len(set(drawn)) == 3 and drawn == sorted(drawn) for drawn in lengths)
+    counts = np.bincount(np.concatenate(lengths), minlength=9)
+    assert counts[:2].sum() == 0
+    expected = times * 3 / 7
+    assert abs(counts[2:] - expected).max() < 4 * (expected * 4 / 7) ** 0.5
+
+
+def test_a_beginning_asks_for_its_last_item_alone():
+    windows = windows_of([[1, 2, 3, 4], [5, 6, 7]])
+    data = DataConfig(num_prefixes=9)
+    model = MODEL.model_copy(update={"random_mask_prob": 1e-9, "last_item_mask_ratio": 0})
+    (step,) = batches.iter_steps(windows, data, model, 30, 0, 0, 1, 10_000, torch.device("cpu"))
+    rows = sorted(row for batch in step.batches for row in rows_of(batch))
+    assert rows == [
+        ((1, 2, 3, 4), (0, 0, 0, 0)),
+        ((1, 2, 31), (0, 0, 3)),
+        ((1, 31), (0, 2)),
+        ((5, 6, 7), (0, 0, 0)),
+        ((5, 31), (0, 6)),
+    ]
+    assert (step.num_targets, step.num_tokens) == (3, 14)
+
+
 def test_steps_made_ahead_are_the_same():
     windows = windows_of(list(random_histories(43, 30, longest=15).values()))
     data, started = DataConfig(batch_size=4, sampling_strategy="weighted"), []
@@ -251,11 +292,13 @@ def test_steps_made_ahead_fail_where_they_would():
         next(steps)
 
 
-@pytest.mark.parametrize("strategy", ["recent", "weighted", "window"])
-def test_workers_share_a_step_whatever_their_number(strategy):
+@pytest.mark.parametrize(
+    ("strategy", "prefixes"), [("recent", 0), ("weighted", 0), ("window", 0), ("recent", 4), ("window", 4)]
+)
+def test_workers_share_a_step_whatever_their_number(strategy, prefixes):
     histories = list(random_histories(43, 30, longest=15).values())
     windows = windows_of(histories)
-    data = DataConfig(batch_size=10, seed=3, sampling_strategy=strategy)
+    data = DataConfig(batch_size=10, seed=3, sampling_strategy=strategy, num_prefixes=prefixes)
 
     def rows_of_steps(world_size):
         """Per step: the multiset of (input, labels) rows over all workers, and the announced target count."""
@@ -277,7 +320,8 @@ def test_workers_share_a_step_whatever_their_number(strategy):
         return result
 
     alone = rows_of_steps(1)
-    assert sum(len(rows) for rows in alone) == 43
+    num_beginnings = sum(min(max(len(history) - 2, 0), prefixes) for history in histories)
+    assert sum(len(rows) for rows in alone) == 43 + num_beginnings
     assert rows_of_steps(2) == alone
     assert rows_of_steps(1) == alone  # drawn again, the same
 
