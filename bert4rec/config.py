@@ -95,9 +95,9 @@ class DataConfig(_Group):
     replacement that prefers recent items (weight n for the n-th item) and keeps their order. window: consecutive items
     from a random place. weighted and window draw again each epoch."""
     num_prefixes: int = Field(0, ge=0)
-    """Most beginnings of each history that an epoch reads besides, of 2 items or more, each with its last item masked:
-    the question that scoring asks. A history with more beginnings gives a random choice of them, drawn again each
-    epoch. Pays on short histories; an epoch takes longer."""
+    """Most beginnings of each history that an epoch reads besides, from its first 2 items to all of it, each with its
+    last item masked: the question that scoring asks. A history with more beginnings gives a random choice of them,
+    drawn again each epoch. Pays on short histories; an epoch takes longer."""
     include_new_items: bool = False
     """Add items that have metadata but no interactions to the catalogue, so that jobs can recommend them. Needs
     model.output_features=fused."""

@@ -138,12 +138,12 @@ def window_places(windows: Windows, max_len: int, generator: torch.Generator) ->
 
 
 def with_prefixes(windows: Windows, count: int, generator: torch.Generator) -> Windows:
-    """The histories, and behind them some beginnings of each: of 2 items or more, but not all.
+    """The histories, and behind them some beginnings of each: of 2 items or more, the longest being all of it.
 
     A history with at most `count` beginnings gives them all. A longer one gives `count`, evenly spaced from a random
     place (systematic sampling), so that all are equally likely.
     """
-    found = (windows.lengths - 2).clamp(min=0)[:, None]  # (N, 1)
+    found = (windows.lengths - 1).clamp(min=0)[:, None]  # (N, 1)
     number = torch.arange(count)
     draw = torch.rand(len(windows), 1, generator=generator, dtype=torch.float64)
     which = torch.where(found > count, ((number + draw) * found / count).long(), number)  # (N, count), from 0

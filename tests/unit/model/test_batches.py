@@ -234,14 +234,14 @@ def beginnings_of(histories, count, seed=0):
 
 
 def test_beginnings_by_hand():
-    """A history of five items has three; one of two items or fewer has none."""
-    histories = [[1, 2, 3, 4, 5], [6, 7], [8], [9, 10, 11], []]
+    """A history of four items has three; one of a single item has none."""
+    histories = [[1, 2, 3, 4], [6, 7], [8], [9, 10, 11], []]
     for count in (3, 4):
-        assert beginnings_of(histories, count) == [[1, 2], [1, 2, 3], [1, 2, 3, 4], [9, 10]]
+        assert beginnings_of(histories, count) == [[1, 2], [1, 2, 3], [1, 2, 3, 4], [6, 7], [9, 10], [9, 10, 11]]
 
 
 def test_of_many_beginnings_some_are_drawn_all_equally_often():
-    history, times = list(range(1, 10)), 700  # of 2 to 8 items
+    history, times = list(range(1, 9)), 700  # of 2 to 8 items
     lengths = [[len(each) for each in beginnings_of([history], 3, seed)] for seed in range(times)]
     assert all(len(set(drawn)) == 3 and drawn == sorted(drawn) for drawn in lengths)
     counts = np.bincount(np.concatenate(lengths), minlength=9)
@@ -258,12 +258,14 @@ def test_a_beginning_asks_for_its_last_item_alone():
     rows = sorted(row for batch in step.batches for row in rows_of(batch))
     assert rows == [
         ((1, 2, 3, 4), (0, 0, 0, 0)),
+        ((1, 2, 3, 31), (0, 0, 0, 4)),
         ((1, 2, 31), (0, 0, 3)),
         ((1, 31), (0, 2)),
         ((5, 6, 7), (0, 0, 0)),
+        ((5, 6, 31), (0, 0, 7)),
         ((5, 31), (0, 6)),
     ]
-    assert (step.num_targets, step.num_tokens) == (3, 14)
+    assert (step.num_targets, step.num_tokens) == (5, 21)
 
 
 def test_steps_made_ahead_are_the_same():
@@ -320,7 +322,7 @@ def test_workers_share_a_step_whatever_their_number(strategy, prefixes):
         return result
 
     alone = rows_of_steps(1)
-    num_beginnings = sum(min(max(len(history) - 2, 0), prefixes) for history in histories)
+    num_beginnings = sum(min(max(len(history) - 1, 0), prefixes) for history in histories)
     assert sum(len(rows) for rows in alone) == 43 + num_beginnings
     assert rows_of_steps(2) == alone
     assert rows_of_steps(1) == alone  # drawn again, the same

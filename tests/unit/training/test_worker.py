@@ -91,7 +91,12 @@ def no_pause(monkeypatch):
     "settings",
     [
         ["training.optimizer=muon", "training.val_check_interval=2"],
-        ["training.loss=sampled-softmax", "data.sampling_strategy=weighted", "training.gradient_clip_val=1"],
+        [
+            "training.loss=sampled-softmax",
+            "data.sampling_strategy=weighted",
+            "data.num_prefixes=2",
+            "training.gradient_clip_val=1",
+        ],
         ["training.loss=gbce", "training.item_optimizer=rowwise", "training.weight_decay=0.1"],
     ],
     ids=["muon", "sampled", "rowwise"],
@@ -383,7 +388,12 @@ TWO = {
         "training.early_stopping=false",
         "model.time_encoding=rotary+gap+calendar",
     ],
-    "drawn": ["training.early_stopping=false", "training.num_epochs=2", "data.sampling_strategy=window"],
+    "drawn": [
+        "training.early_stopping=false",
+        "training.num_epochs=2",
+        "data.sampling_strategy=window",
+        "data.num_prefixes=2",
+    ],
     "temporal": ["data.split=temporal", "training.num_epochs=1", "model.dropout_rate=0"],
     "rowwise": [
         *["training.loss=sampled-softmax", "training.item_optimizer=rowwise", "training.weight_decay=0.1"],
