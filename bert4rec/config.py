@@ -231,6 +231,9 @@ class ModelConfig(_Group):
     """Probability that training also masks the last item of a sequence, which is the item that scoring predicts."""
     share_embeddings: bool = True
     """Use the item embeddings as output weights (equation 7). false: learn a separate output matrix."""
+    output_transform: bool = True
+    """Put the dense layer with GELU of equation 7 between the last block and the output weights. false: scores are the
+    product of the last block's state and the weights."""
     use_genre_emb: bool = False
     """Fuse each item's genres (the mean of their embeddings) into its input vector. Needs genres.tsv."""
     use_director_emb: bool = False

@@ -148,7 +148,9 @@ class ScoringFunction(nn.Module):
                 bias = self.times.attention_bias(number, moments[:, -query.shape[1] :], moments)
                 mask = bias.masked_fill(~keep, -torch.inf)
             x = self._block(block, x, query, mask, turns)
-        state = F.gelu(self.output_transform(x[:, -1]))  # (B, D)
+        state = x[:, -1]  # (B, D)
+        if self.output_transform is not None:
+            state = F.gelu(self.output_transform(state))
         if self.is_tied:
             scores = F.linear(state, self.get_buffer("vectors"))[:, 1:-1]
         else:

@@ -185,7 +185,7 @@ class BERT4Rec(nn.Module):
         self.dropout = Dropout(config.dropout_rate)
         self.embedding_norm = nn.LayerNorm(width)
         self.blocks = nn.ModuleList(Block(config) for _ in range(config.num_layers))
-        self.output_transform = Linear(width, width)
+        self.output_transform = Linear(width, width) if config.output_transform else None
         self.row_tables: list[RowTable] = []  # `train_by_rows` fills it
         self._fused: Tensor | None = None  # the fused item vectors, kept while the weights do not change
         self.shards: ItemShards | None = None
@@ -268,9 +268,9 @@ class BERT4Rec(nn.Module):
         return 0 if self.times is None else int(self.times.get_buffer("usual_gap"))
 
     def project(self, hidden: Tensor) -> Tensor:
-        """[N, D] -> [N, D]: the dense layer with GELU in equation 7. Its product with `output_weights` gives the
-        logits."""
-        return F.gelu(self.output_transform(hidden))
+        """[N, D] -> [N, D]: the dense layer with GELU in equation 7, if the model has it. The product with
+        `output_weights` gives the logits."""
+        return hidden if self.output_transform is None else F.gelu(self.output_transform(hidden))
 
     def train(self, mode: bool = True) -> Self:
         """Set the mode as torch does, and forget the fused item vectors, which may change."""

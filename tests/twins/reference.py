@@ -109,9 +109,10 @@ def rotated(x: torch.Tensor, angles: list[list[float]]) -> torch.Tensor:
 def logits(model: BERT4Rec, sequence: list[int], times: list[int] | None = None) -> torch.Tensor:
     """[L, V]: equation 7 at every position."""
     states = hidden_states(model, sequence, times)
-    transformed = F.gelu(states @ model.output_transform.weight.T + model.output_transform.bias)
+    if model.config.output_transform:
+        states = F.gelu(states @ model.output_transform.weight.T + model.output_transform.bias)
     weights = model.output_weights()[0]
-    return transformed @ weights.T + model.output_bias
+    return states @ weights.T + model.output_bias
 
 
 def loss(model: BERT4Rec, masked: list[list[int]], labels: list[list[int]]) -> torch.Tensor:

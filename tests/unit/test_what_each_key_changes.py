@@ -90,6 +90,7 @@ CHANGES = {
     "model.random_mask_prob": Key("0.5", TRAINED),
     "model.last_item_mask_ratio": Key("0.5", TRAINED),
     "model.share_embeddings": Key("false", {*TRAINED, NETWORK}),
+    "model.output_transform": Key("false", {*TRAINED, NETWORK}),
     "model.use_genre_emb": Key("true", {*TRAINED, NETWORK}),
     "model.use_director_emb": Key("true", {*TRAINED, NETWORK}),
     "model.use_writer_emb": Key("true", {*TRAINED, NETWORK}),

@@ -67,7 +67,7 @@ def test_attention_goes_both_ways():
 
 
 @pytest.mark.usefixtures("either_library")
-@pytest.mark.parametrize("settings", [{}, {"share_embeddings": False}, {"position_encoding": "rotary"}])
+@pytest.mark.parametrize("settings", [{}, {"share_embeddings": False}, {"position_encoding": "rotary", "output_transform": False}])
 def test_a_step_has_the_loss_and_gradients_of_the_slow_way(settings):
     """Micro-batches by length, logits at targets only, the last block at targets only: the same arithmetic."""
     model = make_model(dropout_rate=0.0, random_mask_prob=0.4, **settings)
