@@ -94,10 +94,6 @@ class DataConfig(_Group):
     """Which max_len items of a longer history training reads. recent: the last ones. weighted: a random choice without
     replacement that prefers recent items (weight n for the n-th item) and keeps their order. window: consecutive items
     from a random place. weighted and window draw again each epoch."""
-    num_prefixes: int = Field(0, ge=0)
-    """Most beginnings of each history that an epoch reads besides, from its first 2 items to all of it, each with its
-    last item masked: the question that scoring asks. A history with more beginnings gives a random choice of them,
-    drawn again each epoch. Pays on short histories; an epoch takes longer."""
     include_new_items: bool = False
     """Add items that have metadata but no interactions to the catalogue, so that jobs can recommend them. Needs
     model.output_features=fused."""
@@ -213,6 +209,11 @@ class ModelConfig(_Group):
     """Transformer blocks."""
     max_len: int = Field(200, ge=2)
     """Longest sequence that the network reads. In scoring, the appended [MASK] counts as one item."""
+    attention: Literal["bidirectional", "causal"] = "bidirectional"
+    """What a place sees, and so what training asks. bidirectional: all places; training masks items and predicts them,
+    as in the paper. causal: itself and the places before it; at each item, training predicts the next one, as scoring
+    does (SASRec, Kang and McAuley 2018, arXiv 1808.09781), and masks nothing. causal ranks better for short histories.
+    It cannot be combined with time_encoding."""
     position_encoding: Literal["learned", "rotary"] = "learned"
     """How the network knows an item's place. learned: an embedding of its distance from the end, as in the paper.
     rotary: the same, and attention also rotates queries and keys by that distance (RoPE, Su et al. 2021, arXiv
@@ -289,6 +290,11 @@ class ModelConfig(_Group):
             raise ValueError(
                 "model.time_encoding=rotary needs heads of an even width of 4 or more, and model.hidden_units="
                 f"{self.hidden_units} with model.num_heads={self.num_heads} gives {width}"
+            )
+        if self.attention == "causal" and self.time_parts:
+            raise ValueError(
+                f"model.attention=causal needs model.time_encoding=none, not {self.time_encoding}: no place stands for "
+                "the item whose time is asked for"
             )
         if self.output_features == "fused" and not self.share_embeddings:
             raise ValueError("model.output_features=fused needs model.share_embeddings=true")

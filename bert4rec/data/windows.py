@@ -51,10 +51,6 @@ class Windows:
         asked = None if self.asked is None else self.asked[index]
         return Windows(self.items, self.start[index], self.end[index], self.times, asked)
 
-    def and_then(self, others: "Windows") -> "Windows":
-        """These windows, then other windows of the same items, which are asked at no time."""
-        return replace(self, start=torch.cat([self.start, others.start]), end=torch.cat([self.end, others.end]))
-
     def to(self, device: torch.device) -> "Windows":
         """Move to `device`. If this needs a copy, leave out items that no window covers."""
         if self.items.device == device:

@@ -73,6 +73,7 @@ class ScoringFunction(nn.Module):
                 )
         self.num_heads, self.max_len = model.config.num_heads, model.config.max_len
         self.mask_token = model.num_items + 1
+        self.is_causal = model.config.attention == "causal"
         self.topk, self.exclude_seen = topk, ranking.exclude_seen
         with torch.no_grad():
             every = torch.arange(model.num_items + 2, device=model.output_bias.device)
@@ -128,7 +129,12 @@ class ScoringFunction(nn.Module):
         """
         if self.times is not None and (times is None or at is None):
             raise InputError("this program reads times (model.time_encoding); expected history, times and at")
-        tokens = torch.cat([history, torch.full_like(history[:, :1], self.mask_token)], dim=1)
+        if self.is_causal:  # [MASK], then the items that count
+            tokens = torch.cat([torch.zeros_like(history[:, :1]), history], dim=1)
+            count = (history != PADDING).sum(1, keepdim=True).clamp(max=self.max_len - 1)
+            tokens = tokens.scatter(1, history.shape[1] - count, self.mask_token)
+        else:
+            tokens = torch.cat([history, torch.full_like(history[:, :1], self.mask_token)], dim=1)
         from_end = torch.arange(tokens.shape[1], device=tokens.device).flip(0)
         # Mask items that are too old instead of cutting them off, so that one program serves any length.
         keep = ((tokens != PADDING) & (from_end < self.max_len))[:, None, None, :]  # (B, 1, 1, L+1)
@@ -144,6 +150,8 @@ class ScoringFunction(nn.Module):
         for number, block in enumerate(self.blocks):
             is_last = number == len(self.blocks) - 1
             query, mask = x[:, -1:] if is_last else x, keep
+            if self.is_causal and not is_last:  # a place sees itself too, since the softmax of nothing is no number
+                mask = (keep & (from_end > from_end[:, None])) | (from_end == from_end[:, None])
             if moments is not None and self.times is not None and self.times.bias is not None:
                 bias = self.times.attention_bias(number, moments[:, -query.shape[1] :], moments)
                 mask = bias.masked_fill(~keep, -torch.inf)

@@ -20,7 +20,7 @@ from bert4rec.data.windows import Windows
 from bert4rec.errors import InputError
 from bert4rec.inference.blend import Added, Blend, places_in
 from bert4rec.inference.item_lists import ItemList, read_list
-from bert4rec.model.batches import append_mask, by_length, pack
+from bert4rec.model.batches import ask_next, by_length, pack
 from bert4rec.model.layers import product
 from bert4rec.model.network import BERT4Rec
 
@@ -315,10 +315,11 @@ def load_for(dataset: PreparedDataset, checkpoint: str, ranking: Ranking) -> BER
 
 @torch.inference_mode()
 def next_item_states(model: BERT4Rec, histories: Windows) -> Tensor:
-    """[B, D] projected states at a [MASK] behind each history (Section 3.6); `output_weights` turn them into scores."""
+    """[B, D] projected states that `output_weights` turn into scores of each history's next item: at a [MASK] behind
+    it (Section 3.6), or with causal attention at its last item."""
     states = torch.empty(len(histories), model.config.hidden_units, device=model.output_bias.device)
     for rows in by_length((histories.lengths + 1).clamp(max=model.config.max_len), PASS_TOKENS):
-        tokens, times = append_mask(histories.users(rows), model.config.max_len, model.num_items)
+        tokens, times = ask_next(histories.users(rows), model.config, model.num_items)
         states[rows] = model.project(model.encode(pack(tokens, None, tokens.device, times=times))).float()
     return states
 

@@ -70,6 +70,12 @@ class Batch(NamedTuple):
         parts = torch.split(flat[: sum(sizes)], sizes)
         return [part.view(group.rows, -1) for group, part in zip(self.groups, parts, strict=True)]
 
+    def at_queries(self, flat: Tensor) -> list[Tensor]:
+        """Each group's part [B, M] of `flat` [S] at the queries."""
+        sizes = [group.rows * group.queries for group in self.groups]
+        places = torch.split(self.query[: sum(sizes)], sizes)
+        return [flat[own].view(group.rows, -1) for group, own in zip(self.groups, places, strict=True)]
+
 
 class Step(NamedTuple):
     """One worker's part of a training step."""
@@ -137,27 +143,6 @@ def window_places(windows: Windows, max_len: int, generator: torch.Generator) ->
     return last_places(replace(windows, end=windows.end - left_out), max_len)
 
 
-def with_prefixes(windows: Windows, count: int, generator: torch.Generator) -> Windows:
-    """The histories, and behind them some beginnings of each: of 2 items or more, the longest being all of it.
-
-    A history with at most `count` beginnings gives them all. A longer one gives `count`, evenly spaced from a random
-    place (systematic sampling), so that all are equally likely.
-    """
-    found = (windows.lengths - 1).clamp(min=0)[:, None]  # (N, 1)
-    number = torch.arange(count)
-    draw = torch.rand(len(windows), 1, generator=generator, dtype=torch.float64)
-    which = torch.where(found > count, ((number + draw) * found / count).long(), number)  # (N, count), from 0
-    row, column = torch.nonzero(which < found, as_tuple=True)
-    of_row = windows.users(row)
-    return windows.and_then(replace(of_row, end=of_row.start + 2 + which[row, column]))
-
-
-def mask_last(tokens: Tensor, num_items: int) -> tuple[Tensor, Tensor]:
-    """[B, L] tokens and labels as `mask_items` returns them, with the last item as the only target."""
-    mask = torch.full_like(tokens[:, -1:], num_items + 1)
-    return torch.cat([tokens[:, :-1], mask], dim=1), F.pad(tokens[:, -1:], (tokens.shape[1] - 1, 0), value=PADDING)
-
-
 def mask_items(
     tokens: Tensor, model: ModelConfig, num_items: int, generator: torch.Generator, num_new_items: int = 0
 ) -> tuple[Tensor, Tensor]:
@@ -193,8 +178,27 @@ def mask_items(
     return masked, torch.where(target, tokens, PADDING)
 
 
+def next_items(items: Tensor, num_items: int) -> tuple[Tensor, Tensor]:
+    """[B, L] the model's input and labels of the next-item task (SASRec, arXiv 1808.09781): each item is the target at
+    the one before it, the first at a [MASK]."""
+    return begin_with_mask(items[:, :-1], num_items), items
+
+
+def begin_with_mask(items: Tensor, num_items: int) -> Tensor:
+    """[B, L+1] tokens: [MASK], then the items [B, L], padded on the left."""
+    first = (items == PADDING).sum(1, keepdim=True)
+    return F.pad(items, (1, 0), value=PADDING).scatter(1, first, num_items + 1)
+
+
+def ask_next(windows: Windows, model: ModelConfig, num_items: int) -> tuple[Tensor, Tensor | None]:
+    """Tokens and times as `append_mask` returns them: the model's input to predict the next item at its last place."""
+    if model.attention == "causal":
+        return begin_with_mask(last_items(windows, model.max_len - 1), num_items), None
+    return append_mask(windows, model.max_len, num_items)
+
+
 def append_mask(windows: Windows, max_len: int, num_items: int) -> tuple[Tensor, Tensor | None]:
-    """The last max_len-1 items, then [MASK]: the model's input to predict the next item.
+    """The last max_len-1 items, then [MASK], at which a bidirectional model predicts the next item.
 
     Returns
     -------
@@ -322,9 +326,7 @@ def iter_steps(
         num_done, drawn = after
         generator.set_state(drawn)
     for users in parts[num_done:]:
-        chosen, num_users = windows.users(users), len(users)
-        if data.num_prefixes:
-            chosen = with_prefixes(chosen, data.num_prefixes, generator)
+        chosen = windows.users(users)
         match data.sampling_strategy:
             case "recent":
                 places = last_places(chosen, model.max_len)
@@ -335,10 +337,13 @@ def iter_steps(
             case _:
                 assert_never(data.sampling_strategy)
         tokens, times = tokens_at(chosen, places), times_at(chosen, places)
-        masked, labels = mask_items(tokens[:num_users], model, num_items, generator, num_new_items)
-        if data.num_prefixes:
-            of_prefixes = mask_last(tokens[num_users:], num_items)
-            masked, labels = (torch.cat(parts) for parts in zip((masked, labels), of_prefixes, strict=True))
+        match model.attention:
+            case "bidirectional":
+                masked, labels = mask_items(tokens, model, num_items, generator, num_new_items)
+            case "causal":
+                masked, labels = next_items(tokens, num_items)
+            case _:
+                assert_never(model.attention)
         lengths = (tokens != PADDING).sum(1)
         rows = torch.argsort(lengths, descending=True, stable=True)[rank::world_size]
         batches = [

@@ -132,6 +132,13 @@ def turned(x: Tensor, turns: Tensor) -> Tensor:
     return torch.view_as_real(pairs * turns).flatten(1).to(x.dtype)
 
 
+def _causal(query: Tensor, key: Tensor, keep: Tensor | None) -> Tensor:
+    """[B, 1, M, L] whether a place sees another, by their distances from the end; padding too sees itself, since the
+    softmax of nothing is no number."""
+    before = key > query
+    return (before if keep is None else before & keep) | (key == query)
+
+
 class BERT4Rec(nn.Module):
     """The bidirectional transformer over item sequences.
 
@@ -222,8 +229,8 @@ class BERT4Rec(nn.Module):
         with without_cudnn_attention():
             last = len(self.blocks) - 1
             for layer, block in enumerate(self.blocks[:-1]):
-                x = block(x, batch.groups, self._with_bias(layer, batch, keep), turns)
-            keep = self._with_bias(last, batch, keep)
+                x = block(x, batch.groups, self._masks(layer, batch, keep), turns)
+            keep = self._masks(last, batch, keep)
             hidden: Tensor = self.blocks[last](x, batch.groups, keep, turns, batch.query, wanted)
         return hidden[:count]
 
@@ -237,17 +244,21 @@ class BERT4Rec(nn.Module):
             return torch.cat([others, by_time], dim=1)[:, None]
         return None if by_place is None else by_place[:, None]
 
-    def _with_bias(self, layer: int, batch: Batch, keep: list[Tensor | None]) -> list[Tensor | None]:
-        """The masks `keep`, with the bias by time of one layer where the model has one."""
+    def _masks(self, layer: int, batch: Batch, keep: list[Tensor | None]) -> list[Tensor | None]:
+        """The masks `keep` of one layer, without later places where attention is causal, and with the bias by time
+        where the model has one."""
+
+        def asking(flat: Tensor) -> list[Tensor]:
+            """Each group's part of `flat` [S] at the places that attend."""
+            return batch.at_queries(flat) if layer == len(self.blocks) - 1 else batch.rectangles(flat)
+
+        if self.config.attention == "causal":
+            places = zip(asking(batch.position), batch.rectangles(batch.position), keep, strict=True)
+            return [_causal(query[:, None, :, None], own[:, None, None, :], mask) for query, own, mask in places]
         if self.times is None or self.times.bias is None or batch.times is None:
             return keep
-        times = batch.rectangles(batch.times)
-        asking = times
-        if layer == len(self.blocks) - 1:
-            sizes = [group.rows * group.queries for group in batch.groups]
-            places = torch.split(batch.query[: sum(sizes)], sizes)
-            asking = [batch.times[own].view(group.rows, -1) for group, own in zip(batch.groups, places, strict=True)]
-        biases = [self.times.attention_bias(layer, query, own) for query, own in zip(asking, times, strict=True)]
+        times = zip(asking(batch.times), batch.rectangles(batch.times), strict=True)
+        biases = [self.times.attention_bias(layer, query, own) for query, own in times]
         return [
             bias if mask is None else bias.masked_fill(~mask, -torch.inf)
             for bias, mask in zip(biases, keep, strict=True)

@@ -21,7 +21,7 @@ from bert4rec.errors import InputError
 from bert4rec.evaluation.metrics import RankCounts
 from bert4rec.inference.ranking import Exclusions, NextScores, next_item_states, rank_of_target, score_next
 from bert4rec.inference.rules import Rules
-from bert4rec.model.batches import Step, append_mask, iter_steps, steps_ahead
+from bert4rec.model.batches import Step, ask_next, iter_steps, steps_ahead
 from bert4rec.model.network import BERT4Rec
 from bert4rec.model.shards import ItemShards, from_all
 from bert4rec.training.muon import muon_for
@@ -367,7 +367,7 @@ def _ranks_over_shards(
     targets : Tensor
         [B] tokens.
     """
-    shards.fetch(append_mask(own, model.config.max_len, model.num_items)[0] if len(own) else targets[:0])
+    shards.fetch(ask_next(own, model.config, model.num_items)[0] if len(own) else targets[:0])
     states, _ = shards.gather(next_item_states(model, own))
     shard, columns = shards.shard, shards.shard.columns(states.device)
     is_own = (targets - 1 - columns[0]) % shard.world_size == 0

@@ -61,6 +61,9 @@ def hidden_states(model: BERT4Rec, sequence: list[int], times: list[int] | None 
             if "bias" in parts:
                 table = model.times.bias[layer, :, head]
                 products = products + torch.stack([torch.stack([table[between(a, b)] for b in times]) for a in times])
+            if model.config.attention == "causal":
+                later = [[other > place for other in range(len(sequence))] for place in range(len(sequence))]
+                products = products.masked_fill(torch.tensor(later), -math.inf)
             attention = torch.softmax(products, dim=1)
             outputs.append(attention @ value[:, part])
         attended = torch.cat(outputs, dim=1) @ block.attention_output.weight.T + block.attention_output.bias

@@ -145,13 +145,13 @@ def test_an_ablation_has_a_row_for_each_change(tmp_path, monkeypatch, capsys):
     fixed = "model.hidden_units=8 model.num_heads=2 training.num_epochs=2 training.val_check_interval=1"
     config = load_config("configs/short-histories.yaml", [f"run.storage_path={tmp_path}", "data.data_dir=/d"])
     write_dataset(Path(config.prepared_path), random_histories(60, 30), 30)
-    arguments = ["", "data.num_prefixes=2 model.dropout_rate=0", "--data", "/d", "--runs", str(tmp_path)]
+    arguments = ["", "model.attention=causal model.dropout_rate=0", "--data", "/d", "--runs", str(tmp_path)]
     monkeypatch.setattr(sys, "argv", ["ablation.py", *arguments, "--keep", str(tmp_path / "kept"), "--all", fixed])
     threads = torch.get_num_threads()
     ablation.main()
     torch.set_num_threads(threads)
     rows = [line.split(" | ") for line in capsys.readouterr().out.splitlines() if " | 1 / 2 | " in line]
-    assert [row[0] for row in rows] == ["| nothing", "| `data.num_prefixes=2 model.dropout_rate=0`"]
+    assert [row[0] for row in rows] == ["| nothing", "| `model.attention=causal model.dropout_rate=0`"]
     assert rows[0][2:4] != rows[1][2:4]
     assert BERT4Rec.from_pretrained(str(tmp_path / "kept" / "1")).config.dropout_rate == 0
 

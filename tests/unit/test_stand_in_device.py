@@ -37,6 +37,7 @@ GENRES = ["model.use_genre_emb=true"]
 NETWORKS = {
     "ids": [],
     "rotary": ["model.position_encoding=rotary"],
+    "causal": ["model.attention=causal", "model.output_transform=false"],
     "times": ["model.time_encoding=rotary+gap+bias+calendar"],
     "rotary and times": ["model.position_encoding=rotary", "model.time_encoding=rotary"],
     "own output": ["model.share_embeddings=false"],

@@ -44,6 +44,7 @@ MODELS = {
     "tied": lambda: make_model(),
     "rotary": lambda: make_model(position_encoding="rotary"),
     "own output, one layer": lambda: model_with(share_embeddings=False, num_layers=1, output_transform=False),
+    "causal": lambda: make_model(attention="causal", position_encoding="rotary"),
     "gate, fused output": lambda: model_with(metadata_fusion="gate", output_features="fused"),
     "concat": lambda: model_with(metadata_fusion="concat"),
     "times": lambda: timed_model("rotary+gap+bias+calendar", position_encoding="rotary"),

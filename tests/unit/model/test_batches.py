@@ -185,6 +185,19 @@ def test_append_mask_keeps_room_for_the_mask():
     assert batches.append_mask(windows_of([[], [1]]), 3, num_items=9)[0].tolist() == [[0, 10], [1, 10]]
 
 
+def test_the_next_items_by_hand():
+    """The last six items of each history, at [MASK] and at all items but the last; a step has each once."""
+    windows, model = windows_of([[1, 2, 3, 4, 5, 6, 7], [8], [9, 10]]), MODEL.model_copy(update={"attention": "causal"})
+    (step,) = batches.iter_steps(windows, DataConfig(), model, 30, 0, 0, 1, 10_000, torch.device("cpu"))
+    rows = sorted(row for batch in step.batches for row in rows_of(batch))
+    assert rows == [((31,), (8,)), ((31, 2, 3, 4, 5, 6), (2, 3, 4, 5, 6, 7)), ((31, 9), (9, 10))]
+    assert (step.num_targets, step.num_tokens) == (9, 9)
+    asked, times = batches.ask_next(windows_of([[1, 2, 3, 4, 5, 6, 7], [8], []]), model, 30)
+    assert asked.tolist() == [[31, 3, 4, 5, 6, 7], [0, 0, 0, 0, 31, 8], [0, 0, 0, 0, 0, 31]]
+    assert times is None
+    assert batches.ask_next(windows_of([[]]), model, 30)[0].tolist() == [[0, 31]]
+
+
 def test_by_length_covers_all_rows_in_parts_of_the_budget():
     lengths = torch.tensor([3, 0, 7, 2, 9, 9, 1, 30])
     parts = [part.tolist() for part in batches.by_length(lengths, 18)]
@@ -225,49 +238,6 @@ def test_groups_end_where_padding_costs_more_than_another_group():
     assert list(batches._group_ends(lengths, 2048)) == [6]
 
 
-def beginnings_of(histories, count, seed=0):
-    """By history, the beginnings that `with_prefixes` puts behind the histories."""
-    found = batches.with_prefixes(windows_of(histories), count, seeded(seed))
-    items = [found.items[begin:end].tolist() for begin, end in zip(found.start, found.end, strict=True)]
-    assert items[: len(histories)] == histories
-    return items[len(histories) :]
-
-
-def test_beginnings_by_hand():
-    """A history of four items has three; one of a single item has none."""
-    histories = [[1, 2, 3, 4], [6, 7], [8], [9, 10, 11], []]
-    for count in (3, 4):
-        assert beginnings_of(histories, count) == [[1, 2], [1, 2, 3], [1, 2, 3, 4], [6, 7], [9, 10], [9, 10, 11]]
-
-
-def test_of_many_beginnings_some_are_drawn_all_equally_often():
-    history, times = list(range(1, 9)), 700  # of 2 to 8 items
-    lengths = [[len(each) for each in beginnings_of([history], 3, seed)] for seed in range(times)]
-    assert all(len(set(drawn)) == 3 and drawn == sorted(drawn) for drawn in lengths)
-    counts = np.bincount(np.concatenate(lengths), minlength=9)
-    assert counts[:2].sum() == 0
-    expected = times * 3 / 7
-    assert abs(counts[2:] - expected).max() < 4 * (expected * 4 / 7) ** 0.5
-
-
-def test_a_beginning_asks_for_its_last_item_alone():
-    windows = windows_of([[1, 2, 3, 4], [5, 6, 7]])
-    data = DataConfig(num_prefixes=9)
-    model = MODEL.model_copy(update={"random_mask_prob": 1e-9, "last_item_mask_ratio": 0})
-    (step,) = batches.iter_steps(windows, data, model, 30, 0, 0, 1, 10_000, torch.device("cpu"))
-    rows = sorted(row for batch in step.batches for row in rows_of(batch))
-    assert rows == [
-        ((1, 2, 3, 4), (0, 0, 0, 0)),
-        ((1, 2, 3, 31), (0, 0, 0, 4)),
-        ((1, 2, 31), (0, 0, 3)),
-        ((1, 31), (0, 2)),
-        ((5, 6, 7), (0, 0, 0)),
-        ((5, 6, 31), (0, 0, 7)),
-        ((5, 31), (0, 6)),
-    ]
-    assert (step.num_targets, step.num_tokens) == (5, 21)
-
-
 def test_steps_made_ahead_are_the_same():
     windows = windows_of(list(random_histories(43, 30, longest=15).values()))
     data, started = DataConfig(batch_size=4, sampling_strategy="weighted"), []
@@ -295,17 +265,19 @@ def test_steps_made_ahead_fail_where_they_would():
 
 
 @pytest.mark.parametrize(
-    ("strategy", "prefixes"), [("recent", 0), ("weighted", 0), ("window", 0), ("recent", 4), ("window", 4)]
+    ("strategy", "attention"),
+    [("recent", "bidirectional"), ("weighted", "bidirectional"), ("window", "bidirectional"), ("window", "causal")],
 )
-def test_workers_share_a_step_whatever_their_number(strategy, prefixes):
+def test_workers_share_a_step_whatever_their_number(strategy, attention):
     histories = list(random_histories(43, 30, longest=15).values())
     windows = windows_of(histories)
-    data = DataConfig(batch_size=10, seed=3, sampling_strategy=strategy, num_prefixes=prefixes)
+    data = DataConfig(batch_size=10, seed=3, sampling_strategy=strategy)
+    model = MODEL.model_copy(update={"attention": attention})
 
     def rows_of_steps(world_size):
         """Per step: the multiset of (input, labels) rows over all workers, and the announced target count."""
         per_rank = [
-            list(batches.iter_steps(windows, data, MODEL, 30, 2, rank, world_size, 20, torch.device("cpu")))
+            list(batches.iter_steps(windows, data, model, 30, 2, rank, world_size, 20, torch.device("cpu")))
             for rank in range(world_size)
         ]
         assert len({len(steps) for steps in per_rank}) == 1
@@ -322,8 +294,7 @@ def test_workers_share_a_step_whatever_their_number(strategy, prefixes):
         return result
 
     alone = rows_of_steps(1)
-    num_beginnings = sum(min(max(len(history) - 1, 0), prefixes) for history in histories)
-    assert sum(len(rows) for rows in alone) == 43 + num_beginnings
+    assert sum(len(rows) for rows in alone) == 43
     assert rows_of_steps(2) == alone
     assert rows_of_steps(1) == alone  # drawn again, the same
 

@@ -40,10 +40,11 @@ def either_library(request, monkeypatch):
 
 
 @pytest.mark.usefixtures("either_library")
+@pytest.mark.parametrize("attention", ["bidirectional", "causal"])
 @pytest.mark.parametrize("position_encoding", ["learned", "rotary"])
 @pytest.mark.parametrize("num_layers", [1, 3])
-def test_hidden_states_equal_the_slow_network(num_layers, position_encoding):
-    model = make_model(num_layers=num_layers, position_encoding=position_encoding)
+def test_hidden_states_equal_the_slow_network(num_layers, position_encoding, attention):
+    model = make_model(num_layers=num_layers, position_encoding=position_encoding, attention=attention)
     histories = sorted(random_histories(30, NUM_ITEMS).values(), key=len, reverse=True)
     batch = packed(torch.tensor(reference.last_items(histories, 12)))
     assert len({group.length for group in batch.groups}) > 1
@@ -60,14 +61,23 @@ def test_padding_on_the_left_changes_nothing():
     torch.testing.assert_close(model.encode(packed(padded))[5:], model.encode(packed(tokens)), rtol=1e-5, atol=1e-6)
 
 
-def test_attention_goes_both_ways():
-    model = make_model()
-    first, second = torch.tensor([[3, 9, 4]]), torch.tensor([[3, 9, 5]])
-    assert not torch.allclose(model.encode(packed(first))[0], model.encode(packed(second))[0], atol=1e-3)
+@pytest.mark.parametrize("attention", ["bidirectional", "causal"])
+def test_attention_goes_both_ways_or_back_alone(attention):
+    model = make_model(attention=attention)
+    first, second = (model.encode(packed(torch.tensor([tokens]))) for tokens in ([3, 9, 4], [3, 9, 5]))
+    assert torch.equal(first[:2], second[:2]) == (attention == "causal")
+    assert not torch.allclose(first[2], second[2], atol=1e-3)
 
 
 @pytest.mark.usefixtures("either_library")
-@pytest.mark.parametrize("settings", [{}, {"share_embeddings": False}, {"position_encoding": "rotary", "output_transform": False}])
+@pytest.mark.parametrize(
+    "settings",
+    [
+        {},
+        {"share_embeddings": False},
+        {"position_encoding": "rotary", "output_transform": False, "attention": "causal"},
+    ],
+)
 def test_a_step_has_the_loss_and_gradients_of_the_slow_way(settings):
     """Micro-batches by length, logits at targets only, the last block at targets only: the same arithmetic."""
     model = make_model(dropout_rate=0.0, random_mask_prob=0.4, **settings)

@@ -34,7 +34,7 @@ SOFTMAX = "training.loss=sampled-softmax"
 FILES = ("model", "training_state")
 SETTINGS = {
     "cross-entropy": ["training.weight_decay=0.1", "training.gradient_clip_val=0.5"],
-    "genres": ["training.optimizer=adam", "model.use_genre_emb=true", "model.position_encoding=rotary"],
+    "genres": ["training.optimizer=adam", "model.use_genre_emb=true", "model.attention=causal"],
     "sampled-softmax": [SOFTMAX, "training.optimizer=muon", "model.time_encoding=gap+bias"],
     "rowwise": ["model.dropout_rate=0", SOFTMAX, "training.item_optimizer=rowwise", "training.weight_decay=0.1"],
     "bf16": [SOFTMAX, "training.precision=bf16-mixed"],

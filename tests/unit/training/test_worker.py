@@ -94,7 +94,7 @@ def no_pause(monkeypatch):
         [
             "training.loss=sampled-softmax",
             "data.sampling_strategy=weighted",
-            "data.num_prefixes=2",
+            "model.attention=causal",
             "training.gradient_clip_val=1",
         ],
         ["training.loss=gbce", "training.item_optimizer=rowwise", "training.weight_decay=0.1"],
@@ -392,7 +392,7 @@ TWO = {
         "training.early_stopping=false",
         "training.num_epochs=2",
         "data.sampling_strategy=window",
-        "data.num_prefixes=2",
+        "model.attention=causal",
     ],
     "temporal": ["data.split=temporal", "training.num_epochs=1", "model.dropout_rate=0"],
     "rowwise": [
