@@ -74,6 +74,7 @@ TABLES = {
         ("users/s", "seconds", "spread", "useful GFLOP/s", "share of peak", "memory, MiB", "ours is"),
     ),
     "rules": Table("{data}: {rules}", ("users/s", "seconds", "spread", "of no list", "memory, MiB")),
+    "short_ablations": Table("{change}, seed {seed}", ("NDCG@10", "HR@10", "loss", "epochs", "seconds an epoch")),
     "short_histories": Table("{model}", ("HR@1", "HR@10", "NDCG@10", "spread", "coverage", "one core"), "NDCG@10"),
     "start": Table("{claim}", ("seconds", "spread", "of before")),
     "times": Table(

@@ -195,7 +195,8 @@ def test_the_next_items_by_hand():
     asked, times = batches.ask_next(windows_of([[1, 2, 3, 4, 5, 6, 7], [8], []]), model, 30)
     assert asked.tolist() == [[31, 3, 4, 5, 6, 7], [0, 0, 0, 0, 31, 8], [0, 0, 0, 0, 0, 31]]
     assert times is None
-    assert batches.ask_next(windows_of([[]]), model, 30)[0].tolist() == [[0, 31]]
+    nothing = windows_of([[1], []]).users(torch.tensor([1]))
+    assert batches.ask_next(nothing, model, 30)[0].tolist() == [[0, 31]]
 
 
 def test_by_length_covers_all_rows_in_parts_of_the_budget():
