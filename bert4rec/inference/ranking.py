@@ -127,10 +127,10 @@ class Ranking:
         )
 
 
-_WITHOUT_ITEMS = set(
-    "exclude_seen exclude_future popularity_discount candidates_default diversity diversity_pool min_score scores "
-    "blend".split()
-)
+_WITHOUT_ITEMS = {
+    *("exclude_seen", "exclude_future", "popularity_discount", "candidates_default", "diversity", "diversity_pool"),
+    *("min_score", "scores", "blend"),
+}
 """Rules that suit every catalogue, and the blend, which `load_for` and its fit check."""
 NO_RULES = Ranking(exclude_seen=False, exclude_future=False)
 
