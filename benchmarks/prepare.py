@@ -113,9 +113,11 @@ def main() -> None:
                             raise
                         print(f"{name}, {num_rows:,} rows: {failed}", file=sys.stderr)
     rows = []
+    of_store = f", object store of {args.object_store_gb:g} GB" if args.object_store_gb else ""
     for (num_rows, name), ran in results.items():
+        about = {"rows": f"{num_rows:,}", "implementation": name + of_store if name == "ours" else name}
         if not ran:
-            rows.append({"rows": f"{num_rows:,}", "implementation": name} | dict.fromkeys(_FIGURES, "failed"))
+            rows.append(about | dict.fromkeys(_FIGURES, "failed"))
             continue
         seconds = median(ran, "seconds")
         tenth = results.get((num_rows // 10, name))
@@ -128,7 +130,7 @@ def main() -> None:
             f"{max(result['tree_memory'] for result in ran) / 2**20:,.0f}",
             "" if name == "ours" else f"{seconds / median(results[num_rows, 'ours'], 'seconds'):.2f}×",
         ]
-        rows.append({"rows": f"{num_rows:,}", "implementation": name} | dict(zip(_FIGURES, figures, strict=True)))
+        rows.append(about | dict(zip(_FIGURES, figures, strict=True)))
     store = f"an object store of {args.object_store_gb:g} GB" if args.object_store_gb else "Ray's default object store"
     notes = [
         f"{NUM_USERS:,} users, {NUM_ITEMS:,} items, with time; seed {args.seed}; {args.threads} threads; {store}; "
