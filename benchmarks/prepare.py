@@ -9,7 +9,7 @@ from pathlib import Path
 
 import numpy as np
 
-from benchmarks.common import Workload, environment, median, options, publish, run, spread
+from benchmarks.common import Workload, descendants, environment, median, options, publish, run, spread
 
 NUM_USERS = 138_493
 NUM_ITEMS = 26_744
@@ -49,21 +49,6 @@ class TreeMemory(threading.Thread):
         while True:
             self.peak = max(self.peak, sum(_pss(pid) for pid in descendants(os.getpid())))
             time.sleep(self.interval)
-
-
-def descendants(pid: int) -> list[int]:
-    """`pid`, its children, theirs, and so on."""
-    parents: dict[int, list[int]] = {}
-    for stat in Path("/proc").glob("[0-9]*/stat"):
-        try:
-            fields = stat.read_text().rpartition(")")[2].split()
-        except OSError:  # it has ended
-            continue
-        parents.setdefault(int(fields[1]), []).append(int(stat.parent.name))
-    found = [pid]
-    for each in found:
-        found += parents.get(each, [])
-    return found
 
 
 def _pss(pid: int) -> int:
