@@ -98,8 +98,8 @@ class DataConfig(_Group):
     """Add items that have metadata but no interactions to the catalogue, so that jobs can recommend them. Needs
     model.output_features=fused."""
     memory_mb: int = Field(4096, ge=1)
-    """MiB that the interactions may take in the memory of a training worker. If they need more, the worker reads them
-    from its local disk; the result is the same."""
+    """MiB that the interactions, and title embeddings, may each take in the memory of a training worker. If they need
+    more, the worker reads them from its local disk; the result is the same."""
     min_item_interactions: int = Field(0, ge=0)
     """Reduce the data to their k-core: remove items with fewer interactions, then users with fewer, and repeat until
     nothing changes. Removed users get no recommendations. Published tables on MovieLens-1M use 5; 0 removes nothing."""
