@@ -7,10 +7,21 @@ Each row is a process of its own (or one a worker), with sampled softmax, on syn
 
 import itertools
 import os
+import sys
 import tempfile
 from dataclasses import replace
 
-from benchmarks.common import Workload, median, options, publish, run, spread, synthetic_histories
+from benchmarks.common import (
+    LEAST_MEMORY,
+    OutOfMemoryError,
+    Workload,
+    median,
+    options,
+    publish,
+    run,
+    spread,
+    synthetic_histories,
+)
 from bert4rec.training.train import WORKER_ENVIRONMENT
 
 MEAN_LENGTH = 10
@@ -32,6 +43,7 @@ def main() -> None:
     in_shards = {None: [False], "beside": [False, True], "alone": [True]}[args.shard_items]
     variants = list(itertools.product(args.workers, args.items, args.item_optimizer, in_shards))
     results: dict[tuple[int, int, str, bool], list[dict[str, float]]] = {variant: [] for variant in variants}
+    too_large: set[tuple[int, int, str, bool]] = set()
     with tempfile.TemporaryDirectory() as directory:
         workload = Workload(
             data=os.path.join(directory, "histories.npz"),
@@ -46,40 +58,64 @@ def main() -> None:
         )
         for items in args.items:
             synthetic_histories(100 * args.users, items, MEAN_LENGTH, args.seed).save(workload.data)
-            for _ in range(args.repeats):
-                for variant in (each for each in variants if each[1] == items):
-                    own = replace(workload, workers=variant[0], item_optimizer=variant[2], shard_items=variant[3])
+            for turn, variant in itertools.product(range(args.repeats), [own for own in variants if own[1] == items]):
+                if variant in too_large:
+                    continue
+                own = replace(workload, workers=variant[0], item_optimizer=variant[2], shard_items=variant[3])
+                try:
                     ran = run("benchmarks.ours", own, environment=WORKER_ENVIRONMENT)
-                    for name in ("seconds", "cpu_seconds", "bytes_sent"):
-                        ran[f"{name}_step"] = ran[name] / ran["steps"]
-                    ran["ms"], ran["cpu_ms"] = 1e3 * ran["seconds_step"], 1e3 * ran["cpu_seconds_step"]
-                    results[variant].append(ran)
+                except OutOfMemoryError as error:
+                    too_large.add(variant)
+                    print(f"{_claim(args.hidden, *variant)}: out of memory: {error}", file=sys.stderr, flush=True)
+                    continue
+                for name in ("seconds", "cpu_seconds", "bytes_sent"):
+                    ran[f"{name}_step"] = ran[name] / ran["steps"]
+                ran["ms"], ran["cpu_ms"] = 1e3 * ran["seconds_step"], 1e3 * ran["cpu_seconds_step"]
+                results[variant].append(ran)
+                took = f"{ran['ms']:,.1f} ms a step, {ran['memory'] / 2**20:,.0f} MiB"
+                print(f"{_claim(args.hidden, *variant)}: turn {turn + 1}: {took}", file=sys.stderr, flush=True)
     rows = []
-    for (size, items, kind, shards), turns in results.items():
-        fewest = median(results[size, min(args.items), kind, shards], "cpu_ms")
+    for variant, turns in results.items():
+        size, items, kind, shards = variant
+        fewest = results[size, min(args.items), kind, shards]
         whole = results.get((size, items, kind, False), []) if shards else []
-        claim = f"{kind}, {items:,} items, hidden {args.hidden}, {size} worker{'s' * (size > 1)}"
-        rows.append(
-            {
-                "claim": claim + (", in shards" if shards else ""),
+        row = {
+            "claim": _claim(args.hidden, *variant),
+            "ms a step": "out of memory",
+            "spread": "",
+            "CPU ms a step": "",
+            "of the fewest items": "",
+            "memory, MiB": "",
+            "of whole tables": "",
+            "MB sent": "",
+        }
+        if variant not in too_large:
+            relative = f"{median(turns, 'cpu_ms') / median(fewest, 'cpu_ms'):.2f}×" if fewest else ""
+            row |= {
                 "ms a step": f"{median(turns, 'ms'):,.1f}",
                 "spread": spread(turns, "ms", ",.1f"),
                 "CPU ms a step": f"{median(turns, 'cpu_ms'):,.1f}",
-                "of the fewest items": f"{median(turns, 'cpu_ms') / fewest:.2f}×",
+                "of the fewest items": relative,
                 "memory, MiB": f"{median(turns, 'memory') / 2**20:,.0f}",
                 "of whole tables": f"{median(turns, 'memory') / median(whole, 'memory'):.2f}×" if whole else "",
                 "MB sent": f"{median(turns, 'bytes_sent_step') / 1e6:,.2f}" if size > 1 else "",
             }
-        )
+        rows.append(row)
     notes = [
         f"{args.users} users a step of about {MEAN_LENGTH} items, {args.negatives} negatives, 2 layers, {args.threads} "
         f"threads; seed {args.seed}; medians of {args.repeats} turns of at least {args.seconds:g} s.",
         "CPU ms: time of all cores that a worker's process takes, which other processes disturb less than the wall "
         "time; of the fewest items: that, beside the first row's; memory: a worker's whole process at its peak; of "
         "whole tables: that of a table in shards, beside a copy in each worker; MB sent: by a worker in a step, all "
-        "that this machine sent to itself.",
+        "that this machine sent to itself; out of memory: it would have left the machine less than "
+        f"{LEAST_MEMORY / 2**20:,.0f} MiB.",
     ]
     publish("catalogue", notes, rows, args.record)
+
+
+def _claim(hidden: int, size: int, items: int, kind: str, shards: bool) -> str:
+    of_all = f"{kind}, {items:,} items, hidden {hidden}, {size} worker{'s' * (size > 1)}"
+    return of_all + (", in shards" if shards else "")
 
 
 if __name__ == "__main__":

@@ -9,12 +9,13 @@ import json
 import os
 import platform
 import shlex
+import signal
 import subprocess
 import sys
 import time
 import venv
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import asdict, dataclass, fields, replace
 from datetime import date
 from pathlib import Path
@@ -26,6 +27,8 @@ SYNTHETIC_SHORT = "synthetic-short"
 _ROOT = Path(__file__).parent.parent
 RESULTS = Path(__file__).parent / "results"
 """Where `--record` appends a line of JSON a run, in NAME.jsonl; `benchmarks.render` makes the tables of the docs."""
+LEAST_MEMORY = 2**30
+"""Bytes that a measured process has to leave to the machine."""
 
 
 @dataclass(frozen=True)
@@ -212,6 +215,29 @@ def peak_memory() -> int:
     raise RuntimeError("no VmHWM in /proc/self/status; peak memory needs Linux")
 
 
+def available_memory() -> int:
+    """Bytes that new processes of this machine can take."""
+    for line in Path("/proc/meminfo").read_text().splitlines():
+        if line.startswith("MemAvailable:"):
+            return int(line.split()[1]) * 1024
+    raise RuntimeError("no MemAvailable in /proc/meminfo; it needs Linux")
+
+
+def descendants(pid: int) -> list[int]:
+    """`pid`, its children, theirs, and so on."""
+    parents: dict[int, list[int]] = {}
+    for stat in Path("/proc").glob("[0-9]*/stat"):
+        try:
+            fields = stat.read_text().rpartition(")")[2].split()
+        except OSError:  # it has ended
+            continue
+        parents.setdefault(int(fields[1]), []).append(int(stat.parent.name))
+    found = [pid]
+    for each in found:
+        found += parents.get(each, [])
+    return found
+
+
 def bytes_sent() -> int:
     """Bytes that this machine's processes have sent to one another over TCP, as gloo's workers do."""
     (line,) = (line for line in Path("/proc/net/dev").read_text().splitlines() if line.strip().startswith("lo:"))
@@ -221,6 +247,10 @@ def bytes_sent() -> int:
 def report(**result: float) -> None:
     """Hand the result, and this process's peak memory where it names none, to `run`."""
     print(json.dumps({"memory": peak_memory(), **result}), flush=True)
+
+
+class OutOfMemoryError(Exception):
+    """A measured process needs more memory than the machine has."""
 
 
 def run(
@@ -234,21 +264,46 @@ def run(
         Another Python than this one.
     root
         Another checkout than this one; it may be of a commit whose `Workload` has fewer fields.
+
+    Raises
+    ------
+    OutOfMemoryError
+        If it leaves the machine less than `LEAST_MEMORY`; it is ended before the system ends another process.
     """
     defaults = {field.name: field.default for field in fields(Workload)}
     given = {name: value for name, value in asdict(workload).items() if value != defaults[name]}
     threads = {name: str(workload.threads) for name in ("OMP_NUM_THREADS", "MKL_NUM_THREADS")}
-    done = subprocess.run(
+    process = subprocess.Popen(
         [python or sys.executable, "-W", "ignore", "-m", module, json.dumps(given)],
         cwd=root or _ROOT,
         env={**os.environ, **threads, **(environment or {})},
-        capture_output=True,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
         text=True,
     )
-    if done.returncode:
-        sys.exit(f"{module} failed:\n{done.stderr[-4000:]}")
-    result: dict[str, float] = json.loads(done.stdout.splitlines()[-1])
+    try:
+        out, errors = _output_within_memory(process)
+    finally:
+        if process.poll() is None:
+            for pid in descendants(process.pid):
+                with suppress(ProcessLookupError):
+                    os.kill(pid, signal.SIGKILL)
+            process.communicate()
+    if process.returncode and any(said in errors for said in ("can't allocate memory", "signal SIGKILL")):
+        raise OutOfMemoryError(f"{module}: {errors.splitlines()[-1]}")
+    if process.returncode:
+        sys.exit(f"{module} failed:\n{errors[-4000:]}")
+    result: dict[str, float] = json.loads(out.splitlines()[-1])
     return result
+
+
+def _output_within_memory(process: subprocess.Popen[str]) -> tuple[str, str]:
+    while True:
+        try:
+            return process.communicate(timeout=0.05)
+        except subprocess.TimeoutExpired:
+            if (left := available_memory()) < LEAST_MEMORY:
+                raise OutOfMemoryError(f"it left {left / 2**20:,.0f} MiB of the machine's memory") from None
 
 
 def environment(name: str, requirements: Sequence[str]) -> str:

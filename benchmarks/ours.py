@@ -76,7 +76,8 @@ def train(workload: Workload, histories: Histories, rank: int = 0) -> dict[str, 
     optimizers = make_optimizers(model, training)
     scaler = torch.amp.GradScaler(device.type, enabled=workload.precision == "16-mixed")  # type: ignore[attr-defined]
     at_once = GPU_STEPS_AT_ONCE if device.type == "cuda" else STEPS_OF_WORKERS if size > 1 else 1
-    meter, epoch, waited, is_over = Meter(workload.seconds, warmup_steps=3 * at_once), 0, 0.0, False
+    warmup = at_once * (1 if at_once == STEPS_OF_WORKERS else 3)
+    meter, epoch, waited, is_over = Meter(workload.seconds, warmup_steps=warmup), 0, 0.0, False
     lengths: list[torch.Tensor] = []  # of the users of each step that is not counted yet
     cpu, sent = 0.0, 0
     while not is_over:

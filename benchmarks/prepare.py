@@ -9,7 +9,7 @@ from pathlib import Path
 
 import numpy as np
 
-from benchmarks.common import Workload, environment, median, options, publish, run, spread
+from benchmarks.common import Workload, descendants, environment, median, options, publish, run, spread
 
 NUM_USERS = 138_493
 NUM_ITEMS = 26_744
@@ -49,21 +49,6 @@ class TreeMemory(threading.Thread):
         while True:
             self.peak = max(self.peak, sum(_pss(pid) for pid in descendants(os.getpid())))
             time.sleep(self.interval)
-
-
-def descendants(pid: int) -> list[int]:
-    """`pid`, its children, theirs, and so on."""
-    parents: dict[int, list[int]] = {}
-    for stat in Path("/proc").glob("[0-9]*/stat"):
-        try:
-            fields = stat.read_text().rpartition(")")[2].split()
-        except OSError:  # it has ended
-            continue
-        parents.setdefault(int(fields[1]), []).append(int(stat.parent.name))
-    found = [pid]
-    for each in found:
-        found += parents.get(each, [])
-    return found
 
 
 def _pss(pid: int) -> int:
@@ -113,9 +98,11 @@ def main() -> None:
                             raise
                         print(f"{name}, {num_rows:,} rows: {failed}", file=sys.stderr)
     rows = []
+    of_store = f", object store of {args.object_store_gb:g} GB" if args.object_store_gb else ""
     for (num_rows, name), ran in results.items():
+        about = {"rows": f"{num_rows:,}", "implementation": name + of_store if name == "ours" else name}
         if not ran:
-            rows.append({"rows": f"{num_rows:,}", "implementation": name} | dict.fromkeys(_FIGURES, "failed"))
+            rows.append(about | dict.fromkeys(_FIGURES, "failed"))
             continue
         seconds = median(ran, "seconds")
         tenth = results.get((num_rows // 10, name))
@@ -128,7 +115,7 @@ def main() -> None:
             f"{max(result['tree_memory'] for result in ran) / 2**20:,.0f}",
             "" if name == "ours" else f"{seconds / median(results[num_rows, 'ours'], 'seconds'):.2f}×",
         ]
-        rows.append({"rows": f"{num_rows:,}", "implementation": name} | dict(zip(_FIGURES, figures, strict=True)))
+        rows.append(about | dict(zip(_FIGURES, figures, strict=True)))
     store = f"an object store of {args.object_store_gb:g} GB" if args.object_store_gb else "Ray's default object store"
     notes = [
         f"{NUM_USERS:,} users, {NUM_ITEMS:,} items, with time; seed {args.seed}; {args.threads} threads; {store}; "

@@ -78,8 +78,12 @@ TABLES = {
     "short_histories": Table("{model}", ("HR@1", "HR@10", "NDCG@10", "spread", "coverage", "one core"), "NDCG@10"),
     "start": Table("{claim}", ("seconds", "spread", "of before")),
     "times": Table(
-        "{encoding}, seed {seed}",
+        "{data}, width {width}: {encoding}, seed {seed}",
         ("epochs", "loss", "NDCG@10, last", "NDCG@10, target", "NDCG@10, with the item before", "HR@10, last"),
+    ),
+    "times_test": Table(
+        "{data}, width {width}: `{encoding}`",
+        ("NDCG@10, last", "NDCG@10, target", "NDCG@10, with the item before", "HR@10, last", "epoch chosen"),
     ),
     "training": Table(
         "{implementation}, hidden {hidden}, {data}",

@@ -19,9 +19,8 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import torch
 
-from benchmarks.common import Workload, add_record, available_cores, publish, spread, synthetic_histories
+from benchmarks.common import Workload, add_record, available_cores, descendants, publish, spread, synthetic_histories
 from benchmarks.ours import model_config
-from benchmarks.prepare import descendants
 from bert4rec import storage
 from bert4rec.config import InferenceConfig, load_config
 from bert4rec.data.dataset import ItemTable, Manifest, Sequences

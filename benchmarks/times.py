@@ -1,6 +1,6 @@
-"""What each `model.time_encoding` is worth on the validation: `python -m benchmarks.times --encodings none gap`.
+"""What each `model.time_encoding` is worth: `python -m benchmarks.times --encodings none gap`.
 
-Trains in this process, without Ray. The test split is not looked at.
+Trains in this process, without Ray, and measures on the validation; `--test DIR` measures kept models on the test.
 """
 
 import argparse
@@ -8,7 +8,9 @@ import re
 import shutil
 import time
 from pathlib import Path
+from typing import Literal
 
+import numpy as np
 import torch
 
 from benchmarks.common import add_record, publish
@@ -38,13 +40,15 @@ class Printed:
         pass
 
 
-def measured(config: Config, model: BERT4Rec, sequences: Sequences) -> dict[str, tuple[float, float]]:
-    """HR@10 and NDCG@10 of the validation by the query's time; the same for all of a model without times."""
+def measured(
+    config: Config, model: BERT4Rec, sequences: Sequences, split: Literal["validation", "test"] = "validation"
+) -> dict[str, tuple[float, float]]:
+    """HR@10 and NDCG@10 of a split by the query's time; the same for all of a model without times."""
     windows, found = Windows.from_sequences(sequences), {}
     for name in QUERY_TIMES if model.config.time_parts else QUERY_TIMES[:1]:
         query_time: QueryTime = "target" if name == "target" else "last"
         gap = 0 if name == QUERY_TIMES[2] else model.usual_gap
-        histories, targets = held_out(windows, config.data, "validation", sequences.before, query_time, gap)
+        histories, targets = held_out(windows, config.data, split, sequences.before, query_time, gap)
         ranks = RankCounts.empty(model.num_items)
         for users in torch.split(torch.arange(len(histories)), VALIDATION_USERS):
             own = histories.users(users)
@@ -76,13 +80,42 @@ def train(config: Config, sequences: Sequences, keep: str | None) -> dict[str, s
 
 def measure(config: Config, sequences: Sequences, kept: Path) -> dict[str, str]:
     """The same row, of the model directories in `kept`, which `train` kept there: one after another, by epoch."""
-    paths = sorted(kept.glob(f"{config.model.time_encoding}-{config.data.seed}-bert4rec-*"))
+    paths = kept_models(config, kept)
     by_epoch, losses = [], []
     for path in paths:
         by_epoch.append(measured(config, BERT4Rec.from_pretrained(str(path)), sequences))
         losses.append(re.search(r"\| train_loss \| ([\d.]+) \|", (path / CARD).read_text())[1])  # type: ignore[index]
-    epochs = [int(path.name.rpartition("bert4rec-")[2].partition("-")[0]) for path in paths]
-    return row_of(config, epochs, [float(loss) for loss in losses], by_epoch)
+    return row_of(config, [kept_epoch(path) for path in paths], [float(loss) for loss in losses], by_epoch)
+
+
+def kept_models(config: Config, kept: Path) -> list[Path]:
+    """The model directories of this encoding and seed in `kept`, by epoch."""
+    paths = list(kept.glob(f"{config.model.time_encoding}-{config.data.seed}-bert4rec-*"))
+    if not paths:
+        raise SystemExit(f"{kept}: no model of {config.model.time_encoding}, seed {config.data.seed}")
+    return sorted(paths, key=kept_epoch)
+
+
+def kept_epoch(path: Path) -> int:
+    return int(path.name.rpartition("bert4rec-")[2].partition("-")[0])
+
+
+def test(configs: list[Config], sequences: Sequences, kept: Path) -> dict[str, str]:
+    """A row of the test, over the seeds of `configs`: of each, the model of the best NDCG@10 on the validation."""
+    found, epochs = [], []
+    for config in configs:
+        models = [BERT4Rec.from_pretrained(str(path)) for path in kept_models(config, kept)]
+        best = max(models, key=lambda model: measured(config, model, sequences)["last"][1])
+        epochs.append(kept_epoch(kept_models(config, kept)[models.index(best)]))
+        found.append(measured(config, best, sequences, "test"))
+    row = {"data": Path(configs[0].data.data_dir).name, "width": str(configs[0].model.hidden_units)}
+    row |= {"encoding": configs[0].model.time_encoding, "epoch chosen": " / ".join(map(str, epochs))}
+    for place, metric in enumerate(("HR@10", "NDCG@10")):
+        for name in QUERY_TIMES:
+            values = [each[name][place] for each in found]
+            error = f" ± {np.std(values, ddof=1) / len(values) ** 0.5:.4f}" if len(values) > 1 else ""
+            row[f"{metric}, {name}"] = f"{np.mean(values):.4f}{error}"
+    return row
 
 
 def row_of(
@@ -90,6 +123,8 @@ def row_of(
 ) -> dict[str, str]:
     columns = {"NDCG@10, " + name: " / ".join(f"{each[name][1]:.4f}" for each in by_epoch) for name in QUERY_TIMES}
     return {
+        "data": Path(config.data.data_dir).name,
+        "width": str(config.model.hidden_units),
         "encoding": f"`{config.model.time_encoding}`, {config.model.position_encoding} positions",
         "epochs": " / ".join(map(str, epochs)),
         "loss": " / ".join(f"{loss:.3f}" for loss in losses),
@@ -114,33 +149,44 @@ def main() -> None:
     parser.add_argument("--keep", metavar="DIR", help="for the model directories")
     parser.add_argument("--kept", metavar="DIR", help="measure the models that lie there, instead of training")
     parser.add_argument("--threads", type=int, default=1)
+    parser.add_argument("--test", metavar="DIR", help="measure on the test split, of the models there, by encoding")
     add_record(parser)
     args = parser.parse_args()
     torch.set_num_threads(args.threads)
     for encoding in args.encodings:
-        for seed in args.seeds:
-            overrides = {
-                "data.data_dir": args.data,
-                "run.storage_path": args.runs,
-                "data.seed": seed,
-                "model.hidden_units": args.hidden,
-                "model.num_heads": args.heads,
-                "model.position_encoding": args.positions,
-                "model.time_encoding": encoding,
-                "training.num_epochs": args.epochs,
-                "training.val_check_interval": args.validate_every,
-                "training.checkpoint_minutes": 1_000_000,
-            }
-            config = load_config(args.config, [f"{key}={value}" for key, value in overrides.items()])
-            sequences = PreparedDataset(config.prepared_path).sequences(with_times=bool(config.model.time_parts))
-            notes = [
-                f"{args.data}, {args.config}, width {args.hidden}, {args.heads} heads, {args.epochs} epochs, seed "
-                f"{seed}, {args.threads} thread; validation, all items without the seen ones.",
-                "NDCG@10 by when the [MASK] is asked for: at the target's own time, the usual time (the median gap) "
-                "after the item before it, or at the same time as that.",
-            ]
+        configs = [config_of(args, encoding, seed) for seed in args.seeds]
+        dataset = PreparedDataset(configs[0].prepared_path)
+        sequences = dataset.sequences(with_times=bool(configs[0].model.time_parts))
+        seeds = ", ".join(map(str, args.seeds))
+        notes = [
+            f"{args.data}, {args.config}, width {args.hidden}, {args.heads} heads, {args.epochs} epochs, seed {seeds}, "
+            f"{args.threads} thread; all items without the seen ones.",
+            "NDCG@10 by when the [MASK] is asked for: at the target's own time, the usual time (the median gap) "
+            "after the item before it, or at the same time as that.",
+        ]
+        if args.test:
+            publish("times_test", notes, [test(configs, sequences, Path(args.test))], args.record)
+            continue
+        for config in configs:
             row = measure(config, sequences, Path(args.kept)) if args.kept else train(config, sequences, args.keep)
             publish("times", notes, [row], args.record)
+
+
+def config_of(args: argparse.Namespace, encoding: str, seed: int) -> Config:
+    overrides = {
+        "data.data_dir": args.data,
+        "run.storage_path": args.runs,
+        "data.seed": seed,
+        "model.hidden_units": args.hidden,
+        "model.num_heads": args.heads,
+        "model.position_encoding": args.positions,
+        "model.time_encoding": encoding,
+        "training.num_epochs": args.epochs,
+        "training.val_check_interval": args.validate_every,
+        "training.checkpoint_minutes": 1_000_000,
+    }
+    settings = [f"{key}={value}" for key, value in overrides.items() if value is not None]
+    return load_config(args.config, settings)
 
 
 if __name__ == "__main__":

@@ -98,8 +98,8 @@ class DataConfig(_Group):
     """Add items that have metadata but no interactions to the catalogue, so that jobs can recommend them. Needs
     model.output_features=fused."""
     memory_mb: int = Field(4096, ge=1)
-    """MiB that the interactions may take in the memory of a training worker. If they need more, the worker reads them
-    from its local disk; the result is the same."""
+    """MiB that the interactions, and title embeddings, may each take in the memory of a training worker. If they need
+    more, the worker reads them from its local disk; the result is the same."""
     min_item_interactions: int = Field(0, ge=0)
     """Reduce the data to their k-core: remove items with fewer interactions, then users with fewer, and repeat until
     nothing changes. Removed users get no recommendations. Published tables on MovieLens-1M use 5; 0 removes nothing."""
@@ -304,6 +304,9 @@ class ModelConfig(_Group):
 Loss = Literal["cross-entropy", "sampled-softmax", "gbce"]
 SAMPLED_LOSSES: tuple[Loss, ...] = ("sampled-softmax", "gbce")
 """Losses that compare a target with `training.num_negatives` items; all others compare it with every item."""
+ShardedLoss = Literal["cross-entropy", "sampled-softmax", "gbce"]
+SHARDED_LOSSES: tuple[Loss, ...] = get_args(ShardedLoss)
+"""Losses that tables in shards can compute."""
 
 
 class TrainingConfig(_Group):
@@ -402,6 +405,10 @@ class TrainingConfig(_Group):
 
     @model_validator(mode="after")
     def _items_can_be_in_shards(self) -> Self:
+        if self.shard_items and self.loss not in SHARDED_LOSSES:
+            raise ValueError(
+                f"training.shard_items=true needs training.loss={' or '.join(SHARDED_LOSSES)}, not {self.loss}"
+            )
         if self.shard_items and self.precision == "16-mixed":
             raise ValueError(
                 "training.shard_items=true needs training.precision=32-true or bf16-mixed, whose gradients are not "

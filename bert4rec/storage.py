@@ -7,12 +7,15 @@ atomic rename, and remove it first where they write over files that it names. Re
 import hashlib
 import json
 import os
+import tempfile
 import time
 import uuid
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from functools import wraps
 from typing import Any, ParamSpec, TypeVar
 
+import numpy as np
 import pyarrow as pa
 import pyarrow.fs as pafs
 
@@ -135,6 +138,34 @@ def sha256(path: str) -> str:
         while block := stream.read(_BLOCK_BYTES):
             digest.update(block)
     return digest.hexdigest()
+
+
+@patient
+def size(path: str) -> int:
+    """Bytes of a file, 0 if there is none."""
+    filesystem, inner = open_store(path)
+    return filesystem.get_file_info(inner).size or 0
+
+
+@contextmanager
+def on_local_disk(path: str) -> Iterator[str]:
+    """Local path of a file, or of a copy of it that is there inside this block."""
+    filesystem, inner = open_store(path)
+    if isinstance(filesystem, pafs.LocalFileSystem):
+        yield inner
+        return
+    with tempfile.TemporaryDirectory() as directory:
+        copy = os.path.join(directory, os.path.basename(inner))
+        _copy(path, copy)
+        yield copy
+
+
+@patient
+def _copy(path: str, target: str) -> None:
+    filesystem, inner = open_store(path)
+    with filesystem.open_input_stream(inner, compression=None) as stream, open(target, "wb") as file:
+        while block := stream.read(_BLOCK_BYTES):
+            file.write(block)
 
 
 @patient
@@ -288,3 +319,11 @@ def fingerprint(content: Any) -> str:  # noqa: ANN401 - any JSON value
     """First 16 hex digits of the SHA-256 of a JSON value. The order of keys makes no difference."""
     canonical = json.dumps(content, sort_keys=True, ensure_ascii=False, separators=(",", ":"))
     return hashlib.sha256(canonical.encode()).hexdigest()[:16]
+
+
+def empty(shape: tuple[int, ...], kind: type, in_memory: bool) -> np.ndarray:
+    """Values to be filled, in memory, or zeros in a file of the local disk that only this array keeps alive."""
+    if in_memory:
+        return np.empty(shape, kind)
+    with tempfile.TemporaryFile() as file:
+        return np.memmap(file, kind, "w+", shape=shape)

@@ -15,7 +15,6 @@ in the manifest, from 0. Ids are int64 or strings, as in the input.
 """
 
 import os
-import tempfile
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
@@ -323,8 +322,8 @@ class PreparedDataset:
         """
         count = self.manifest.num_interactions
         fits = memory_mb is None or (12 if with_times else 4) * count <= memory_mb * 2**20
-        items = _empty(count, np.int32, fits)
-        times = _empty(count, np.int64, fits) if with_times else None
+        items = storage.empty((count,), np.int32, fits)
+        times = storage.empty((count,), np.int64, fits) if with_times else None
         parts, filled = [], 0
         for part in self.parts():
             read = self.read_part(part, with_times)
@@ -490,14 +489,6 @@ def read_items(path: str, sizes: dict[str, int] | None = None) -> ItemTable:
             for name, ragged in listed.items()
         },
     )
-
-
-def _empty(count: int, kind: type, in_memory: bool) -> np.ndarray:
-    """[count] values to be filled, in memory or in a file that only this array keeps alive."""
-    if in_memory:
-        return np.empty(count, kind)
-    with tempfile.TemporaryFile() as file:
-        return np.memmap(file, kind, "w+", shape=(count,))
 
 
 def _flat_values(lists: pa.Array) -> np.ndarray:

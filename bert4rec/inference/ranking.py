@@ -91,8 +91,10 @@ class Ranking:
 
     @property
     def looks_at_items(self) -> bool:
-        """Whether a rule depends on what the catalogue has."""
-        return bool(self.item_lists or self.max_per)
+        """Whether a rule depends on what the catalogue has: any that `_WITHOUT_ITEMS` does not name."""
+        default = Ranking()
+        names = {rule.name for rule in fields(self)} - _WITHOUT_ITEMS
+        return any(getattr(self, name) != getattr(default, name) for name in names)
 
     @property
     def changes_lists(self) -> bool:
@@ -125,6 +127,11 @@ class Ranking:
         )
 
 
+_WITHOUT_ITEMS = {
+    *("exclude_seen", "exclude_future", "popularity_discount", "candidates_default", "diversity", "diversity_pool"),
+    *("min_score", "scores", "blend"),
+}
+"""Rules that suit every catalogue, and the blend, which `load_for` and its fit check."""
 NO_RULES = Ranking(exclude_seen=False, exclude_future=False)
 
 
@@ -338,10 +345,14 @@ class NextScores:
 
     def __call__(self, low: int, high: int) -> Tensor:
         """[B, high-low], in memory that the next call uses again."""
-        at = slice(low, high) if self.columns is None else self.columns[low:high]
+        if self.columns is None:
+            weights, bias = self.weights[low:high], self.bias[low:high]
+        else:  # index_select copies rows several times as fast as an index does
+            at = self.columns[low:high]
+            weights, bias = self.weights.index_select(0, at), self.bias.index_select(0, at)
         # Into the same memory each time: for few hidden units, fresh pages cost as much as the product.
         used = self._block if self._block is not None and self._block.shape[1] == high - low else None
-        self._block = product(self.states, self.weights[at], self.bias[at], out=used)
+        self._block = product(self.states, weights, bias, out=used)
         if self.added is not None:
             self.added.add_to(self._block, low, high)
         return self._block
@@ -434,7 +445,8 @@ def top_k(
         if low == 0:
             values = block.new_full((num_users, k), -torch.inf)
         better = (block.amax(1) > values[:, -1]).nonzero().flatten()  # soon that is true of few users
-        best = block[better].topk(min(k, high - low), dim=1)
+        of_better = block if len(better) == num_users else block.index_select(0, better)
+        best = of_better.topk(min(k, high - low), dim=1)
         both = torch.cat([values[better], best.values], dim=1)
         values[better], order = both.topk(k, dim=1)
         items[better] = torch.cat([items[better], best.indices + low], dim=1).gather(1, order)

@@ -2,7 +2,11 @@
 
 The model looks up metadata by the input token. The token [MASK] has none, so a masked position cannot see the metadata
 of its own item; padding has none either. Shapes: U tokens, V items, D hidden_units, F features (the item itself first),
-W width of title embeddings."""
+W width of title embeddings.
+
+Title embeddings are the largest of all tables, and do not change. In a training they stay where they were read, in
+memory or on disk, and each look-up projects its own rows. A model directory has the projected rows instead.
+"""
 
 from typing import NamedTuple, assert_never, cast
 
@@ -10,13 +14,20 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 
+from bert4rec import storage
 from bert4rec.config import ModelConfig
 from bert4rec.data.dataset import PADDING, ItemTable, Ragged
 from bert4rec.data.features import FEATURES
 from bert4rec.model.layers import Dropout
 from bert4rec.model.rows import RowTable
 from bert4rec.model.shards import ItemShards, Shard, ShardedEmbedding
+
+PROJECTED = "items.projected_titles", "items.has_title"
+"""What a model directory has in place of title embeddings."""
+_ROWS_AT_ONCE = 65_536
+_BYTES_ON_GPU = 2**30
 
 
 class Metadata(NamedTuple):
@@ -43,6 +54,27 @@ class Metadata(NamedTuple):
         """The sizes that `ItemVectors` needs if its tables are loaded later."""
         sizes = {feature: [size, len(ragged.values)] for feature, (size, ragged) in self.listed.items()}
         return sizes | ({} if self.titles is None else {"title": [self.titles.shape[1]]})
+
+
+class TitleRows:
+    """Title embeddings, which lie where they were read. A GPU gets a copy of small ones, or else the rows it needs."""
+
+    def __init__(self, rows: np.ndarray) -> None:
+        """Of rows [V, W], for the items 1..V."""
+        self._rows = torch.from_numpy(rows)
+        self._on_gpu: Tensor | None = None
+
+    def __call__(self, tokens: Tensor) -> Tensor:
+        """[U] -> [U, W]; zeros for padding and [MASK]."""
+        rows = self._rows
+        if tokens.device.type != "cpu" and rows.nbytes <= _BYTES_ON_GPU:
+            if self._on_gpu is None or self._on_gpu.device != tokens.device:
+                with torch.inference_mode(False):  # training looks it up later
+                    self._on_gpu = rows.to(tokens.device)
+            rows = self._on_gpu
+        place = (tokens - 1).clamp(0, len(rows) - 1).to(rows.device)
+        found = rows.index_select(0, place).to(tokens.device)
+        return found.masked_fill(((tokens == PADDING) | (tokens > len(rows)))[:, None], 0)
 
 
 class ItemVectors(nn.Module):
@@ -73,7 +105,7 @@ class ItemVectors(nn.Module):
                 self.register_buffer(f"{feature}_values", torch.zeros(num_values, dtype=torch.int64))
                 self.register_buffer(f"{feature}_offsets", torch.zeros(num_items + 3, dtype=torch.int64))
         if "title" in shape:
-            self.register_buffer("titles", torch.zeros(num_items + 2, shape["title"][0]))
+            self.titles: TitleRows | None = None
             self.title_projection = nn.Linear(shape["title"][0], width)
         if shape and self.fusion == "concat":
             self.concat = nn.Linear(len(self.features) * width, width)
@@ -94,12 +126,42 @@ class ItemVectors(nn.Module):
             self.get_buffer(f"{feature}_values").copy_(torch.from_numpy(ragged.values))
             self.get_buffer(f"{feature}_offsets").copy_(torch.from_numpy(offsets))
         if metadata.titles is not None:
-            self.get_buffer("titles")[1:-1] = torch.from_numpy(metadata.titles)
+            self.titles = TitleRows(metadata.titles)
+
+    def expect_projected_titles(self) -> None:
+        """Make place for `PROJECTED`, if there are titles, to be filled from a model directory."""
+        if "title" not in self.features:
+            return
+        num_tokens, width = self.embedding.weight.shape
+        self.register_buffer("projected_titles", torch.zeros(num_tokens, width))
+        self.register_buffer("has_title", torch.zeros(num_tokens, dtype=torch.bool))
+
+    def expect_titles(self, titles: Tensor) -> None:
+        """Take [V+2, W] title embeddings of a directory of an earlier version, instead of `PROJECTED`."""
+        del self.projected_titles, self.has_title
+        self.titles = TitleRows(titles[1:-1].numpy())
+
+    @torch.no_grad()
+    def project_titles(self, tokens: Tensor) -> dict[str, Tensor]:
+        """[U] on the CPU -> what `PROJECTED` names, [U, D] and [U] bool; nothing without title embeddings.
+
+        The rows lie in memory, or in a file on the local disk where they are many.
+        """
+        if "title" not in self.features:
+            return {}
+        width, device = self.embedding.weight.shape[1], self.embedding.weight.device
+        is_small = len(tokens) <= _ROWS_AT_ONCE
+        rows = torch.from_numpy(storage.empty((len(tokens), width), np.float32, in_memory=is_small))
+        has_title = torch.empty(len(tokens), dtype=torch.bool)
+        for places in torch.split(torch.arange(len(tokens)), _ROWS_AT_ONCE):
+            projected, has = self._titles(tokens[places].to(device))
+            rows[places], has_title[places] = (projected * has[:, None]).cpu(), has.cpu()
+        return dict(zip(PROJECTED, (rows, has_title), strict=True))
 
     @torch.no_grad()
     def have_metadata(self, tokens: Tensor) -> Tensor:
         """[U] -> [U] bool: whether each item has any metadata."""
-        return self._features(tokens)[1][:, 1:].any(1)
+        return torch.cat([self._features(part)[1][:, 1:].any(1) for part in torch.split(tokens, _ROWS_AT_ONCE)])
 
     def forward(self, tokens: Tensor, distinct: tuple[Tensor, Tensor] | None = None) -> Tensor:
         """Tokens of any shape [...] -> [..., D]. Metadata are fused once per distinct token.
@@ -123,6 +185,11 @@ class ItemVectors(nn.Module):
         """[U] -> [U, D], of each token by itself."""
         if self.features == ["item"]:
             return self._embed(tokens)
+        if not torch.is_grad_enabled() and len(tokens) > _ROWS_AT_ONCE:
+            whole = self.fuse(tokens[:1]).new_empty(len(tokens), self.embedding.weight.shape[1])
+            for own, part in zip(torch.split(whole, _ROWS_AT_ONCE), torch.split(tokens, _ROWS_AT_ONCE), strict=True):
+                own.copy_(self.fuse(part))
+            return whole
         vectors, present = self._features(tokens)
         match self.fusion:
             case "concat":
@@ -170,8 +237,26 @@ class ItemVectors(nn.Module):
             vectors.append(self.dropout(pooled[:-1]))
             present.append(length > 0)
         if "title" in self.features:
-            titles = self.get_buffer("titles")[tokens]
-            has_title = titles.any(1)
-            vectors.append(self.dropout(self.title_projection(titles)) * has_title[:, None])
+            projected, has_title = self._titles(tokens)
+            vectors.append(self.dropout(projected) * has_title[:, None])
             present.append(has_title)
         return torch.stack(vectors, 1), torch.stack(present, 1)
+
+    def _titles(self, tokens: Tensor) -> tuple[Tensor, Tensor]:
+        """[U] -> [U, D] projected title embeddings, and [U] bool: whether each item has one."""
+        if self.titles is None:
+            return self.get_buffer("projected_titles")[tokens], self.get_buffer("has_title")[tokens]
+        if len(tokens) <= _ROWS_AT_ONCE:
+            return self._project(tokens)
+        # The backward pass reads the rows again: they would not all fit into memory.
+        parts = [
+            checkpoint(self._project, part, use_reentrant=False, preserve_rng_state=False)
+            for part in torch.split(tokens, _ROWS_AT_ONCE)
+        ]
+        projected, has_title = (torch.cat(part) for part in zip(*parts, strict=True))
+        return projected, has_title
+
+    def _project(self, tokens: Tensor) -> tuple[Tensor, Tensor]:
+        assert self.titles is not None
+        rows = self.titles(tokens)
+        return self.title_projection(rows), rows.any(1)

@@ -21,7 +21,7 @@ from bert4rec.config import DataConfig, ModelConfig
 from bert4rec.data.dataset import PADDING
 from bert4rec.errors import InputError
 from bert4rec.model.batches import Batch, Group
-from bert4rec.model.item_vectors import ItemVectors, Metadata
+from bert4rec.model.item_vectors import PROJECTED, ItemVectors, Metadata
 from bert4rec.model.layers import Dropout, Linear, full_size
 from bert4rec.model.losses import Loss, linear_cross_entropy
 from bert4rec.model.rows import OutputRows, RowTable
@@ -32,6 +32,8 @@ from bert4rec.model.times import TimeEncoding, gaps_of
 WEIGHTS = "model.safetensors"
 INDEX = "model.safetensors.index.json"  # of a model in shards, instead of the former
 CONFIG = "config.json"
+_TITLES = "items.titles"
+_MAPPED_BYTES = 2**28
 
 
 class Block(nn.Module):
@@ -122,7 +124,8 @@ def without_cudnn_attention() -> Iterator[None]:
 
 def rotary_turns(max_len: int, size: int) -> Tensor:
     """[max_len, size/2] complex: e^(i p / 10000^(2j/size)) for distance p from the end (RoPE, arXiv 2104.09864)."""
-    angles = torch.arange(max_len)[:, None] * 10_000.0 ** (-torch.arange(0, size, 2) / size)
+    cpu = torch.device("cpu")  # also where a model without weights is made, to be filled
+    angles = torch.arange(max_len, device=cpu)[:, None] * 10_000.0 ** (-torch.arange(0, size, 2, device=cpu) / size)
     return torch.polar(torch.ones_like(angles), angles)
 
 
@@ -180,9 +183,9 @@ class BERT4Rec(nn.Module):
         self.register_buffer("item_counts", torch.zeros(num_items, dtype=torch.int64))  # training fills it
         if isinstance(metadata, Metadata):
             self.items.set_tables(metadata)
-        if isinstance(metadata, Metadata) and shard is None:
-            new = torch.arange(1, num_items + 1) > num_items - num_new_items
-            self.get_buffer("unrankable").copy_(new & ~self.items.have_metadata(torch.arange(1, num_items + 1)))
+        if isinstance(metadata, Metadata) and num_new_items:
+            new = torch.arange(num_items - num_new_items, num_items)
+            self.get_buffer("unrankable")[new] = ~self.items.have_metadata(new + 1)
         self.position_embedding = nn.Embedding(config.max_len, width)
         self.is_rotary = config.position_encoding == "rotary"
         if self.is_rotary:
@@ -402,24 +405,29 @@ class BERT4Rec(nn.Module):
             "metadata": self.metadata_shape,
         }
         if self.shards is None:
-            state = {name: tensor.detach().cpu().contiguous() for name, tensor in self.state_dict().items()}
-            weights, file = safetensors.torch.save(state), WEIGHTS
+            state = self.state_dict() | self.items.project_titles(torch.arange(self.num_items + 2))
+            state = {name: tensor.detach().cpu().contiguous() for name, tensor in state.items()}
+            file, unfinished = (os.path.join(directory, name) for name in (WEIGHTS, f"{WEIGHTS}.unfinished"))
+            safetensors.torch.save_file(state, unfinished)
+            os.replace(unfinished, file)
         else:
-            weights, file = self._save_shard(directory, self.shards.shard), INDEX
+            index, file = self._save_shard(directory, self.shards.shard), os.path.join(directory, INDEX)
             if self.shards.shard.rank > 0:
                 return
             content["num_shards"] = self.shards.shard.world_size
-        storage.write_bytes(storage.join(directory, file), weights)
-        content["weights_sha256"] = hashlib.sha256(weights).hexdigest()
+            storage.write_bytes(file, index)
+        content["weights_sha256"] = storage.sha256(file)
         storage.write_sealed(storage.join(directory, CONFIG), content)
 
     def _save_shard(self, directory: str, shard: Shard) -> bytes:
         """Write this worker's file; the index of all, in the format of the hub."""
-        state = self.state_dict()
+        titles = self.items.project_titles(torch.arange(shard.rank, self.num_items + 2, shard.world_size))
+        starts = shard.starts | dict.fromkeys(titles, shard.rank)
+        state = self.state_dict() | titles
         if shard.rank > 0:
-            state = {name: state[name] for name in shard.starts}
+            state = {name: state[name] for name in starts}
         file = file_of("model", shard.rank, shard.world_size)
-        written = write_part(os.path.join(directory, file), state, shard.starts, shard.world_size)
+        written = write_part(os.path.join(directory, file), state, starts, shard.world_size)
         files = dict(from_all((file, written)))
         metadata = {
             "total_size": sum(each["bytes"] for each in files.values()),
@@ -439,22 +447,25 @@ class BERT4Rec(nn.Module):
         """
         content = storage.read_sealed(storage.join(directory, CONFIG))
         try:
-            weights = _read_weights(directory, content)
-            model = cls(
-                ModelConfig.model_validate(content["model"]),
-                content["num_items"],
-                content["catalogue"],
-                content["metadata"],
-                content["num_new_items"],
-            )
+            with torch.device("meta"):  # without weights
+                model = cls(
+                    ModelConfig.model_validate(content["model"]),
+                    content["num_items"],
+                    content["catalogue"],
+                    content["metadata"],
+                    content["num_new_items"],
+                )
+                model.items.expect_projected_titles()
             model.held_out = content["held_out"]
             model.trained_before = content.get("trained_before")
             if "num_shards" in content:
-                read_parts(directory, _files(weights), model.state_dict(), {})
+                state = _from_parts(directory, _files(_read_weights(directory, content)), model)
             else:
-                state = safetensors.torch.load(weights)
-                state.setdefault("item_counts", model.get_buffer("item_counts"))  # earlier versions did not store them
-                model.load_state_dict(state)
+                state = _from_file(directory, content)
+                state.setdefault("item_counts", torch.zeros(model.num_items, dtype=torch.int64))  # of earlier versions
+            if _TITLES in state:  # of earlier versions
+                model.items.expect_titles(state.pop(_TITLES))
+            model.load_state_dict(state, assign=True)
         except (KeyError, TypeError, ValueError, RuntimeError, safetensors.SafetensorError) as error:
             raise InputError(f"{directory}: not a model directory of this version ({error})") from None
         return model.eval()
@@ -482,12 +493,37 @@ def _read_weights(directory: str, content: dict[str, Any]) -> bytes:
         weights = storage.read_bytes(storage.join(directory, file))
     except FileNotFoundError:
         raise InputError(f"{directory}: {file} is missing; this is no whole model directory") from None
-    if hashlib.sha256(weights).hexdigest() != content["weights_sha256"]:
-        raise InputError(
-            f"{storage.join(directory, file)}: its content is not what was written (SHA-256); "
-            "the file is damaged or was altered"
-        )
+    _check(storage.join(directory, file), hashlib.sha256(weights).hexdigest(), content)
     return weights
+
+
+def _check(path: str, found: str, content: dict[str, Any]) -> None:
+    if found != content["weights_sha256"]:
+        raise InputError(f"{path}: its content is not what was written (SHA-256); the file is damaged or was altered")
+
+
+def _from_file(directory: str, content: dict[str, Any]) -> dict[str, Tensor]:
+    """The tensors of a model in one file; a large one is mapped into memory, which several processes then share."""
+    path = storage.join(directory, WEIGHTS)
+    if storage.size(path) < _MAPPED_BYTES:
+        return safetensors.torch.load(_read_weights(directory, content))
+    with storage.on_local_disk(path) as local:
+        _check(path, storage.sha256(local), content)
+        return safetensors.torch.load_file(local)
+
+
+def _from_parts(directory: str, files: dict[str, PartFile], model: BERT4Rec) -> dict[str, Tensor]:
+    """The tensors of a model in shards, of which `model` has the shapes. A large one is put together in a file on the
+    local disk, which is mapped into memory."""
+    state, like = {}, model.state_dict()
+    if any(_TITLES in each["tensors"] for each in files.values()):  # of earlier versions
+        like = {name: tensor for name, tensor in like.items() if name not in PROJECTED}
+        like[_TITLES] = torch.empty(model.num_items + 2, *model.metadata_shape["title"], device="meta")
+    for name, tensor in like.items():
+        kind = torch.empty(0, dtype=tensor.dtype).numpy().dtype.type
+        state[name] = torch.from_numpy(storage.empty(tuple(tensor.shape), kind, tensor.nbytes < _MAPPED_BYTES))
+    read_parts(directory, files, state, {})
+    return state
 
 
 def _files(index: bytes) -> dict[str, PartFile]:

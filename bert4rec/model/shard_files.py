@@ -120,9 +120,6 @@ def _check(path: str, entry: PartFile, num_files: int) -> None:
 
 @contextmanager
 def _opened(path: str) -> Iterator[Callable[[str], Any]]:
-    """Gives the tensors of a file by name, to be sliced: memory-mapped from a local file."""
-    if storage.is_local(path):
-        with safetensors.safe_open(storage.open_store(path)[1], framework="pt") as file:
-            yield lambda name: file.get_slice(name) if file.get_slice(name).get_shape() else file.get_tensor(name)
-    else:
-        yield safetensors.torch.load(storage.read_bytes(path)).__getitem__
+    """Gives the tensors of a file by name, to be sliced: memory-mapped from the local disk."""
+    with storage.on_local_disk(path) as local, safetensors.safe_open(local, framework="pt") as file:
+        yield lambda name: file.get_slice(name) if file.get_slice(name).get_shape() else file.get_tensor(name)

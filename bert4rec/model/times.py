@@ -74,7 +74,8 @@ def rotary_periods(count: int) -> Tensor:
 
     Whole seconds, so that the remainder of a time is exact and its angle needs no float64.
     """
-    steps = torch.arange(count, dtype=torch.float64) / max(count - 1, 1)
+    cpu = torch.device("cpu")  # also where a model without weights is made, to be filled
+    steps = torch.arange(count, dtype=torch.float64, device=cpu) / max(count - 1, 1)
     return (SHORTEST * (LONGEST / SHORTEST) ** steps).round().long()
 
 

@@ -10,6 +10,7 @@ from torch import Tensor
 
 from bert4rec import storage
 from bert4rec.errors import InputError
+from bert4rec.model.item_vectors import PROJECTED
 from bert4rec.model.network import BERT4Rec
 from bert4rec.model.shard_files import file_of, read_parts, write_part
 from bert4rec.model.shards import from_all
@@ -57,7 +58,8 @@ def load_checkpoint(directory: str) -> tuple[dict[str, Tensor], dict[str, Any]]:
         If it is missing, damaged, altered, or of an older version.
     """
     state = _load_state(directory)
-    return BERT4Rec.from_pretrained(directory).state_dict(), state
+    weights = BERT4Rec.from_pretrained(directory).state_dict()
+    return {name: tensor for name, tensor in weights.items() if name not in PROJECTED}, state
 
 
 def load_shard(directory: str, model: BERT4Rec) -> dict[str, Any]:

@@ -5,7 +5,6 @@ directory with its catalogue and card, `config.yaml` (the settings, as `--config
 last.
 """
 
-import hashlib
 import os
 import shutil
 import signal
@@ -435,7 +434,7 @@ def what_shapes_the_result(config: Config) -> dict[str, Any]:
     if (ranking := validation_rules(config)) is not None:
         settings["rules of the validation"] = storage.fingerprint(ranking.identity())
     if config.model.use_title_emb:
-        settings["title embeddings"] = hashlib.sha256(storage.read_bytes(config.embeddings_path)).hexdigest()[:16]
+        settings["title embeddings"] = storage.sha256(config.embeddings_path)[:16]
     if config.training.start_from is not None:
         from bert4rec.model.network import weights_of
 

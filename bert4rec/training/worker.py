@@ -11,7 +11,6 @@ from collections.abc import Callable
 from enum import IntEnum
 from typing import Any, Protocol
 
-import numpy as np
 import pyarrow as pa
 import torch
 import torch.distributed
@@ -20,8 +19,7 @@ from torch import nn
 from bert4rec import storage
 from bert4rec.config import Config
 from bert4rec.data.dataset import ITEMS, PreparedDataset, Sequences
-from bert4rec.data.ids import find_ids, some_of
-from bert4rec.data.vectors import read_vectors
+from bert4rec.data.vectors import read_vectors_of
 from bert4rec.data.windows import Windows, held_out_users, item_counts, training_windows, usual_gap
 from bert4rec.errors import InputError
 from bert4rec.inference.ranking import Ranking
@@ -291,14 +289,7 @@ def _metadata(config: Config, dataset: PreparedDataset) -> Metadata:
     items = dataset.items()
     titles = None
     if config.model.use_title_emb:
-        ids, vectors = read_vectors(config.embeddings_path)
-        row = find_ids(items.ids.cast(pa.string()), ids)
-        if (row < 0).all():
-            raise InputError(
-                f"{config.embeddings_path}: was made for other data: none of its {len(ids):,} items, such as "
-                f"{some_of(ids)}, is in the catalogue, which has {len(items.ids):,} items, such as {some_of(items.ids)}"
-            )
-        titles = np.where(row[:, None] >= 0, vectors[row], np.float32(0))
+        titles = read_vectors_of(config.embeddings_path, items.ids.cast(pa.string()), config.data.memory_mb)
     return Metadata.of(config.model, items, titles)
 
 

@@ -31,6 +31,7 @@ from jobs.pipeline import run_pipeline
 from jobs.recommend import recommend_users
 from tests.helpers.in_process import LocalRayData, map_parts
 from tests.helpers.in_process import without_ray as without_ray_in
+from tests.helpers.leases import assert_taken_over_from_a_killed_holder
 from tests.helpers.s3_server import BUCKET, READ_ONLY
 from tests.helpers.trainer import LocalTrainer, Quiet
 from tests.integration.embedding.test_embed import encoder  # noqa: F401 - a fixture
@@ -214,6 +215,10 @@ def test_requests_that_are_refused_now_and_then_are_made_again(both, s3, monkeyp
     assert {name: found[name] for name in found if name.endswith((".csv", ".parquet"))} == {
         name: expected[name] for name in expected if name.endswith((".csv", ".parquet"))
     }
+
+
+def test_a_run_on_a_store_is_for_one_job_at_a_time(s3):
+    assert_taken_over_from_a_killed_holder(f"s3://{BUCKET}/held")
 
 
 def test_a_listing_that_lags_loses_no_part(both, s3):

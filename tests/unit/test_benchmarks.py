@@ -10,12 +10,15 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from benchmarks import ablation
 from benchmarks import blend as blend_benchmark
+from benchmarks import catalogue, common
 from benchmarks import input as input_benchmark
 from benchmarks.common import (
     SYNTHETIC_SHORT,
     Histories,
     Meter,
+    OutOfMemoryError,
     Workload,
+    descendants,
     markdown,
     peak_memory,
     read_histories,
@@ -28,7 +31,7 @@ from benchmarks.common import (
 from benchmarks.foreign import rankings
 from benchmarks.ours import model_config, train, windows_of
 from benchmarks.plain import PlainBERT4Rec, plain_loss
-from benchmarks.prepare import descendants, write_ratings
+from benchmarks.prepare import write_ratings
 from benchmarks.short_histories import NUM_GENRES, PARTS, SERIES, ceiling_rank, short_histories
 from bert4rec.config import ModelConfig, load_config
 from bert4rec.model import layers
@@ -209,6 +212,32 @@ def test_training_runs_in_a_process_of_its_own(small_file, module):
     assert result["tokens"] > result["users"] > 0
     assert result["seconds"] >= 0.05
     assert result["memory"] > 50 * 2**20
+
+
+def test_what_leaves_too_little_memory_is_ended_with_all_that_it_started(small_file, monkeypatch):
+    monkeypatch.setattr(common, "LEAST_MEMORY", 2**60)
+    before = descendants(os.getpid())
+    with pytest.raises(OutOfMemoryError, match="MiB of the machine's memory"):
+        run("benchmarks.ours", small_workload(small_file, workers=2))
+    assert descendants(os.getpid()) == before
+
+
+def test_a_table_too_large_is_a_row_of_its_own(monkeypatch, capsys):
+    def measured(module, workload, environment):
+        if not workload.shard_items:
+            raise OutOfMemoryError("it left 9 MiB")
+        figures = {"seconds": 1.0, "cpu_seconds": 2.0, "bytes_sent": 4e6, "memory": 3 * 2**20}
+        return {**figures, "steps": 10}
+
+    monkeypatch.setattr(catalogue, "run", measured)
+    options = ["--items", "30", "--item-optimizer", "dense", "--workers", "2", "--shard-items"]
+    monkeypatch.setattr(sys, "argv", ["benchmarks/catalogue.py", *options])
+    catalogue.main()
+    printed = capsys.readouterr()
+    assert "| dense, 30 items, hidden 64, 2 workers | out of memory |  |" in printed.out
+    whole = "| 100.0 | 100.0–100.0 | 200.0 | 1.00× | 3 |  | 0.40 |"
+    assert f"| dense, 30 items, hidden 64, 2 workers, in shards {whole}" in printed.out
+    assert printed.err.count("it left 9 MiB") == 1
 
 
 def test_rows_alone_are_measured_by_their_own_step(monkeypatch):

@@ -2,9 +2,6 @@
 
 import json
 import os
-import signal
-import subprocess
-import sys
 import threading
 import time
 
@@ -14,7 +11,7 @@ import pytest
 
 from bert4rec import lease, storage
 from bert4rec.errors import InputError
-from tests.helpers.commands import ROOT
+from tests.helpers.leases import assert_taken_over_from_a_killed_holder
 
 pytestmark = pytest.mark.unit
 
@@ -91,17 +88,7 @@ def test_only_one_of_many_holds_it_at_a_time(directory):
 
 
 def test_a_killed_holder_needs_nobody_to_clean_up(tmp_path):
-    code = "import sys, time; from bert4rec import lease\nwith lease.held(sys.argv[1]): print('holds'); time.sleep(60)"
-    command = [sys.executable, "-u", "-c", code, str(tmp_path / "run")]
-    with subprocess.Popen(command, cwd=ROOT, stdout=subprocess.PIPE, text=True) as job:
-        assert job.stdout.readline() == "holds\n"
-        with pytest.raises(InputError, match=f"pid {job.pid},"), lease.held(str(tmp_path / "run")):
-            pass
-        job.send_signal(signal.SIGKILL)
-        os.waitid(os.P_PID, job.pid, os.WEXITED | os.WNOWAIT)  # ended, and still a process until someone waits for it
-        with lease.held(str(tmp_path / "run")):
-            assert holds(tmp_path / "run")["pid"] == os.getpid()
-        job.wait()
+    assert_taken_over_from_a_killed_holder(str(tmp_path / "run"))
 
 
 def test_a_process_that_got_a_dead_holders_id_is_not_the_holder(directory):

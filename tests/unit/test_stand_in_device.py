@@ -17,6 +17,7 @@ from bert4rec.inference.export import ScoringFunction
 from bert4rec.inference.item_item import FITTED
 from bert4rec.inference.ranking import Ranking
 from bert4rec.inference.recommender import Recommender
+from bert4rec.model import item_vectors
 from bert4rec.model.item_vectors import Metadata
 from bert4rec.model.losses import make_loss
 from bert4rec.model.network import BERT4Rec
@@ -169,6 +170,16 @@ def test_a_training_is_that_of_the_cpu_and_no_step_waits(dataset, settings, monk
     # How many rows go to each worker is known on the device alone, and needed by the host.
     shards = Counter() if model.shards is None else WAITS_OF_SHARDS
     assert by_step[2] - by_step[1] == shards, "a step waits for the device"
+
+
+def test_titles_too_large_for_the_device_are_read_by_row(dataset, monkeypatch):
+    monkeypatch.setattr(item_vectors, "_BYTES_ON_GPU", 0)
+    config = config_of(*NETWORKS["gate of genres and titles"])
+    _, expected, _ = trained(config, dataset)
+    with stand_in_device() as waits:
+        _, metrics, by_step = trained(config, dataset, waits)
+    assert metrics == pytest.approx(expected, rel=1e-5)
+    assert by_step[2] - by_step[1] == {"copy to the CPU": 1, "copy to the device": 1}
 
 
 @pytest.mark.parametrize("network", NETWORKS)

@@ -8,11 +8,11 @@ import pytest
 import torch
 
 from bert4rec.config import load_config
-from bert4rec.data.vectors import read_vectors
 from bert4rec.embedding.embed import embed_titles, read_texts
 from bert4rec.embedding.encoders import find_model, identify
 from bert4rec.errors import InputError
 from jobs.embed import embed_items
+from tests.helpers.vectors import read_vectors
 
 embed = sys.modules[embed_titles.__module__]
 

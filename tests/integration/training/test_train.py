@@ -5,8 +5,11 @@ What a worker does is tested in tests/unit/training/test_worker.py.
 
 import json
 import os
+import shutil
 import signal
+import subprocess
 import sys
+import time
 from pathlib import Path
 
 import numpy as np
@@ -28,6 +31,7 @@ from tests.helpers.processes import REPEATS, KillOnce, random_delay
 
 pytestmark = [pytest.mark.integration, pytest.mark.usefixtures("ray_session")]
 
+ROOT = Path(__file__).parents[3]
 SMALL = [
     "model.hidden_units=8",
     "model.num_heads=2",
@@ -115,6 +119,77 @@ def test_two_workers_write_one_checkpoint_in_shards(tmp_path, dataset_path):
         assert len(list(Path(path).glob("*-of-00002.safetensors"))) == 4
         assert BERT4Rec.from_pretrained(path).output_weights()[0].shape == (20, 8)
     assert not list(Path(two.run_path).glob("unfinished-*"))
+
+
+IN_SHARDS = [
+    "training.shard_items=true",
+    "training.num_epochs=12",
+    "training.early_stopping=false",
+    "training.num_workers=null",  # as many as there are cores for
+    "model.dropout_rate=0",
+    "run.name=run",
+]
+
+
+@pytest.fixture(scope="module")
+def undisturbed_shards(tmp_path_factory, dataset_path):
+    """A training in two shards."""
+    return train(config_for(tmp_path_factory.mktemp("undisturbed"), *IN_SHARDS), dataset_path)
+
+
+def shards_of(checkpoint):
+    return {path.name: path.read_bytes() for path in Path(checkpoint).glob("*-of-*.safetensors")}
+
+
+@pytest.mark.cluster
+@pytest.mark.slow
+@pytest.mark.parametrize("repeat", range(REPEATS))
+def test_a_killed_worker_of_shards_changes_nothing(tmp_path, dataset_path, undisturbed_shards, repeat):
+    with KillOnce("RayTrainWorker", lambda: list((tmp_path / "run").glob("bert4rec-02-*")), random_delay()):
+        disturbed = train(config_for(tmp_path, *IN_SHARDS), dataset_path)
+    assert len(disturbed.history) == 12
+    assert without_times(disturbed.history) == without_times(undisturbed_shards.history)
+    expected = shards_of(undisturbed_shards.last_checkpoint)
+    assert len(expected) == 4
+    assert shards_of(disturbed.last_checkpoint) == expected
+
+
+@pytest.mark.cluster
+@pytest.mark.slow
+@pytest.mark.parametrize("repeat", range(REPEATS))
+def test_a_killed_driver_of_shards_goes_on_with_any_number_of_workers(
+    tmp_path, dataset_path, undisturbed_shards, ray_session, capsys, repeat
+):
+    """By the same command, to the same end, which one worker reaches but for rounding."""
+    script = "import sys; from bert4rec.config import load_config; from bert4rec.training.train import train; "
+    script += "train(load_config(None, sys.argv[2:]), sys.argv[1])"
+    settings = [*SMALL, *IN_SHARDS, f"run.storage_path={tmp_path}/two", f"data.data_dir={tmp_path}/data"]
+    command = [sys.executable, "-c", script, dataset_path, *settings]
+    driver = subprocess.Popen(command, cwd=ROOT, env={**os.environ, **ray_session}, stdout=subprocess.DEVNULL)
+    run_path = tmp_path / "two" / "run"
+    while not list(run_path.glob("bert4rec-02-*")):
+        assert driver.poll() is None, "ended before it could be killed"
+        time.sleep(0.05)
+    time.sleep(random_delay())
+    driver.kill()
+    assert driver.wait() == -signal.SIGKILL, "ended before it could be killed"
+    assert not (run_path / "run.json").exists()
+    shutil.copytree(tmp_path / "two", tmp_path / "one")
+
+    two = train(config_for(tmp_path / "two", *IN_SHARDS), dataset_path)
+    assert "continuing run" in (printed := capsys.readouterr().out)
+    assert "2 workers of" in printed
+    assert without_times(two.history) == without_times(undisturbed_shards.history)
+    assert shards_of(two.last_checkpoint) == shards_of(undisturbed_shards.last_checkpoint)
+
+    one = train(config_for(tmp_path / "one", *IN_SHARDS, "training.cpus_per_worker=2"), dataset_path)
+    assert "continuing run" in (printed := capsys.readouterr().out)
+    assert "1 worker of" in printed
+    assert len(list(Path(one.last_checkpoint).glob("*-of-00001.safetensors"))) == 2
+    assert len(one.history) == len(two.history)
+    for ours, theirs in zip(one.history, two.history, strict=True):
+        assert ours["train_loss"] == pytest.approx(theirs["train_loss"], rel=1e-4)
+        assert ours["val_mrr"] == pytest.approx(theirs["val_mrr"], abs=2e-2)  # near ties may change places
 
 
 # The driver

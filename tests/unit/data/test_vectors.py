@@ -5,9 +5,11 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
+from bert4rec.data import vectors
 from bert4rec.data.ids import as_ids
-from bert4rec.data.vectors import read_vectors, write_table, write_tsv
+from bert4rec.data.vectors import read_vectors_of, to_lists, write_table, write_tsv
 from bert4rec.errors import InputError
+from tests.helpers.vectors import read_vectors
 
 pytestmark = pytest.mark.unit
 
@@ -165,3 +167,28 @@ def test_a_large_catalogue(tmp_path):
     offsets = pa.array(np.arange(20_001) * 64, pa.int32())
     write_tsv(str(tmp_path / "v.tsv"), pa.array(np.arange(20_000)), pa.ListArray.from_arrays(offsets, matrix.ravel()))
     np.testing.assert_array_equal(read_vectors(str(tmp_path / "v.tsv"))[1], matrix)
+
+
+@pytest.mark.parametrize("name", ["v.parquet", "v.tsv"])
+@pytest.mark.parametrize("memory_mb", [0, 1])
+def test_vectors_of_a_catalogue_lie_in_memory_or_on_disk(tmp_path, monkeypatch, name, memory_mb):
+    """In its order, read in blocks of two rows; zeros where there is none. Vectors of other items count for nothing."""
+    monkeypatch.setattr(vectors, "_ROWS_AT_ONCE", 2)
+    own, rows = pa.array([9, 2, 7, 5, 1]), np.arange(10, dtype=np.float32).reshape(5, 2) + 1
+    if name == "v.tsv":
+        write_tsv(str(tmp_path / name), own, to_lists(rows))
+    else:
+        write_table(str(tmp_path / name), pa.table({"item": own, "embedding": to_lists(rows)}))
+    found = read_vectors_of(str(tmp_path / name), pa.array(["1", "3", "9", "7"]), memory_mb)
+    assert found.tolist() == [[9, 10], [0, 0], [1, 2], [5, 6]]
+    assert isinstance(found, np.memmap) == (memory_mb == 0)
+    with pytest.raises(InputError, match="none of its 5 items, such as 9, 2, 7, is in the catalogue"):
+        read_vectors_of(str(tmp_path / name), pa.array(["x"]), memory_mb)
+
+
+def test_an_unusable_vector_of_a_later_block_is_named(tmp_path, monkeypatch):
+    monkeypatch.setattr(vectors, "_ROWS_AT_ONCE", 2)
+    rows = pa.array([[1.0, 2.0], [3.0, 4.0], [5.0, 6.0], [7.0]], pa.list_(pa.float32()))
+    write_table(str(tmp_path / "v.parquet"), pa.table({"item": [1, 2, 3, 4], "embedding": rows}))
+    with pytest.raises(InputError, match="row 4: a vector of 1 numbers; the first has 2"):
+        read_vectors_of(str(tmp_path / "v.parquet"), pa.array(["1"]), 1)

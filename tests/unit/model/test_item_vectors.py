@@ -1,13 +1,15 @@
 import numpy as np
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 
+from bert4rec import storage
 from bert4rec.config import DataConfig, ModelConfig
 from bert4rec.data.dataset import Ragged
 from bert4rec.inference.ranking import score_next
-from bert4rec.model import batches
+from bert4rec.model import batches, item_vectors
 from bert4rec.model.item_vectors import ItemVectors, Metadata
-from bert4rec.model.network import BERT4Rec
+from bert4rec.model.network import CONFIG, WEIGHTS, BERT4Rec
 from tests.unit.model.test_batches import windows_of
 
 pytestmark = pytest.mark.unit
@@ -51,7 +53,7 @@ def by_hand(vectors, token):
     values = [[], *GENRES, []][token], [[], *DIRECTORS, []][token]
     genre = vectors.listed["genre"].weight[values[0]].mean(0) if values[0] else zero
     director = vectors.listed["director"].weight[values[1]].mean(0) if values[1] else zero
-    row = vectors.titles[token]
+    row = torch.from_numpy(np.pad(metadata().titles, ((1, 1), (0, 0))))[token]
     title = vectors.title_projection(row) if row.any() else zero
     has = [True, bool(values[0]), bool(values[1]), bool(row.any())]
     return [vectors.embedding.weight[token], genre, director, title], has
@@ -111,8 +113,8 @@ def test_a_masked_position_does_not_see_its_items_metadata(fusion):
 def test_each_fusion_trains_and_scores_the_same_after_a_round_trip(tmp_path, fusion, output_features):
     torch.manual_seed(0)
     config = config_of(fusion, output_features=output_features)
-    model = BERT4Rec(config, NUM_ITEMS, "c", metadata())
-    frozen = model.items.titles.clone()
+    data = metadata()
+    model = BERT4Rec(config, NUM_ITEMS, "c", data)
     windows = windows_of([[1, 2, 3, 4, 5, 6], [3, 4, 5, 6]] * 5)
     optimizer = torch.optim.AdamW(model.parameters(), 0.01)
     losses = []
@@ -125,12 +127,84 @@ def test_each_fusion_trains_and_scores_the_same_after_a_round_trip(tmp_path, fus
         losses.append(loss.item())
     assert sum(losses[-5:]) < 0.95 * sum(losses[:5])
     assert all(parameter.grad.any() for parameter in model.parameters())
-    assert torch.equal(model.items.titles, frozen)
+    np.testing.assert_array_equal(data.titles, metadata().titles)
     assert not model.items.embedding.weight[0].any()
     model.eval()
     model.save_pretrained(str(tmp_path))
     again = BERT4Rec.from_pretrained(str(tmp_path))
+    # The projected titles are those of all items at once, so the last digit may differ.
+    torch.testing.assert_close(score_next(again, windows)(0, NUM_ITEMS), score_next(model, windows)(0, NUM_ITEMS))
+    again.save_pretrained(str(tmp_path / "again"))
+    assert (tmp_path / "again" / WEIGHTS).read_bytes() == (tmp_path / WEIGHTS).read_bytes()
+
+
+def save_as_earlier_versions_did(model, data, directory):
+    """With the title embeddings among the weights."""
+    model.save_pretrained(str(directory))
+    state = load_file(directory / WEIGHTS)
+    del state["items.projected_titles"], state["items.has_title"]
+    state["items.titles"] = torch.from_numpy(np.pad(data.titles, ((1, 1), (0, 0))))
+    save_file(state, directory / WEIGHTS)
+    content = storage.read_sealed(str(directory / CONFIG))
+    content["weights_sha256"] = storage.sha256(str(directory / WEIGHTS))
+    storage.write_sealed(str(directory / CONFIG), content)
+
+
+def test_a_directory_with_title_embeddings_is_still_read(tmp_path):
+    torch.manual_seed(0)
+    data, windows = metadata(), windows_of([[1, 2, 3, 4, 5, 6], [3, 4, 5, 6]])
+    model = BERT4Rec(config_of("gate", output_features="fused"), NUM_ITEMS, "c", data).eval()
+    save_as_earlier_versions_did(model, data, tmp_path)
+    again = BERT4Rec.from_pretrained(str(tmp_path))
     assert torch.equal(score_next(again, windows)(0, NUM_ITEMS), score_next(model, windows)(0, NUM_ITEMS))
+
+
+def test_title_embeddings_are_no_part_of_the_model(tmp_path):
+    """Of those on disk, a model directory has the projection: zeros for padding, [MASK] and items without a title."""
+    torch.manual_seed(0)
+    data = metadata()
+    model = BERT4Rec(config_of("add"), NUM_ITEMS, "c", data)
+    assert not [name for name in model.state_dict() if "titles" in name]
+    model.save_pretrained(str(tmp_path))
+    state = load_file(tmp_path / WEIGHTS)
+    assert "items.titles" not in state
+    assert state["items.has_title"].tolist() == [False, *[True] * 5, False, False]
+    with torch.no_grad():
+        projected = model.items.title_projection(torch.from_numpy(data.titles[:5]))
+    torch.testing.assert_close(state["items.projected_titles"][1:6], projected)
+    assert not state["items.projected_titles"][[0, 6, 7]].any()
+
+
+@pytest.mark.parametrize("output_features", ["ids", "fused"])
+def test_blocks_of_titles_change_nothing(monkeypatch, output_features):
+    """Of the loss, its gradients and the fused vectors, where the rows of a block are read again in the backward
+    pass."""
+    config = config_of("gate", output_features=output_features, dropout_rate=0, metadata_dropout=0)
+    (step,) = batches.iter_steps(
+        windows_of([[1, 2, 3, 4, 5, 6], [3, 4, 5, 6]]),
+        DataConfig(),
+        config,
+        NUM_ITEMS,
+        0,
+        0,
+        1,
+        99,
+        torch.device("cpu"),
+    )
+
+    def trained():
+        torch.manual_seed(0)
+        model = BERT4Rec(config, NUM_ITEMS, "c", metadata())
+        loss = model(step.batches[0])
+        loss.backward()
+        with torch.no_grad():
+            fused = model.items.fuse(torch.arange(NUM_ITEMS + 2))
+        gradients = {name: own.grad for name, own in model.named_parameters()}
+        return loss.detach(), fused, gradients, model.items.project_titles(torch.arange(NUM_ITEMS + 2))
+
+    whole = trained()
+    monkeypatch.setattr(item_vectors, "_ROWS_AT_ONCE", 3)
+    torch.testing.assert_close(trained(), whole)
 
 
 def test_fused_output_is_the_input_vector():

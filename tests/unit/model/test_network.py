@@ -1,3 +1,6 @@
+import os
+from pathlib import Path
+
 import pytest
 import torch
 import torch.nn.functional as F
@@ -5,8 +8,8 @@ import torch.nn.functional as F
 from bert4rec import storage
 from bert4rec.config import DataConfig, ModelConfig
 from bert4rec.errors import InputError
-from bert4rec.model import batches, layers
-from bert4rec.model.network import BERT4Rec
+from bert4rec.model import batches, layers, network
+from bert4rec.model.network import WEIGHTS, BERT4Rec
 from tests.helpers.datasets import random_histories
 from tests.twins import reference
 from tests.unit.model.test_batches import rows_of, windows_of
@@ -157,6 +160,26 @@ def test_saved_and_read_again_it_scores_the_same(tmp_path, settings):
     assert (again.num_items, again.catalogue, again.config) == (NUM_ITEMS, "catalogue", model.config)
     tokens = torch.tensor([[3, 9, 4, 31]])
     torch.testing.assert_close(again.encode(packed(tokens)), model.encode(packed(tokens)), rtol=0, atol=0)
+
+
+def test_a_large_model_is_mapped_into_memory(tmp_path, monkeypatch):
+    model = BERT4Rec(ModelConfig(hidden_units=8, num_heads=2, position_encoding="rotary"), 30)
+    model.save_pretrained(str(tmp_path))
+    monkeypatch.setattr(network, "_MAPPED_BYTES", 0)
+    read = BERT4Rec.from_pretrained(str(tmp_path))
+    mapped = [
+        line for line in Path("/proc/self/maps").read_text().splitlines() if line.endswith(f"{tmp_path}/{WEIGHTS}")
+    ]
+    assert mapped
+    for (name, one), (own, other) in zip(model.state_dict().items(), read.state_dict().items(), strict=True):
+        assert name == own
+        assert torch.equal(one, other), name
+    assert torch.equal(read.turns, model.turns)
+    with (tmp_path / WEIGHTS).open("r+b") as file:
+        file.seek(-1, os.SEEK_END)
+        file.write(b"\x99")
+    with pytest.raises(InputError, match=f"{WEIGHTS}: its content is not what was written"):
+        BERT4Rec.from_pretrained(str(tmp_path))
 
 
 def test_a_damaged_model_directory_is_named(tmp_path):
