@@ -8,9 +8,8 @@ import pytest
 import torch
 from torch.utils.flop_counter import FlopCounterMode
 
-from benchmarks import ablation
+from benchmarks import ablation, catalogue, common
 from benchmarks import blend as blend_benchmark
-from benchmarks import catalogue, common
 from benchmarks import input as input_benchmark
 from benchmarks.common import (
     SYNTHETIC_SHORT,
