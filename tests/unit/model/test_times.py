@@ -77,7 +77,10 @@ def test_only_the_time_between_matters_but_for_the_calendar():
             ["model.time_encoding=rotary+clock"],
             "model.time_encoding=rotary.clock: expected none, or some of rotary, gap",
         ),
-        (["model.time_encoding=gap", "model.attention=causal"], "model.attention=causal needs model.time_encoding=none"),
+        (
+            ["model.time_encoding=gap", "model.attention=causal"],
+            "model.attention=causal needs model.time_encoding=none",
+        ),
         (["model.time_encoding=none+gap"], "model.time_encoding=none.gap: expected none, or some of"),
         (
             ["model.time_encoding=rotary", "model.hidden_units=10", "model.num_heads=5"],
