@@ -109,7 +109,7 @@ def _contenders(peers: list[str], threads: int, before: str | None, time_encodin
     """Ours as a job runs it by default, a worker of one thread a core; ours in one process; and the peers."""
     found = {"ours": Contender("benchmarks.ours", environment=WORKER_ENVIRONMENT, workers=threads)}
     for encoding in time_encodings:
-        found[f"ours, {encoding}"] = found["ours"]._replace(time_encoding=encoding)
+        found[f"ours, time_encoding {encoding}"] = found["ours"]._replace(time_encoding=encoding)
     if threads > 1:
         found["ours, one process"] = Contender("benchmarks.ours", environment=WORKER_ENVIRONMENT)
     if before:

@@ -291,6 +291,9 @@ class ModelConfig(_Group):
 Loss = Literal["cross-entropy", "sampled-softmax", "gbce"]
 SAMPLED_LOSSES: tuple[Loss, ...] = ("sampled-softmax", "gbce")
 """Losses that compare a target with `training.num_negatives` items; all others compare it with every item."""
+ShardedLoss = Literal["cross-entropy", "sampled-softmax", "gbce"]
+SHARDED_LOSSES: tuple[Loss, ...] = get_args(ShardedLoss)
+"""Losses that tables in shards can compute."""
 
 
 class TrainingConfig(_Group):
@@ -389,6 +392,10 @@ class TrainingConfig(_Group):
 
     @model_validator(mode="after")
     def _items_can_be_in_shards(self) -> Self:
+        if self.shard_items and self.loss not in SHARDED_LOSSES:
+            raise ValueError(
+                f"training.shard_items=true needs training.loss={' or '.join(SHARDED_LOSSES)}, not {self.loss}"
+            )
         if self.shard_items and self.precision == "16-mixed":
             raise ValueError(
                 "training.shard_items=true needs training.precision=32-true or bf16-mixed, whose gradients are not "

@@ -26,17 +26,7 @@ from bert4rec.data.dataset import ITEMS, InputFile, Manifest, PreparedDataset, m
 from bert4rec.data.ids import ascending
 from bert4rec.data.interactions import Chunk, Settled
 from bert4rec.data.metadata import catalogue_fingerprint, check_items, item_table, new_items, read_all_metadata
-from bert4rec.data.ranges import (
-    Vocabulary,
-    between,
-    build,
-    count_before,
-    encode,
-    leave_out,
-    total,
-    write,
-    write_parquet,
-)
+from bert4rec.data.ranges import Ranges, Vocabulary, build, count_before, encode, keep, total, write, write_parquet
 from bert4rec.errors import InputError
 from bert4rec.progress import track
 
@@ -368,7 +358,7 @@ def _between(sequences: Any, totals: _Totals, data: DataConfig, source: str) -> 
         If no interaction is left.
     """
     since, until = -math.inf if data.since is None else data.since, math.inf if data.until is None else data.until
-    kept = _map(sequences, between, since=since, until=until).materialize()
+    kept = _map(sequences, keep, which=partial(_is_between, since, until), least=1).materialize()
     left = _totals(kept, len(totals.counts))
     if not left.num_users:
         first, last = (moment_text(math.floor(time)) for time in (totals.first, totals.last))
@@ -379,15 +369,26 @@ def _between(sequences: Any, totals: _Totals, data: DataConfig, source: str) -> 
     return kept, left
 
 
+def _is_between(since: float, until: float, ranges: Ranges) -> np.ndarray:
+    assert ranges.time is not None
+    return (since <= ranges.time) & (ranges.time < until)
+
+
 def _k_core(sequences: Any, totals: _Totals, k: int) -> tuple[Any, _Totals]:  # noqa: ANN401
     """Remove items, then users, with fewer than `k` interactions, and repeat until nothing changes."""
     while k:
-        smaller = _map(sequences, leave_out, common=totals.counts >= k, k=k).materialize()
+        smaller = _map(sequences, keep, which=partial(_is_common, totals.counts >= k), least=k).materialize()
         left = _totals(smaller, len(totals.counts))
         if np.array_equal(left.counts, totals.counts):
             break
         sequences, totals = smaller, left
     return sequences, totals
+
+
+def _is_common(common: np.ndarray, ranges: Ranges) -> np.ndarray:
+    """Whether an interaction is with one of the `common` [V] items."""
+    found: np.ndarray = common[ranges.code]
+    return found
 
 
 def _cutoffs(sequences: Any, totals: _Totals, data: DataConfig, source: str) -> dict[str, int]:  # noqa: ANN401

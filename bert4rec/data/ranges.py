@@ -12,6 +12,7 @@ A range is a number, from 0, in the order of users. A code is an item's place in
 """
 
 import hashlib
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Self
 
@@ -39,7 +40,7 @@ class Vocabulary:
 
 
 @dataclass(frozen=True)
-class _Ranges:
+class Ranges:
     """A table of ranges, flat: R ranges with N users and T interactions together."""
 
     number: np.ndarray
@@ -118,7 +119,7 @@ def build(rows: pa.Table) -> pa.Table:
         user, code, time = user[kept], code[kept], time[kept]
     number, num_users = np.unique(range_of_user, return_counts=True)
     lengths = np.bincount(user, minlength=len(ascending))
-    return _Ranges(number, num_users, users.dictionary.take(pa.array(ascending)), lengths, code, time).table()
+    return Ranges(number, num_users, users.dictionary.take(pa.array(ascending)), lengths, code, time).table()
 
 
 def _order_of(times: np.ndarray) -> np.ndarray:
@@ -142,32 +143,21 @@ def _is_duplicate(user: np.ndarray, time: np.ndarray, code: np.ndarray) -> np.nd
     return duplicate
 
 
-def leave_out(ranges: pa.Table, common: np.ndarray, k: int) -> pa.Table:
-    """Keep only the `common` [V] codes, and only users with `k` of them."""
-    whole = _Ranges.of(ranges)
-    return _keep(whole, common[whole.code], k)
-
-
-def between(ranges: pa.Table, since: float, until: float) -> pa.Table:
-    """Keep only interactions from `since` on and before `until`, and only users who have one."""
-    whole = _Ranges.of(ranges)
-    assert whole.time is not None
-    return _keep(whole, (since <= whole.time) & (whole.time < until), 1)
-
-
-def _keep(whole: _Ranges, kept: np.ndarray, k: int) -> pa.Table:
-    """Keep only the interactions `kept` [T], and only users with `k` of them."""
+def keep(ranges: pa.Table, which: Callable[[Ranges], np.ndarray], least: int) -> pa.Table:
+    """Keep only the interactions that `which` names, [T] bool, and only users with at least `least` of them."""
+    whole = Ranges.of(ranges)
+    kept = which(whole)
     lengths = _sums(kept, whole.length)
-    enough = lengths >= k
+    enough = lengths >= least
     kept = kept & np.repeat(enough, whole.length)
     time = None if whole.time is None else whole.time[kept]
     user, num_users = whole.user.filter(pa.array(enough)), _sums(enough, whole.num_users)
-    return _Ranges(whole.number, num_users, user, lengths[enough], whole.code[kept], time).table()
+    return Ranges(whole.number, num_users, user, lengths[enough], whole.code[kept], time).table()
 
 
 def total(ranges: pa.Table) -> pa.Table:
     """Count users, and interactions of each code, and find the first and last time (infinities without any): a row."""
-    whole = _Ranges.of(ranges)
+    whole = Ranges.of(ranges)
     counts = np.bincount(whole.code)
     code = np.flatnonzero(counts)
     time = np.empty(0) if whole.time is None else whole.time
@@ -180,7 +170,7 @@ def total(ranges: pa.Table) -> pa.Table:
 
 def count_before(ranges: pa.Table, times: np.ndarray) -> pa.Table:
     """Count the interactions before each of the ascending `times` [C]: a row, a list of C."""
-    own = _Ranges.of(ranges).time
+    own = Ranges.of(ranges).time
     assert own is not None
     not_above = np.bincount(np.searchsorted(times, own, side="right"), minlength=len(times) + 1)
     return pa.table({"count": _lists([len(times)], pa.array(np.cumsum(not_above)[:-1]))})
@@ -198,14 +188,14 @@ def write(
     """Write each range as a file in the folder `version` of the dataset. Return name, size and sha256 of each."""
     written = []
     for row in range(len(ranges)):
-        whole = _Ranges.of(ranges.slice(row, 1))
+        whole = Ranges.of(ranges.slice(row, 1))
         name = f"{version}/sequences/part-{whole.number[0]:05d}.parquet"
         written.append(write_parquet(path, name, _final(whole, token_of_code, cutoffs, time_origin, has_year)))
     return pa.Table.from_pylist([file.model_dump() for file in written], _WRITTEN)
 
 
 def _final(
-    ranges: _Ranges, token_of_code: np.ndarray, cutoffs: dict[str, int], time_origin: int | None, has_year: bool
+    ranges: Ranges, token_of_code: np.ndarray, cutoffs: dict[str, int], time_origin: int | None, has_year: bool
 ) -> pa.Table:
     """Make the rows of sequences/*.parquet, with final tokens."""
     columns = {

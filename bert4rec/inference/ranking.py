@@ -449,7 +449,8 @@ def top_k(
         if low == 0:
             values = block.new_full((num_users, k), -torch.inf)
         better = (block.amax(1) > values[:, -1]).nonzero().flatten()  # soon that is true of few users
-        best = block.index_select(0, better).topk(min(k, high - low), dim=1)
+        of_better = block if len(better) == num_users else block.index_select(0, better)
+        best = of_better.topk(min(k, high - low), dim=1)
         both = torch.cat([values[better], best.values], dim=1)
         values[better], order = both.topk(k, dim=1)
         items[better] = torch.cat([items[better], best.indices + low], dim=1).gather(1, order)

@@ -10,14 +10,14 @@ one; K negatives of a shard.
 """
 
 import math
-from typing import Any, Literal, NamedTuple, assert_never
+from typing import Any, Literal, NamedTuple, assert_never, cast
 
 import torch
 import torch.distributed
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from bert4rec.config import SAMPLED_LOSSES, TrainingConfig
+from bert4rec.config import SAMPLED_LOSSES, ShardedLoss, TrainingConfig
 from bert4rec.data.dataset import PADDING
 from bert4rec.model.batches import Batch, pack
 from bert4rec.model.layers import add_product_over_rows, full_size, product
@@ -206,7 +206,7 @@ class ItemShards:
         The gradients by the shard's rows are kept for `collect`.
         """
         assert self._training is not None
-        kind = self._training.loss
+        kind: ShardedLoss = cast(Any, self._training.loss)  # the config refuses others
         negatives, log_q = self.negatives(hidden.device) if kind in SAMPLED_LOSSES else (labels[:0], hidden[:0, 0])
         told = self._told([len(hidden), len(negatives)])
         counts, num_negatives = [count for count, _ in told], sum(drawn for _, drawn in told)

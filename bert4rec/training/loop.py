@@ -27,7 +27,7 @@ from bert4rec.model.shards import ItemShards, from_all
 from bert4rec.training.muon import muon_for
 from bert4rec.training.rowwise import RowwiseAdam
 
-DDP_OPTIONS = {"broadcast_buffers": False, "gradient_as_bucket_view": True}
+DDP_OPTIONS = {"forward_sync_buffers": False, "gradient_as_bucket_view": True}
 """The model's tables never change, and a gradient need not lie in memory twice."""
 VALIDATION_USERS = 512
 """Users ranked at once in validation."""

@@ -6,7 +6,7 @@ import pyarrow.parquet as pq
 import pytest
 
 from bert4rec.data import ranges
-from bert4rec.data.ranges import Vocabulary, build, count_before, encode, leave_out, total, write
+from bert4rec.data.ranges import Vocabulary, build, count_before, encode, keep, total, write
 
 pytestmark = pytest.mark.unit
 
@@ -50,7 +50,7 @@ def test_ranges_are_built():
 
 
 def test_a_range_may_lose_all_its_users():
-    assert leave_out(build(ROWS), np.array([True, True, False]), 2).to_pydict() == {
+    assert keep(build(ROWS), lambda whole: whole.code < 2, 2).to_pydict() == {
         "range": [0, 1],
         "user": [[], [20]],
         "length": [[], [2]],

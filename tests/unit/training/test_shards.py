@@ -13,6 +13,7 @@ import pytest
 import torch
 import torch.multiprocessing
 
+from bert4rec import config as config_module
 from bert4rec import storage
 from bert4rec.config import load_config
 from bert4rec.data.dataset import PreparedDataset
@@ -333,6 +334,12 @@ def test_there_are_not_more_workers_than_items(dataset_path):
 def test_what_cannot_be_in_shards_is_refused(settings, expected):
     with pytest.raises(InputError, match=rf"training\.shard_items=true {re.escape(expected)}"):
         load_config(None, [SHARDED, *settings])
+
+
+def test_a_loss_that_shards_do_not_have_is_refused(monkeypatch):
+    monkeypatch.setattr(config_module, "SHARDED_LOSSES", ("cross-entropy",))
+    with pytest.raises(InputError, match=r"shard_items=true needs training\.loss=cross-entropy, not gbce"):
+        load_config(None, [SHARDED, "training.loss=gbce"])
 
 
 # The parts
