@@ -106,6 +106,7 @@ RULES = (
             "model.num_heads": 2,
             "model.num_layers": 2,
             "model.max_len": 50,
+            "model.position_encoding": "rotary",
             "model.last_item_mask_ratio": 0.2,
             "training.num_epochs": 80,
             "training.lr": 0.002,
