@@ -114,8 +114,8 @@ RULES = (
             "training.warmup_epochs": 5,
             "training.val_check_interval": 5,
         },
-        "on MovieLens-100K, Muon overfits (validation NDCG@10 0.0826, AdamW 0.1028); rotary positions reach 0.1018 in the "
-        "mean of five seeds, learned ones 0.0878, since one of these stays at popularity",
+        "on MovieLens-100K, Muon overfits (validation NDCG@10 0.0826, AdamW 0.1028); rotary positions reach 0.1018 in "
+        "the mean of five seeds, learned ones 0.0878, since one of these stays at popularity",
     ),
     Rule(
         "short histories or small data, if they are validated",
