@@ -55,6 +55,7 @@ TABLES = {
     "discount": Table("{discount}", (*_METRICS, "popularity-100-of-all", "uniform-100")),
     "embed": Table("{implementation}", ("texts/s", "spread", "of encode")),
     "input": Table("{claim}", ("M tokens a CPU second", "M tokens/s", "spread", "waiting")),
+    "large_model": Table("{claim}", ("weights, MiB", "anonymous, MiB", "mapped, MiB", "of both at once, MiB")),
     "memory": Table("{claim}", ("MiB", "of epoch 2")),
     "metadata": Table("{variant}", ("NDCG@10", "spread", "HR@10", "gates", "seconds a training")),
     "muon": Table("{implementation}, hidden {hidden}", ("ms a step", "spread", "float32 is")),

@@ -395,11 +395,16 @@ def masked(scores: Scorer, exclusions: Exclusions) -> Scorer:
 @torch.inference_mode()
 def score_similar(model: BERT4Rec, items: Tensor) -> Scorer:
     """Cosine of the input vectors of `items` [B], counted from 0, with those of all items."""
-    every = torch.arange(1, model.num_items + 1, device=model.output_bias.device)
-    vectors = F.normalize(model.items(every), dim=1)
+    own = F.normalize(model.items(items + 1), dim=1)
     # A new item without any metadata has nothing to be compared by.
     unknown = model.get_buffer("unrankable")
-    return lambda low, high: F.linear(vectors[items], vectors[low:high]).masked_fill(unknown[low:high], -torch.inf)
+
+    @torch.inference_mode()
+    def scores(low: int, high: int) -> Tensor:
+        vectors = model.items(torch.arange(low + 1, high + 1, device=own.device))
+        return F.linear(own, F.normalize(vectors, dim=1)).masked_fill(unknown[low:high], -torch.inf)
+
+    return scores
 
 
 def item_blocks(num_users: int, num_items: int, score_bytes: int) -> list[tuple[int, int]]:

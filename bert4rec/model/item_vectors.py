@@ -179,7 +179,7 @@ class ItemVectors(nn.Module):
     def gates(self, tokens: Tensor) -> Tensor:
         """[U] -> [U, F]: the weight of each feature. The weights sum to 1; a feature that the item lacks has weight
         0."""
-        return self._gates(*self._features(tokens))
+        return torch.cat([self._gates(*self._features(part)) for part in torch.split(tokens, _ROWS_AT_ONCE)])
 
     def fuse(self, tokens: Tensor) -> Tensor:
         """[U] -> [U, D], of each token by itself."""

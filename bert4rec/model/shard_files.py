@@ -7,9 +7,8 @@ whole tensors under their own names.
 import math
 import os
 import re
-from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
-from typing import Any, TypedDict
+from collections.abc import Mapping
+from typing import TypedDict
 
 import safetensors
 import safetensors.torch
@@ -85,23 +84,26 @@ def read_parts(
         if not wanted:
             continue
         _check(path, entry, len(files))
-        with _opened(path) as part:
+        with storage.on_local_disk(path) as local:
             for stored, name, start, step, own in wanted:
-                if into[name].ndim == 0:
-                    into[name].copy_(part(stored)[()])
-                    filled[name] += 1
-                    continue
-                filled[name] += _copy_rows(part(stored), into[name], start, step, starts.get(name, 0), own)
+                filled[name] += _copy_rows(local, stored, into[name], start, step, starts.get(name, 0), own)
     for name, tensor in into.items():
         if filled[name] != (expected := len(tensor) if tensor.ndim else 1):
             raise InputError(f"{directory}: its {len(files)} files have {filled[name]} of {expected} rows of {name}")
 
 
-def _copy_rows(source: Any, target: Tensor, start: int, step: int, first: int, own: int) -> int:  # noqa: ANN401
+def _copy_rows(file: str, stored: str, target: Tensor, start: int, step: int, first: int, own: int) -> int:
     """Copy those rows start, start + step... of the whole that are first, first + own...; how many."""
-    copied, length = 0, source.get_shape()[0] if hasattr(source, "get_shape") else len(source)
-    for low in range(0, length, _ROWS_AT_ONCE):
-        block = source[low : low + _ROWS_AT_ONCE]
+    with safetensors.safe_open(file, framework="pt") as opened:
+        shape = opened.get_slice(stored).get_shape()
+        if not shape:
+            target.copy_(opened.get_tensor(stored))
+            return 1
+    copied = 0
+    for low in range(0, shape[0], _ROWS_AT_ONCE):
+        # Mapped anew for each block: else all pages that were read would count as memory of this process.
+        with safetensors.safe_open(file, framework="pt") as opened:
+            block = opened.get_slice(stored)[low : low + _ROWS_AT_ONCE]
         place = start - first + step * torch.arange(low, low + len(block))
         kept = place % own == 0
         target[(place[kept] // own).to(target.device)] = block[kept].to(target.device, target.dtype)
@@ -116,10 +118,3 @@ def _check(path: str, entry: PartFile, num_files: int) -> None:
         raise InputError(f"{path}: is missing; the checkpoint is in {num_files} files") from None
     if found != entry["sha256"]:
         raise InputError(f"{path}: its content is not what was written (SHA-256); the file is damaged or was altered")
-
-
-@contextmanager
-def _opened(path: str) -> Iterator[Callable[[str], Any]]:
-    """Gives the tensors of a file by name, to be sliced: memory-mapped from the local disk."""
-    with storage.on_local_disk(path) as local, safetensors.safe_open(local, framework="pt") as file:
-        yield lambda name: file.get_slice(name) if file.get_slice(name).get_shape() else file.get_tensor(name)

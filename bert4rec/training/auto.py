@@ -107,6 +107,7 @@ RULES = (
             "model.num_heads": 2,
             "model.num_layers": 2,
             "model.max_len": 50,
+            "model.position_encoding": "rotary",
             "model.last_item_mask_ratio": 0.2,
             "training.num_epochs": 80,
             "training.lr": 0.002,
@@ -114,7 +115,8 @@ RULES = (
             "training.warmup_epochs": 5,
             "training.val_check_interval": 5,
         },
-        "on MovieLens-100K, Muon overfits (validation NDCG@10 0.0826, AdamW 0.1028) and rotary positions gain nothing",
+        "on MovieLens-100K, Muon overfits (validation NDCG@10 0.0826, AdamW 0.1028); rotary positions reach 0.1018 in "
+        "the mean of five seeds, learned ones 0.0878, since one of these stays at popularity",
     ),
     Rule(
         "short histories or small data, if they are validated",

@@ -27,7 +27,7 @@ from bert4rec.training.loop import learning_rate
 from bert4rec.training.train import run_name, train, what_shapes_the_result
 from tests.helpers import trainer
 from tests.helpers.datasets import random_histories, write_dataset
-from tests.helpers.processes import REPEATS, KillOnce, random_delay
+from tests.helpers.processes import REPEATS, KillOnce, named, random_delay, wait_for
 
 pytestmark = [pytest.mark.integration, pytest.mark.usefixtures("ray_session")]
 
@@ -173,6 +173,7 @@ def test_a_killed_driver_of_shards_goes_on_with_any_number_of_workers(
     time.sleep(random_delay())
     driver.kill()
     assert driver.wait() == -signal.SIGKILL, "ended before it could be killed"
+    wait_for(lambda: not named("RayTrainWorker") and not named("TrainController"))  # Ray ends what the driver left
     assert not (run_path / "run.json").exists()
     shutil.copytree(tmp_path / "two", tmp_path / "one")
 
