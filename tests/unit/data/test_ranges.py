@@ -92,7 +92,10 @@ def test_each_range_is_a_file(tmp_path):
     }
 
 
-@pytest.mark.parametrize("times", [[], [5], [70_000, 3, 65_536, 3, 2**32, 0], [1.5, 1, 2.5, 1], [-4, 2**40, -4, 7]])
+@pytest.mark.parametrize(
+    "times",
+    [[], [5], [70_000, 3, 65_536, 3, 2**32, 0], [1.5, 1, 2.5, 1], [-4, 2**40, -4, 7], [1e-162, 0, -1, 0, 1e-162]],
+)
 def test_times_are_ordered_stably(times):
     times = np.array(times, np.float64)
     expected = sorted(range(len(times)), key=lambda place: times[place])
