@@ -165,6 +165,8 @@ def main() -> None:
             "after the item before it, or at the same time as that.",
         ]
         if args.test:
+            if configs[0].data.holdout < 2:
+                parser.error(f"--test: {args.config} validates on the last items; expected data.holdout=2")
             publish("times_test", notes, [test(configs, sequences, Path(args.test))], args.record)
             continue
         for config in configs:
