@@ -44,6 +44,11 @@ def held(directory: str, name: str = HOLDER) -> Iterator[None]:
     path = storage.join(directory, name)
     lease = _Lease(path)
     lease.acquire()
+    # What a shell script starts with & ignores SIGINT, by which the renewing thread ends the work.
+    in_main = threading.current_thread() is threading.main_thread()
+    is_ignored = in_main and signal.getsignal(signal.SIGINT) is signal.SIG_IGN
+    if is_ignored:
+        signal.signal(signal.SIGINT, lambda *_: lease.end_if_lost())
     over = threading.Event()
     renewing = threading.Thread(target=lease.renew_until, args=(over,), daemon=True)
     renewing.start()
@@ -56,6 +61,8 @@ def held(directory: str, name: str = HOLDER) -> Iterator[None]:
     finally:
         over.set()
         renewing.join()
+        if is_ignored:
+            signal.signal(signal.SIGINT, signal.SIG_IGN)
         with contextlib.suppress(OSError):  # what stays behind is a dead holder's
             if lease.is_own(_read(path)):
                 storage.remove(path)
@@ -97,6 +104,11 @@ class _Lease:
             if self.is_own(_read(self.path)):
                 break
         self._renewed = _clock()
+
+    def end_if_lost(self) -> None:
+        """End the work as Ctrl+C does, but only if another job has the directory."""
+        if self.lost:
+            raise KeyboardInterrupt
 
     def renew_until(self, over: threading.Event) -> None:
         """Renew the file until `over`. If another has it because this process did not run, end the work."""

@@ -4,6 +4,7 @@ With `-n 2`, one process runs all tests with Ray, which wait for other processes
 """
 
 import os
+import signal
 
 os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
 os.environ.setdefault("RAY_DATA_DISABLE_PROGRESS_BARS", "1")
@@ -17,6 +18,7 @@ import torch
 from tests.helpers.processes import free_port
 from tests.helpers.s3_server import S3Server
 
+signal.signal(signal.SIGINT, signal.default_int_handler)  # which a script ignores for what it starts with &
 S3 = S3Server(free_port())
 os.environ |= S3.environment  # before Ray starts, whose workers inherit it; the server starts when a test asks for it
 

@@ -2,6 +2,7 @@
 
 import json
 import os
+import signal
 import threading
 import time
 
@@ -144,7 +145,10 @@ def test_a_slow_writer_finds_that_its_look_was_outdated(directory, monkeypatch):
         assert holds(directory)["id"] == mine["id"]
 
 
-def test_a_job_that_slept_too_long_ends_when_another_has_it(directory, monkeypatch):
+@pytest.mark.parametrize("handler", [signal.default_int_handler, signal.SIG_IGN])
+def test_a_job_that_slept_too_long_ends_when_another_has_it(directory, handler, monkeypatch):
+    """Also one that a shell script started with &, which ignores SIGINT."""
+    before = signal.signal(signal.SIGINT, handler)
 
     def sleep_too_long():
         now = lease._clock()
@@ -157,6 +161,7 @@ def test_a_job_that_slept_too_long_ends_when_another_has_it(directory, monkeypat
         lease.held(directory),
     ):
         sleep_too_long()
+    assert signal.signal(signal.SIGINT, before) is handler
     assert holds(directory)["id"] == "x"
 
 
