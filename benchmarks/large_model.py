@@ -18,9 +18,9 @@ import torch.distributed
 import torch.multiprocessing
 
 from benchmarks.common import Workload, options, peak_memory, publish, report, run, synthetic_histories
-from benchmarks.ours import model_config
+from benchmarks.ours import catalogue_of, model_config
 from bert4rec.config import InferenceConfig
-from bert4rec.data.dataset import ItemTable, Sequences
+from bert4rec.data.dataset import Sequences
 from bert4rec.inference.ranking import Ranking
 from bert4rec.inference.recommender import Recommender
 from bert4rec.model.network import BERT4Rec
@@ -76,29 +76,15 @@ def score(workload: Workload) -> None:
     model = BERT4Rec.from_pretrained(workload.data)
     loaded = time.perf_counter()
     histories = synthetic_histories(workload.batch_size, model.num_items, 10, workload.seed)
-    recommender = Recommender(model, catalogue_of(model.num_items))
+    recommender = Recommender(model, catalogue_of(np.arange(1, model.num_items + 1)))
     inference = InferenceConfig(topk=workload.topk)
-    no_years = np.zeros(workload.batch_size, np.int16)
-    users = pa.array(histories.user_ids)
-    sequences = Sequences(users, histories.items, histories.offsets, no_years, no_years.astype(bool))
+    own = np.split(histories.items, histories.offsets[1:-1])
+    sequences = Sequences.of(pa.array(histories.user_ids), own, pa.nulls(workload.batch_size, pa.int16()))
     ranked = recommender.rank(sequences, inference, Ranking.of(inference))
     rows = sum(len(each.table) for each in ranked)
     assert rows == workload.topk * workload.batch_size
     done = time.perf_counter()
     report(load_seconds=loaded - began, seconds=done - loaded, memory=peak_memory(), **peaks.end())
-
-
-def catalogue_of(num_items: int) -> ItemTable:
-    """Items with ids and nothing else."""
-    nothing = np.zeros(num_items, np.int64)
-    return ItemTable(
-        ids=pa.array(np.arange(1, num_items + 1)),
-        count=nothing,
-        year=nothing.astype(np.int16),
-        has_year=nothing.astype(bool),
-        title=pa.nulls(num_items, pa.string()),
-        listed={},
-    )
 
 
 def main() -> None:

@@ -9,12 +9,14 @@ from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
+import pyarrow as pa
 import torch
 import torch.distributed
 import torch.multiprocessing
 
 from benchmarks.common import Histories, Meter, Workload, bytes_sent, peak_memory, report
 from bert4rec.config import DataConfig, ModelConfig, TrainingConfig
+from bert4rec.data.dataset import ItemTable
 from bert4rec.data.windows import Windows, training_windows
 from bert4rec.inference.ranking import Exclusions, score_next, top_k
 from bert4rec.model.batches import iter_steps, steps_ahead
@@ -34,6 +36,19 @@ def windows_of(histories: Histories) -> Windows:
     offsets = torch.from_numpy(histories.offsets)
     times = None if histories.times is None else torch.from_numpy(histories.times)
     return Windows(torch.from_numpy(histories.items), offsets[:-1], offsets[1:], times)
+
+
+def catalogue_of(ids: np.ndarray) -> ItemTable:
+    """Items with these ids [V] and nothing else."""
+    nothing = np.zeros(len(ids), np.int64)
+    return ItemTable(
+        ids=pa.array(ids),
+        count=nothing,
+        year=nothing.astype(np.int16),
+        has_year=nothing.astype(bool),
+        title=pa.nulls(len(ids), pa.string()),
+        listed={},
+    )
 
 
 def model_config(workload: Workload) -> ModelConfig:

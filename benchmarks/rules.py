@@ -20,10 +20,10 @@ import pyarrow.parquet as pq
 import torch
 
 from benchmarks.common import Workload, add_record, available_cores, descendants, publish, spread, synthetic_histories
-from benchmarks.ours import model_config
+from benchmarks.ours import catalogue_of, model_config
 from bert4rec import storage
 from bert4rec.config import InferenceConfig, load_config
-from bert4rec.data.dataset import ItemTable, Manifest, Sequences
+from bert4rec.data.dataset import Manifest, Sequences
 from bert4rec.inference.item_lists import list_of_items
 from bert4rec.inference.ranking import Ranking
 from bert4rec.inference.recommender import Recommender
@@ -70,17 +70,12 @@ def _model(hidden: int, num_items: int) -> BERT4Rec:
 def _list_for_all(args: argparse.Namespace) -> list[dict[str, str]]:
     histories = synthetic_histories(args.users, args.items, args.history, seed=0)
     num_items = len(histories.item_ids)
-    items = ItemTable(
-        ids=pa.array(histories.item_ids),
-        count=np.zeros(num_items, np.int64),
-        year=np.zeros(num_items, np.int16),
-        has_year=np.zeros(num_items, bool),
-        title=pa.nulls(num_items, pa.string()),
-        listed={},
-    )
     own = np.split(histories.items, histories.offsets[1:-1])
     sequences = Sequences.of(pa.array(histories.user_ids), own, pa.nulls(args.users, pa.int16()))
-    recommender, inference = Recommender(_model(args.hidden, num_items), items), InferenceConfig()
+    recommender, inference = (
+        Recommender(_model(args.hidden, num_items), catalogue_of(histories.item_ids)),
+        InferenceConfig(),
+    )
     chosen = np.random.default_rng(0).choice(histories.item_ids, args.allowed, replace=False).tolist()
     rankings = {
         "no list": Ranking(exclude_future=False),

@@ -102,12 +102,13 @@ def kept_epoch(path: Path) -> int:
 
 def test(configs: list[Config], sequences: Sequences, kept: Path) -> dict[str, str]:
     """A row of the test, over the seeds of `configs`: of each, the model of the best NDCG@10 on the validation."""
-    found, epochs = [], []
+    found: list[dict[str, tuple[float, float]]] = []
+    epochs: list[int] = []
     for config in configs:
-        models = [BERT4Rec.from_pretrained(str(path)) for path in kept_models(config, kept)]
-        best = max(models, key=lambda model: measured(config, model, sequences)["last"][1])
-        epochs.append(kept_epoch(kept_models(config, kept)[models.index(best)]))
-        found.append(measured(config, best, sequences, "test"))
+        models = {kept_epoch(path): BERT4Rec.from_pretrained(str(path)) for path in kept_models(config, kept)}
+        validated = {epoch: measured(config, model, sequences)["last"][1] for epoch, model in models.items()}
+        epochs.append(max(validated, key=lambda epoch: validated[epoch]))
+        found.append(measured(config, models[epochs[-1]], sequences, "test"))
     row = {"data": Path(configs[0].data.data_dir).name, "width": str(configs[0].model.hidden_units)}
     row |= {"encoding": configs[0].model.time_encoding, "epoch chosen": " / ".join(map(str, epochs))}
     for place, metric in enumerate(("HR@10", "NDCG@10")):
@@ -155,8 +156,8 @@ def main() -> None:
     torch.set_num_threads(args.threads)
     for encoding in args.encodings:
         configs = [config_of(args, encoding, seed) for seed in args.seeds]
-        dataset = PreparedDataset(configs[0].prepared_path)
-        sequences = dataset.sequences(with_times=bool(configs[0].model.time_parts))
+        with_times = bool(configs[0].model.time_parts)
+        sequences = PreparedDataset(configs[0].prepared_path).sequences(with_times=with_times)
         seeds = ", ".join(map(str, args.seeds))
         notes = [
             f"{args.data}, {args.config}, width {args.hidden}, {args.heads} heads, {args.epochs} epochs, seed {seeds}, "
@@ -187,8 +188,7 @@ def config_of(args: argparse.Namespace, encoding: str, seed: int) -> Config:
         "training.val_check_interval": args.validate_every,
         "training.checkpoint_minutes": 1_000_000,
     }
-    settings = [f"{key}={value}" for key, value in overrides.items() if value is not None]
-    return load_config(args.config, settings)
+    return load_config(args.config, [f"{key}={value}" for key, value in overrides.items()])
 
 
 if __name__ == "__main__":

@@ -25,7 +25,7 @@ from bert4rec.model.item_vectors import PROJECTED, ItemVectors, Metadata
 from bert4rec.model.layers import Dropout, Linear, full_size
 from bert4rec.model.losses import Loss, linear_cross_entropy
 from bert4rec.model.rows import OutputRows, RowTable
-from bert4rec.model.shard_files import PartFile, file_of, read_parts, write_part
+from bert4rec.model.shard_files import PartFile, check_sha256, file_of, read_parts, write_part
 from bert4rec.model.shards import ItemShards, Shard, ShardedEmbedding, from_all
 from bert4rec.model.times import TimeEncoding, gaps_of
 
@@ -493,13 +493,8 @@ def _read_weights(directory: str, content: dict[str, Any]) -> bytes:
         weights = storage.read_bytes(storage.join(directory, file))
     except FileNotFoundError:
         raise InputError(f"{directory}: {file} is missing; this is no whole model directory") from None
-    _check(storage.join(directory, file), hashlib.sha256(weights).hexdigest(), content)
+    check_sha256(storage.join(directory, file), hashlib.sha256(weights).hexdigest(), content["weights_sha256"])
     return weights
-
-
-def _check(path: str, found: str, content: dict[str, Any]) -> None:
-    if found != content["weights_sha256"]:
-        raise InputError(f"{path}: its content is not what was written (SHA-256); the file is damaged or was altered")
 
 
 def _from_file(directory: str, content: dict[str, Any]) -> dict[str, Tensor]:
@@ -508,7 +503,7 @@ def _from_file(directory: str, content: dict[str, Any]) -> dict[str, Tensor]:
     if storage.size(path) < _MAPPED_BYTES:
         return safetensors.torch.load(_read_weights(directory, content))
     with storage.on_local_disk(path) as local:
-        _check(path, storage.sha256(local), content)
+        check_sha256(path, storage.sha256(local), content["weights_sha256"])
         return safetensors.torch.load_file(local)
 
 

@@ -116,5 +116,16 @@ def _check(path: str, entry: PartFile, num_files: int) -> None:
         found = storage.sha256(path)
     except FileNotFoundError:
         raise InputError(f"{path}: is missing; the checkpoint is in {num_files} files") from None
-    if found != entry["sha256"]:
+    check_sha256(path, found, entry["sha256"])
+
+
+def check_sha256(path: str, found: str, written: str) -> None:
+    """Compare the hash that a file has with that of what was written.
+
+    Raises
+    ------
+    InputError
+        If they differ.
+    """
+    if found != written:
         raise InputError(f"{path}: its content is not what was written (SHA-256); the file is damaged or was altered")
