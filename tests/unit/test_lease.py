@@ -165,6 +165,24 @@ def test_a_job_that_slept_too_long_ends_when_another_has_it(directory, handler, 
     assert holds(directory)["id"] == "x"
 
 
+def test_a_thread_may_hold_it_where_ctrl_c_is_ignored(directory):
+    """Only the main thread may change what a signal does."""
+    held = []
+
+    def hold():
+        with lease.held(directory):
+            held.append(holds(directory)["pid"])
+
+    before = signal.signal(signal.SIGINT, signal.SIG_IGN)
+    try:
+        thread = threading.Thread(target=hold)
+        thread.start()
+        thread.join()
+    finally:
+        signal.signal(signal.SIGINT, before)
+    assert held == [os.getpid()]
+
+
 def test_ctrl_c_gives_it_back(directory):
     with pytest.raises(KeyboardInterrupt), lease.held(directory):
         raise KeyboardInterrupt

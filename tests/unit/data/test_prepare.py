@@ -1,5 +1,6 @@
 import bz2
 import gzip
+import importlib
 import io
 import itertools
 import json
@@ -7,6 +8,7 @@ import os
 import re
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pandas as pd
@@ -14,7 +16,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from bert4rec.config import DataConfig
+from bert4rec.config import DataConfig, load_config
 from bert4rec.data import interactions
 from bert4rec.data.dataset import PreparedDataset
 from bert4rec.data.prepare import prepare
@@ -511,3 +513,16 @@ def test_the_files_on_disk_are_what_the_contract_says(tmp_path):
     assert all((tmp_path / "out" / name).stat().st_size == size for name, size in manifest["files"].items())
     users = list(itertools.chain.from_iterable(dataset.read_part(part).users.to_pylist() for part in dataset.parts()))
     assert users == sorted(users)
+
+
+@pytest.mark.parametrize("module", ["jobs.prepare", "bert4rec.api"])
+def test_whoever_prepares_hands_over_how_ray_starts(module, tmp_path, monkeypatch):
+    """Ray would start by itself too, but not on the cluster of RAY_ADDRESS, nor with a look at the nodes' disks."""
+    caller, begun = importlib.import_module(module), []
+    name, job = ("prepare", "prepare_dataset") if module == "jobs.prepare" else ("_prepare", "prepare")
+    manifest = SimpleNamespace(notes=[], num_interactions=1, num_users=1, num_items=1)
+    monkeypatch.setattr(caller, "begin", lambda config, meanwhile: begun.append((config, meanwhile)))
+    monkeypatch.setattr(caller, name, lambda data, path, report, start_ray: start_ray() or manifest)
+    config = load_config(None, [f"data.data_dir={tmp_path}", f"run.storage_path={tmp_path}"])
+    assert getattr(caller, job)(config) == config.prepared_path
+    assert begun == [(config, ("ray.data",))]
