@@ -163,6 +163,23 @@ def test_a_rule_that_cannot_be_made_is_told_before_any_work(place, tmp_path, mon
         recommend.check_request(config.inference, PreparedDataset(config.prepared_path), str(tmp_path / "out"))
 
 
+def test_a_list_is_compared_with_the_catalogue_before_any_work(place, tmp_path):
+    """What is not in the catalogue is told; a list of nothing else is refused by both jobs."""
+    config = load_config(None, place)
+    dataset, output = PreparedDataset(config.prepared_path), str(tmp_path / "out")
+    (tmp_path / "some.csv").write_text("item\n101\n999\n")
+    (tmp_path / "none.csv").write_text("item\n998\n999\n")
+    some, none = (InferenceConfig(candidates=[str(tmp_path / name)]) for name in ("some.csv", "none.csv"))
+    (note,) = recommend.check_request(some, dataset, output)
+    assert "999" in note
+    assert "some.csv" in note
+    with pytest.raises(InputError, match=r"none\.csv"):
+        recommend.check_request(none, dataset, output)
+    settings = [*place, f"inference.candidates={tmp_path / 'none.csv'}"]
+    with pytest.raises(InputError, match=r"none\.csv"):
+        evaluate.evaluate(load_config(None, settings), dataset.path, config.inference.checkpoint_path)
+
+
 def test_a_rule_counts_by_its_content(place):
     """Where a rule is read from a file, another content under the same path makes recommendations anew."""
     config = load_config(None, place)
