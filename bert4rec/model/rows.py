@@ -19,6 +19,7 @@ class RowTable:
             A row that never changes.
         """
         self._module, self._name, self.padding = module, name, padding
+        self.before_look_up: Callable[[Tensor], None] = lambda index: None  # an optimiser may bring the rows up to date
         self._looked_up: list[tuple[Tensor, Tensor]] = []
         self._added: list[tuple[Tensor, Tensor]] = []
         self.table.requires_grad_(False)
@@ -31,6 +32,8 @@ class RowTable:
 
     def __call__(self, index: Tensor) -> Tensor:
         """[N] int64 -> [N, ...]."""
+        if torch.is_grad_enabled():
+            self.before_look_up(index)
         rows = self.table.index_select(0, index)
         if torch.is_grad_enabled():
             self._looked_up.append((index, rows.requires_grad_()))

@@ -175,6 +175,8 @@ class ItemShards:
         told = self._told([*self._sent, number])
         self._received = [counts[rank] for counts in told]
         self._asked = self._exchange(self._found[self._order], self._sent, self._received) // size
+        if self._by_rows and torch.is_grad_enabled():
+            self._by_rows[0].before_look_up(self._asked)
         rows = self._exchange(self.table.detach()[self._asked], self._received, self._sent)
         self._rows = torch.empty_like(rows).index_copy_(0, self._order, rows)
         if torch.is_grad_enabled():
@@ -287,6 +289,10 @@ class ItemShards:
         the denominator of the softmax, so the parts of all shards add up to an estimate of the whole one.
         """
         assert self._training is not None
+        if self._by_rows:
+            items = torch.cat([negatives, place])
+            self._by_rows[0].before_look_up(items + self.shard.first)
+            self._by_rows[1].before_look_up(items)
         weights, bias = self.weights, self.bias.detach()
         of_negatives, of_targets = weights[negatives].to(states.dtype), weights[place].to(states.dtype)
         is_target = is_own[:, None] & (place[:, None] == negatives)

@@ -3,6 +3,7 @@
 Shapes: V rows of a table, N rows that a step touches, D hidden_units.
 """
 
+import functools
 import math
 from collections.abc import Sequence
 from typing import Any
@@ -15,14 +16,16 @@ from bert4rec.model.rows import RowTable
 
 BETA1, BETA2, EPSILON = 0.9, 0.999, 1e-8  # torch's own of Adam and AdamW
 _CATCH_UP_ROWS = 65_536
+_MOVING_STEPS = 256  # a resting row's first moment then moves it no longer: BETA1 ** 256 is 2e-12
 
 
 class RowwiseAdam(torch.optim.Optimizer):
-    """AdamW that reads and writes the touched rows alone, so that a step takes as long for many rows as for few.
+    """AdamW of the whole table that reads and writes the touched rows alone, so that a step takes as long for many rows
+    as for few.
 
-    A row that no step touches keeps its place. Both moments decay in each step, and so does the weight; a row catches
-    up when a step touches it next. AdamW on the whole table does the same, except that it moves an untouched row
-    further along its first moment. Where each step touches all rows, the two are equal.
+    In AdamW each step changes each row: one without a gradient moves on along its first moment, which decays, and its
+    weight decays. Here, such a row rests until it is looked up next, and then makes up for all these steps at once.
+    Therefore the two train alike, but for epsilon in the steps of a resting row.
     """
 
     def __init__(self, tables: Sequence[RowTable], lr: float, weight_decay: float) -> None:
@@ -31,8 +34,13 @@ class RowwiseAdam(torch.optim.Optimizer):
         vectors = [each.table for each in tables if each.table.ndim == 1]  # biases are not decayed
         groups: list[dict[str, Any]] = [{"params": matrices, "weight_decay": weight_decay}]
         groups += [{"params": vectors, "weight_decay": 0.0}]
-        super().__init__(groups, {"lr": lr, "step": 0, "log_decay": 0.0})
+        # [n + 1] of the moment before and each of the n steps since the last `catch_up`: the logarithm of all weight
+        # decay until then, and how far a row that rests since then moves if its first moment is the root of the second.
+        past = torch.zeros(1, dtype=torch.float64, device=tables[0].table.device)
+        super().__init__(groups, {"lr": lr, "step": 0, "log_decay": past, "path": past})
         self._gradients: dict[Tensor, tuple[Tensor, Tensor]] = {}
+        for each in tables:
+            each.before_look_up = functools.partial(self._catch_up, each)
 
     @torch.no_grad()
     def collect(self, world_size: int = 1) -> list[Tensor]:
@@ -57,61 +65,90 @@ class RowwiseAdam(torch.optim.Optimizer):
     def step(self, closure: None = None) -> None:  # type: ignore[override]
         """Update the rows that `collect` found."""
         for group in self.param_groups:
-            group["step"] += 1
-            group["log_decay"] += math.log1p(-group["lr"] * group["weight_decay"])
             for table in group["params"]:
                 self._update(table, group, *self._gradients.pop(table))
+            group["step"] += 1
+            decay, size = math.log1p(-group["lr"] * group["weight_decay"]), _step_size(group["lr"], group["step"])
+            resting, moving = group["path"][:-_MOVING_STEPS], group["path"][-_MOVING_STEPS:]
+            pauses = torch.arange(len(moving), 0, -1, dtype=moving.dtype, device=moving.device)
+            moving = moving * math.exp(decay) + size * torch.pow(BETA1 / math.sqrt(BETA2), pauses)
+            group["path"] = torch.cat([resting, moving, torch.zeros_like(moving[:1])])
+            group["log_decay"] = torch.cat([group["log_decay"], group["log_decay"][-1:] + decay])
 
     def _update(self, table: Tensor, group: dict[str, Any], rows: Tensor, gradient: Tensor) -> None:
-        state, step = self._state_of(table, group), group["step"]
+        """Make the next step of rows with a gradient."""
         if rows.device.type != "cpu":  # the last row repeats, and must be written alike
             gradient = gradient[torch.searchsorted(rows, rows)]
-        pause = _column(step - state["touched"][rows], table).float()
-        mean = state["exp_avg"][rows].mul_(torch.pow(BETA1, pause)).add_(gradient, alpha=1 - BETA1)
-        square = state["exp_avg_sq"][rows].mul_(torch.pow(BETA2, pause)).addcmul_(gradient, gradient, value=1 - BETA2)
-        weight = self._decayed(table, group, rows)
-        denominator = square.sqrt().div_(math.sqrt(1 - BETA2**step)).add_(EPSILON)
-        weight.addcdiv_(mean, denominator, value=-group["lr"] / (1 - BETA1**step))
-        for whole, own in ((table, weight), (state["exp_avg"], mean), (state["exp_avg_sq"], square)):
-            whole.index_copy_(0, rows, own)
-        state["touched"].index_fill_(0, rows, step)
+        step = group["step"] + 1
+        weight, mean, square = self._caught_up(table, group, rows)
+        mean.mul_(BETA1).add_(gradient, alpha=1 - BETA1)
+        square.mul_(BETA2).addcmul_(gradient, gradient, value=1 - BETA2)
+        weight.mul_(1 - group["lr"] * group["weight_decay"])
+        weight.addcdiv_(mean, square.sqrt().add_(_epsilon(step)), value=-_step_size(group["lr"], step))
+        self._write(table, rows, step, weight, mean, square)
 
-    def _state_of(self, table: Tensor, group: dict[str, Any]) -> dict[str, Tensor]:
+    def _state_of(self, table: Tensor) -> dict[str, Tensor]:
         state: dict[str, Tensor] = self.state[table]
         if not state:
             # Written at once: torch.zeros would take a page of memory whenever a row is the first to be touched there.
             state |= {"exp_avg": torch.zeros_like(table), "exp_avg_sq": torch.zeros_like(table)}
             state["touched"] = torch.zeros(len(table), dtype=torch.int32, device=table.device)
-            if group["weight_decay"]:
-                state["log_decay"] = torch.zeros(len(table), dtype=torch.float64, device=table.device)
         return state
 
-    def _decayed(self, table: Tensor, group: dict[str, Any], rows: Tensor) -> Tensor:
-        """[N, ...] rows of the table after the weight decay of all steps until now, which is noted."""
-        weight = table[rows]
-        if group["weight_decay"]:
-            state = self._state_of(table, group)
-            weight *= _column((group["log_decay"] - state["log_decay"][rows]).exp(), table).to(weight.dtype)
-            state["log_decay"].index_fill_(0, rows, group["log_decay"])
-        return weight
+    def _caught_up(self, table: Tensor, group: dict[str, Any], rows: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """[N, ...] weights and both moments of rows after the last step."""
+        state, log_decay = self._state_of(table), group["log_decay"]
+        last = len(log_decay) - 1
+        touched = state["touched"][rows] - (group["step"] - last)  # counted as the past steps are
+        weight, mean, square = table[rows], state["exp_avg"][rows], state["exp_avg_sq"][rows]
+        path = group["path"][touched] * (log_decay[-1] - log_decay[(touched + _MOVING_STEPS).clamp(max=last)]).exp()
+        weight.mul_(_column((log_decay[-1] - log_decay[touched]).exp(), table))
+        weight.sub_(mean.div(square.sqrt().add_(_epsilon(group["step"]))).mul_(_column(path, table)))
+        pause = _column(last - touched, table).float()
+        return weight, mean.mul_(torch.pow(BETA1, pause)), square.mul_(torch.pow(BETA2, pause))
+
+    def _write(self, table: Tensor, rows: Tensor, step: int, weight: Tensor, mean: Tensor, square: Tensor) -> None:
+        state = self._state_of(table)
+        for whole, own in ((table, weight), (state["exp_avg"], mean), (state["exp_avg_sq"], square)):
+            whole.index_copy_(0, rows, own)
+        state["touched"].index_fill_(0, rows, step)
+
+    @torch.no_grad()
+    def _catch_up(self, looked_up: RowTable, rows: Tensor) -> None:
+        table = looked_up.table
+        group = next(each for each in self.param_groups if any(own is table for own in each["params"]))
+        if len(group["path"]) > 1:
+            self._write(table, rows, group["step"], *self._caught_up(table, group, rows))
 
     @torch.no_grad()
     def catch_up(self) -> None:
-        """Decay the weights of all rows to the last step: call it before the table is read as a whole."""
+        """Bring all rows to the last step: call it before the table is read as a whole."""
+        for each in self.tables:
+            for rows in torch.split(torch.arange(len(each.table), device=each.table.device), _CATCH_UP_ROWS):
+                self._catch_up(each, rows)
         for group in self.param_groups:
-            if not group["weight_decay"]:
-                continue
-            for table in group["params"]:
-                for rows in torch.split(torch.arange(len(table), device=table.device), _CATCH_UP_ROWS):
-                    table.index_copy_(0, rows, self._decayed(table, group, rows))
+            group["log_decay"] = group["path"] = torch.zeros_like(group["path"][:1])
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:  # type: ignore[override]
-        """As of any optimiser; but torch would turn all tensors into the type of the parameter."""
+        """As of any optimiser; but torch would turn all tensors into the type of the parameter, and not move those of
+        groups."""
         super().load_state_dict(state_dict)
         tables = [table for group in self.param_groups for table in group["params"]]
         for number, saved in state_dict["state"].items():
-            for name in {"touched", "log_decay"} & set(saved):
-                self.state[tables[number]][name] = saved[name].to(tables[number].device)
+            self.state[tables[number]]["touched"] = saved["touched"].to(tables[number].device)
+        for group in self.param_groups:
+            for name in ("log_decay", "path"):
+                group[name] = group[name].to(tables[0].device)
+
+
+def _step_size(rate: float, step: int) -> float:
+    """How far Adam moves for a first moment as large as the root of the second."""
+    return rate * math.sqrt(1 - BETA2**step) / (1 - BETA1**step)
+
+
+def _epsilon(step: int) -> float:
+    """Adam's epsilon beside the root of the second moment before its bias is corrected."""
+    return EPSILON * math.sqrt(1 - BETA2 ** max(step, 1))
 
 
 def _column(values: Tensor, table: Tensor) -> Tensor:

@@ -130,25 +130,6 @@ def loss(model: BERT4Rec, masked: list[list[int]], labels: list[list[int]]) -> t
     return torch.stack(losses).mean()
 
 
-def rowwise_adam(table, steps, weight_decay):
-    """The rows of a table after steps of a learning rate, the rows that were looked up, and the gradient of each.
-
-    In each step, both moments and the weight of every row decay; those looked up, once or more often, move.
-    """
-    weights = [row.astype(float) for row in table]
-    first, second = ([0.0 * row for row in weights] for _ in range(2))
-    for number, (rate, rows, gradients) in enumerate(steps, start=1):
-        for row in range(len(weights)):
-            gradient = sum(own for other, own in zip(rows, gradients, strict=True) if other == row)
-            first[row] = 0.9 * first[row] + 0.1 * gradient
-            second[row] = 0.999 * second[row] + 0.001 * gradient**2
-            weights[row] = weights[row] * (1 - rate * weight_decay)
-            if row in rows:
-                size = (second[row] / (1 - 0.999**number)) ** 0.5 + 1e-8
-                weights[row] = weights[row] - rate * first[row] / (1 - 0.9**number) / size
-    return weights
-
-
 def recommendations(
     model: BERT4Rec,
     history: list[int],
