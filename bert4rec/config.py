@@ -328,7 +328,7 @@ class TrainingConfig(_Group):
     item_optimizer: Literal["dense", "rowwise"] = "dense"
     """How to update the item embedding and the output layer's weights and biases. dense: each step updates all rows.
     rowwise: a step updates only the rows that it looked up, by AdamW, and its time hardly depends on the number of
-    items; a row that no step touches keeps its place. rowwise needs a loss that samples items."""
+    items. rowwise needs a loss that samples items."""
     shard_items: bool = False
     """Split the item table, its optimiser state and the output bias by rows over the training workers, for catalogues
     of which a worker cannot hold a copy. Workers then send each other the rows that a step looks up, and the hidden
