@@ -212,8 +212,7 @@ class ModelConfig(_Group):
     attention: Literal["bidirectional", "causal"] = "bidirectional"
     """What a place sees, and so what training asks. bidirectional: all places; training masks items and predicts them,
     as in the paper. causal: itself and the places before it; at each item, training predicts the next one, as scoring
-    does (SASRec, Kang and McAuley 2018, arXiv 1808.09781), and masks nothing. causal ranks better for short histories.
-    It cannot be combined with time_encoding."""
+    does (SASRec, Kang and McAuley 2018, arXiv 1808.09781), and masks nothing."""
     position_encoding: Literal["learned", "rotary"] = "learned"
     """How the network knows an item's place. learned: an embedding of its distance from the end, as in the paper.
     rotary: the same, and attention also rotates queries and keys by that distance (RoPE, Su et al. 2021, arXiv
@@ -290,11 +289,6 @@ class ModelConfig(_Group):
             raise ValueError(
                 "model.time_encoding=rotary needs heads of an even width of 4 or more, and model.hidden_units="
                 f"{self.hidden_units} with model.num_heads={self.num_heads} gives {width}"
-            )
-        if self.attention == "causal" and self.time_parts:
-            raise ValueError(
-                f"model.attention=causal needs model.time_encoding=none, not {self.time_encoding}: no place stands for "
-                "the item whose time is asked for"
             )
         if self.output_features == "fused" and not self.share_embeddings:
             raise ValueError("model.output_features=fused needs model.share_embeddings=true")

@@ -140,21 +140,27 @@ class ScoringFunction(nn.Module):
         keep = ((tokens != PADDING) & (from_end < self.max_len))[:, None, None, :]  # (B, 1, 1, L+1)
         position = from_end.clamp(max=self.max_len - 1)
         x = F.embedding(tokens, self.get_buffer("vectors")) + self.position_embedding(position)  # (B, L+1, D)
-        turns = F.embedding(position, self.get_buffer("turns")) if self.is_rotary else None  # (L+1, D/H)
-        moments = None
+        by_place = F.embedding(position, self.get_buffer("turns")) if self.is_rotary else None  # (L+1, D/H)
+        turns, moments, item_times = (by_place, by_place), None, None
         if self.times is not None and times is not None and at is not None:
             moments = torch.cat([times, at[:, None]], dim=1)  # (B, L+1)
-            x = self._with_times(x, keep, moments)
-            turns = self._turns_by_time(turns, moments)
+            is_first = torch.cat([torch.ones_like(keep[:, 0, 0, :1]), ~keep[:, 0, 0, :-1]], dim=1)
+            before = torch.cat([moments[:, :1], moments[:, :-1]], dim=1)
+            embedded = self.times.embedded(moments, (moments - before).clamp(min=0).masked_fill(is_first, -1))
+            x = x if embedded is None else x + embedded
+            item_times = torch.where(is_first, moments, before) if self.is_causal else moments
+            turns = self._turns_by_time(by_place, moments), self._turns_by_time(by_place, item_times)
         x = self.embedding_norm(x)
         for number, block in enumerate(self.blocks):
             is_last = number == len(self.blocks) - 1
             query, mask = x[:, -1:] if is_last else x, keep
             if self.is_causal and not is_last:  # a place sees itself too, since the softmax of nothing is no number
                 mask = (keep & (from_end > from_end[:, None])) | (from_end == from_end[:, None])
-            if moments is not None and self.times is not None and self.times.bias is not None:
-                bias = self.times.attention_bias(number, moments[:, -query.shape[1] :], moments)
-                mask = bias.masked_fill(~keep, -torch.inf)
+            if self.times is not None and self.times.bias is not None:
+                assert moments is not None
+                assert item_times is not None
+                bias = self.times.attention_bias(number, moments[:, -query.shape[1] :], item_times)
+                mask = bias.masked_fill(~mask, -torch.inf)
             x = self._block(block, x, query, mask, turns)
         state = x[:, -1]  # (B, D)
         if self.output_transform is not None:
@@ -192,14 +198,6 @@ class ScoringFunction(nn.Module):
         )
         return values, chosen + 1
 
-    def _with_times(self, x: Tensor, keep: Tensor, times: Tensor) -> Tensor:
-        """`x` [B, L, D] with the embeddings of times [B, L]; `keep` [B, 1, 1, L] is false at what is not read."""
-        assert self.times is not None
-        is_read = keep[:, 0, 0, :]
-        gaps = torch.where(is_read[:, :-1], (times[:, 1:] - times[:, :-1]).clamp(min=0), -1)
-        embedded = self.times.embedded(times, torch.cat([torch.full_like(times[:, :1], -1), gaps], dim=1))
-        return x if embedded is None else x + embedded
-
     def _turns_by_time(self, by_place: Tensor | None, times: Tensor) -> Tensor | None:
         """[L, D/H], or by times [B, L] [B, 1, L, D/H], cosines and sines: `BERT4Rec._turns`."""
         assert self.times is not None
@@ -215,13 +213,17 @@ class ScoringFunction(nn.Module):
         parts = (cos.expand(shape), torch.cos(angles), sin.expand(shape), torch.sin(angles))
         return torch.cat(parts, dim=-1)
 
-    def _block(self, block: nn.Module, x: Tensor, query: Tensor, keep: Tensor, turns: Tensor | None) -> Tensor:
-        """Post-norm transformer block: hidden states of the positions in `query`, which attend to `x`."""
+    def _block(
+        self, block: nn.Module, x: Tensor, query: Tensor, keep: Tensor, turns: tuple[Tensor | None, Tensor | None]
+    ) -> Tensor:
+        """Post-norm transformer block: hidden states of the positions in `query`, which attend to `x`; `turns` of
+        queries and of keys."""
         layer = dict(block.named_children())
         key, value = layer["key_value"](x).chunk(2, dim=-1)
         q, k, v = self._heads(layer["query"](query)), self._heads(key), self._heads(value)
-        if turns is not None:
-            q, k = _turned(q, turns[..., -q.shape[2] :, :]), _turned(k, turns)
+        of_queries, of_keys = turns
+        if of_queries is not None and of_keys is not None:
+            q, k = _turned(q, of_queries[..., -q.shape[2] :, :]), _turned(k, of_keys)
         attended = F.scaled_dot_product_attention(q, k, v, attn_mask=keep)
         attended = attended.transpose(1, 2).flatten(2)
         hidden = layer["attention_norm"](query + layer["attention_output"](attended))

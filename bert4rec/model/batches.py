@@ -191,25 +191,25 @@ def begin_with_mask(items: Tensor, num_items: int) -> Tensor:
 
 
 def ask_next(windows: Windows, model: ModelConfig, num_items: int) -> tuple[Tensor, Tensor | None]:
-    """Tokens and times as `append_mask` returns them: the model's input to predict the next item at its last place."""
-    if model.attention == "causal":
-        return begin_with_mask(last_items(windows, model.max_len - 1), num_items), None
-    return append_mask(windows, model.max_len, num_items)
-
-
-def append_mask(windows: Windows, max_len: int, num_items: int) -> tuple[Tensor, Tensor | None]:
-    """The last max_len-1 items, then [MASK], at which a bidirectional model predicts the next item.
+    """The model's input to predict the next item at its last place.
 
     Returns
     -------
     tokens : Tensor
-        [B, L] int64.
+        [B, L] int64: the last max_len-1 items and [MASK], which comes last, or first where attention is causal.
     times : Tensor or None
-        [B, L] int64 Unix seconds, at [MASK] those of `windows.asked`; None if the windows do not say when they ask.
+        [B, L] int64 Unix seconds: `Batch.times`, at the last place `windows.asked`; None if the windows do not say when
+        they ask.
     """
-    places = last_places(windows, max_len - 1)
+    places = last_places(windows, model.max_len - 1)
     items, times = tokens_at(windows, places), times_at(windows, places)
-    tokens = torch.cat([items, items.new_full((len(items), 1), num_items + 1)], dim=1)
+    match model.attention:
+        case "bidirectional":
+            tokens = F.pad(items, (0, 1), value=num_items + 1)
+        case "causal":
+            tokens = begin_with_mask(items, num_items)
+        case _:
+            assert_never(model.attention)
     if times is None or windows.asked is None:
         return tokens, None
     return tokens, torch.cat([times, windows.asked[:, None]], dim=1)

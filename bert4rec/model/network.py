@@ -27,7 +27,7 @@ from bert4rec.model.losses import Loss, linear_cross_entropy
 from bert4rec.model.rows import OutputRows, RowTable
 from bert4rec.model.shard_files import PartFile, check_sha256, file_of, read_parts, write_part
 from bert4rec.model.shards import ItemShards, Shard, ShardedEmbedding, from_all
-from bert4rec.model.times import TimeEncoding, gaps_of
+from bert4rec.model.times import TimeEncoding, follows
 
 WEIGHTS = "model.safetensors"
 INDEX = "model.safetensors.index.json"  # of a model in shards, instead of the former
@@ -56,7 +56,7 @@ class Block(nn.Module):
         x: Tensor,
         groups: list[Group],
         keep: list[Tensor | None],
-        turns: Tensor | None = None,
+        turns: tuple[Tensor, Tensor] | None = None,
         query: Tensor | None = None,
         wanted: Tensor | None = None,
     ) -> Tensor:
@@ -69,8 +69,8 @@ class Block(nn.Module):
         keep : list
             For each group [B, 1, 1, L] bool, false at padding, or None if the group has no padding; or, with a bias by
             time, [B, H, L, L] to add to the scaled products, -inf at padding ([B, H, M, L] with `query`).
-        turns : Tensor
-            [S, 1, D/2H] complex factors that rotate queries and keys, with rotary positions.
+        turns : (Tensor, Tensor)
+            [S, 1, D/2H] complex factors that rotate queries, and those of keys, with rotary positions or times.
         query, wanted : Tensor
             [Q] positions to attend from, and [N] places in `query` that have a label. The block then does all work
             after the keys and values only for these.
@@ -86,7 +86,8 @@ class Block(nn.Module):
         q = self.query(x_query)
         k, v = self.key_value(x).chunk(2, dim=-1)
         if turns is not None:
-            q, k = turned(q, turns if query is None else turns[query]), turned(k, turns)
+            of_queries, of_keys = turns
+            q, k = turned(q, of_queries if query is None else of_queries[query]), turned(k, of_keys)
         attended = []
         for group, mask, *parts in zip(
             groups,
@@ -187,6 +188,7 @@ class BERT4Rec(nn.Module):
             new = torch.arange(num_items - num_new_items, num_items)
             self.get_buffer("unrankable")[new] = ~self.items.have_metadata(new + 1)
         self.position_embedding = nn.Embedding(config.max_len, width)
+        self.is_causal = config.attention == "causal"
         self.is_rotary = config.position_encoding == "rotary"
         if self.is_rotary:
             turns = rotary_turns(config.max_len, width // config.num_heads)
@@ -217,12 +219,16 @@ class BERT4Rec(nn.Module):
     def encode(self, batch: Batch) -> Tensor:
         """[N, D] final hidden states at the queries that have a label, in the order of the queries."""
         x = self.items(batch.tokens, batch.distinct) + self.position_embedding(batch.position)  # (S, D)
+        item_times = None
         if self.times is not None:
             assert batch.times is not None, f"model.time_encoding={self.config.time_encoding} needs times"
-            embedded = self.times.embedded(batch.times, gaps_of(batch.tokens, batch.position, batch.times))
+            before, is_first = batch.times.roll(1), ~follows(batch.tokens, batch.position)
+            gaps = (batch.times - before).clamp(min=0).masked_fill(is_first, -1)
+            embedded = self.times.embedded(batch.times, gaps)
             x = x if embedded is None else x + embedded
+            item_times = torch.where(is_first, batch.times, before) if self.is_causal else batch.times
         x = self.embedding_norm(self.dropout(x))
-        turns = self._turns(batch)
+        turns = self._turns(batch, item_times)
         keep = [
             (tokens != PADDING)[:, None, None, :] if group.is_padded else None
             for group, tokens in zip(batch.groups, batch.rectangles(), strict=True)
@@ -232,22 +238,36 @@ class BERT4Rec(nn.Module):
         with without_cudnn_attention():
             last = len(self.blocks) - 1
             for layer, block in enumerate(self.blocks[:-1]):
-                x = block(x, batch.groups, self._masks(layer, batch, keep), turns)
-            keep = self._masks(last, batch, keep)
+                x = block(x, batch.groups, self._masks(layer, batch, keep, item_times), turns)
+            keep = self._masks(last, batch, keep, item_times)
             hidden: Tensor = self.blocks[last](x, batch.groups, keep, turns, batch.query, wanted)
         return hidden[:count]
 
-    def _turns(self, batch: Batch) -> Tensor | None:
-        """[S, 1, D/2H] complex factors for `Block`: by place, by time, or half and half."""
+    def _turns(self, batch: Batch, item_times: Tensor | None) -> tuple[Tensor, Tensor] | None:
+        """[S, 1, D/2H] complex factors of queries and of keys for `Block`: by place, by time, or half and half.
+
+        Parameters
+        ----------
+        item_times : Tensor
+            [S] int64 Unix seconds of the item at each place.
+        """
         by_place = self.get_buffer("turns")[batch.position] if self.is_rotary else None
-        if self.times is not None and self.times.turns_by_time and batch.times is not None:
-            by_time = self.times.turns(batch.times)
+
+        def with_times(times: Tensor) -> Tensor:
+            assert self.times is not None
+            by_time = self.times.turns(times)
             rest = self.config.hidden_units // self.config.num_heads // 2 - by_time.shape[1]
             others = torch.ones_like(by_time[:, :1]).expand(-1, rest) if by_place is None else by_place[:, :rest]
             return torch.cat([others, by_time], dim=1)[:, None]
-        return None if by_place is None else by_place[:, None]
 
-    def _masks(self, layer: int, batch: Batch, keep: list[Tensor | None]) -> list[Tensor | None]:
+        if self.times is not None and self.times.turns_by_time and batch.times is not None and item_times is not None:
+            of_queries = with_times(batch.times)
+            return of_queries, with_times(item_times) if self.is_causal else of_queries
+        return None if by_place is None else (by_place[:, None], by_place[:, None])
+
+    def _masks(
+        self, layer: int, batch: Batch, keep: list[Tensor | None], item_times: Tensor | None
+    ) -> list[Tensor | None]:
         """The masks `keep` of one layer, without later places where attention is causal, and with the bias by time
         where the model has one."""
 
@@ -255,12 +275,12 @@ class BERT4Rec(nn.Module):
             """Each group's part of `flat` [S] at the places that attend."""
             return batch.at_queries(flat) if layer == len(self.blocks) - 1 else batch.rectangles(flat)
 
-        if self.config.attention == "causal":
+        if self.is_causal:
             places = zip(asking(batch.position), batch.rectangles(batch.position), keep, strict=True)
-            return [_causal(query[:, None, :, None], own[:, None, None, :], mask) for query, own, mask in places]
-        if self.times is None or self.times.bias is None or batch.times is None:
+            keep = [_causal(query[:, None, :, None], own[:, None, None, :], mask) for query, own, mask in places]
+        if self.times is None or self.times.bias is None or batch.times is None or item_times is None:
             return keep
-        times = zip(asking(batch.times), batch.rectangles(batch.times), strict=True)
+        times = zip(asking(batch.times), batch.rectangles(item_times), strict=True)
         biases = [self.times.attention_bias(layer, query, own) for query, own in times]
         return [
             bias if mask is None else bias.masked_fill(~mask, -torch.inf)

@@ -1,4 +1,7 @@
-"""What the network reads of times (`model.time_encoding`). A masked position reads the time of its own item.
+"""What the network reads of times (`model.time_encoding`).
+
+A masked position reads the time of its own item. With causal attention, a place reads the time of the next item, which
+it is asked for, and others see it at the time of its own item.
 
 Shapes: S positions of a packed batch, B users, L positions, M queried positions a user, H heads, W width of a head.
 """
@@ -92,7 +95,6 @@ def octave(seconds: Tensor) -> Tensor:
     return ((seconds + 1).double().view(torch.int64) // 2**52 - 1023).clamp(max=OCTAVES - 1)
 
 
-def gaps_of(tokens: Tensor, position: Tensor, times: Tensor) -> Tensor:
-    """[S] int64 seconds since the item before in the same row of a packed batch, -1 for the first of a row."""
-    follows = (position.roll(1) == position + 1) & (tokens.roll(1) != 0)
-    return torch.where(follows, (times - times.roll(1)).clamp(min=0), -1)
+def follows(tokens: Tensor, position: Tensor) -> Tensor:
+    """[S] bool whether the place before is of the same row of a packed batch."""
+    return (position.roll(1) == position + 1) & (tokens.roll(1) != 0)

@@ -23,7 +23,10 @@ def last_items(items: list[list[int]], max_len: int) -> list[list[int]]:
 
 def hidden_states(model: BERT4Rec, sequence: list[int], times: list[int] | None = None) -> torch.Tensor:
     """[L, D]: the paper's network for one sequence without padding, one head and one layer at a time; `times` are Unix
-    seconds of each token."""
+    seconds of each token, or with causal attention of the one after it."""
+    item_times = times
+    if times and model.config.attention == "causal":
+        item_times = [times[0], *times[:-1]]
     parts = model.config.time_encoding.split("+")
     width, heads = model.config.hidden_units, model.config.num_heads
     x = torch.stack(
@@ -51,16 +54,20 @@ def hidden_states(model: BERT4Rec, sequence: list[int], times: list[int] | None 
                 [0.0 if model.config.position_encoding == "learned" else angle for angle in row]
                 for row in angles_by_place(len(sequence), size)
             ]
+            of_keys = angles
             if "rotary" in parts:
                 count = size // 4
-                both = zip(angles, times, strict=True)
-                angles = [row[: size // 2 - count] + angles_by_time(time, count) for row, time in both]
+                angles, of_keys = (
+                    [row[: size // 2 - count] + angles_by_time(t, count) for row, t in zip(angles, each, strict=True)]
+                    for each in (times, item_times)
+                )
             if any(map(any, angles)):  # turning by 0 takes its time too
-                head_query, head_key = rotated(head_query, angles), rotated(head_key, angles)
+                head_query, head_key = rotated(head_query, angles), rotated(head_key, of_keys)
             products = head_query @ head_key.T / math.sqrt(size)
             if "bias" in parts:
                 table = model.times.bias[layer, :, head]
-                products = products + torch.stack([torch.stack([table[between(a, b)] for b in times]) for a in times])
+                rows = [torch.stack([table[between(a, b)] for b in item_times]) for a in times]
+                products = products + torch.stack(rows)
             if model.config.attention == "causal":
                 later = [[other > place for other in range(len(sequence))] for place in range(len(sequence))]
                 products = products.masked_fill(torch.tensor(later), -math.inf)

@@ -48,6 +48,7 @@ MODELS = {
     "gate, fused output": lambda: model_with(metadata_fusion="gate", output_features="fused"),
     "concat": lambda: model_with(metadata_fusion="concat"),
     "times": lambda: timed_model("rotary+gap+bias+calendar", position_encoding="rotary"),
+    "times, causal": lambda: timed_model("rotary+gap+bias+calendar", attention="causal"),
 }
 
 

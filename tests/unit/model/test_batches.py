@@ -1,4 +1,5 @@
 import itertools
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -178,11 +179,12 @@ def test_windows_of_long_histories_follow_one_another_and_are_drawn_evenly():
         assert abs(share - 1 / 3) < 4 * (2 / 9 / 30_000) ** 0.5
 
 
-def test_append_mask_keeps_room_for_the_mask():
-    got, times = batches.append_mask(windows_of([[1, 2, 3, 4], [5]]), 3, num_items=9)
+def test_ask_next_keeps_room_for_the_mask():
+    model = MODEL.model_copy(update={"max_len": 3})
+    got, times = batches.ask_next(windows_of([[1, 2, 3, 4], [5]]), model, num_items=9)
     assert got.tolist() == [[3, 4, 10], [0, 5, 10]]
     assert times is None
-    assert batches.append_mask(windows_of([[], [1]]), 3, num_items=9)[0].tolist() == [[0, 10], [1, 10]]
+    assert batches.ask_next(windows_of([[], [1]]), model, num_items=9)[0].tolist() == [[0, 10], [1, 10]]
 
 
 def test_the_next_items_by_hand():
@@ -195,6 +197,12 @@ def test_the_next_items_by_hand():
     asked, times = batches.ask_next(windows_of([[1, 2, 3, 4, 5, 6, 7], [8], []]), model, 30)
     assert asked.tolist() == [[31, 3, 4, 5, 6, 7], [0, 0, 0, 0, 31, 8], [0, 0, 0, 0, 0, 31]]
     assert times is None
+    timed = replace(
+        windows_of([[1, 2, 3, 4], [5]]), times=torch.tensor([10, 20, 30, 40, 90]), asked=torch.tensor([50, 99])
+    )
+    asked, times = batches.ask_next(timed, model.model_copy(update={"max_len": 4}), 30)
+    assert asked.tolist() == [[31, 2, 3, 4], [0, 0, 31, 5]]
+    assert times.tolist() == [[20, 30, 40, 50], [0, 0, 90, 99]]  # of the next item
     nothing = windows_of([[1], []]).users(torch.tensor([1]))
     assert batches.ask_next(nothing, model, 30)[0].tolist() == [[0, 31]]
 

@@ -114,9 +114,9 @@ def test_rotary_attention_sees_distances_alone():
     block = model.blocks[0]
     x, turns = torch.randn(5, 16), model.turns[:, None]
     group = [batches.Group(1, 5, 5, False)]
-    early, late = (block(x, group, [None], turns[first : first + 5].flip(0)) for first in (0, 7))
+    early, late = (block(x, group, [None], [turns[first : first + 5].flip(0)] * 2) for first in (0, 7))
     torch.testing.assert_close(early, late, rtol=1e-4, atol=1e-5)
-    assert not torch.allclose(early, block(x, group, [None], turns[:5]), atol=1e-2)  # before is not after
+    assert not torch.allclose(early, block(x, group, [None], (turns[:5], turns[:5])), atol=1e-2)  # before is not after
 
 
 def test_attention_that_prepares_a_kernel_for_each_shape_is_off(monkeypatch):
