@@ -2,6 +2,7 @@
 
 import shutil
 import tempfile
+import time
 from functools import cached_property
 from typing import TYPE_CHECKING
 
@@ -13,7 +14,8 @@ from bert4rec.data.dataset import Manifest
 from bert4rec.data.features import FEATURES
 
 if TYPE_CHECKING:
-    from torch.utils.tensorboard import SummaryWriter
+    from tensorboard.compat.proto.summary_pb2 import Summary
+    from tensorboard.summary.writer.event_file_writer import EventFileWriter
 
 EVENTS = "tensorboard"
 _NOT_CURVES = ("epoch", "seconds")
@@ -29,11 +31,12 @@ class TensorBoardLog:
         self._directory = inner if self._is_local else tempfile.mkdtemp()
 
     @cached_property
-    def _writer(self) -> "SummaryWriter":
-        # Imports torch, which would only keep a training waiting before it begins.
-        from torch.utils.tensorboard import SummaryWriter
+    def _writer(self) -> "EventFileWriter":
+        # Not torch's SummaryWriter: where Ray has removed the driver's working directory, the import of torch ends it
+        # without a word, as MKL calls exit.
+        from tensorboard.summary.writer.event_file_writer import EventFileWriter
 
-        return SummaryWriter(self._directory)  # type: ignore[no-untyped-call]
+        return EventFileWriter(self._directory)
 
     def record(self, metrics: dict[str, float]) -> None:
         """The curves of one epoch, where they can be followed."""
@@ -41,10 +44,18 @@ class TensorBoardLog:
             self._write(metrics)
 
     def _write(self, metrics: dict[str, float]) -> None:
-        for name, value in metrics.items():
-            if name not in _NOT_CURVES:
-                self._writer.add_scalar(name, value, int(metrics["epoch"]))
+        self._add_scalars({name: metrics[name] for name in metrics if name not in _NOT_CURVES}, int(metrics["epoch"]))
         self._writer.flush()
+
+    def _add_scalars(self, values: dict[str, float], step: int) -> None:
+        from tensorboard.compat.proto.summary_pb2 import Summary
+
+        self._add(Summary(value=[Summary.Value(tag=name, simple_value=value) for name, value in values.items()]), step)
+
+    def _add(self, summary: "Summary", step: int = 0) -> None:
+        from tensorboard.compat.proto.event_pb2 import Event
+
+        self._writer.add_event(Event(wall_time=time.time(), step=step, summary=summary))
 
     def close(
         self, config: Config, manifest: Manifest, best_metrics: dict[str, float], history: list[dict[str, float]]
@@ -68,10 +79,45 @@ class TensorBoardLog:
         for epoch in [] if self._is_local else history:
             self._write(epoch)
         metrics = {f"best/{name}": value for name, value in best_metrics.items()}
-        self._writer.add_hparams(settings, metrics, run_name=".")
+        for summary in _hparams(settings, list(metrics)):
+            self._add(summary)
+        self._add_scalars(metrics, 0)
         self._writer.close()
         if not self._is_local:
             filesystem, inner = storage.open_store(self._target)
             filesystem.create_dir(inner, recursive=True)
             pafs.copy_files(self._directory, inner, destination_filesystem=filesystem)
             shutil.rmtree(self._directory)
+
+
+def _hparams(settings: dict[str, bool | str | float | int], metrics: list[str]) -> list["Summary"]:
+    """What the HPARAMS tab reads: the names of settings and metrics, the settings' values, and that the run ended well.
+
+    TensorBoard's own functions for this need TensorFlow.
+    """
+    from tensorboard.compat.proto.summary_pb2 import Summary
+    from tensorboard.plugins.hparams import metadata
+    from tensorboard.plugins.hparams.api_pb2 import DataType, Experiment, HParamInfo, MetricInfo, MetricName, Status
+    from tensorboard.plugins.hparams.plugin_data_pb2 import HParamsPluginData, SessionEndInfo, SessionStartInfo
+
+    kinds = {bool: DataType.DATA_TYPE_BOOL, str: DataType.DATA_TYPE_STRING}
+    names = [
+        HParamInfo(name=name, type=kinds.get(type(value), DataType.DATA_TYPE_FLOAT64))
+        for name, value in settings.items()
+    ]
+    curves = [MetricInfo(name=MetricName(tag=name)) for name in metrics]
+    start = SessionStartInfo()
+    for name, value in settings.items():
+        kind = {bool: "bool_value", str: "string_value"}.get(type(value), "number_value")
+        setattr(start.hparams[name], kind, value)
+    contents = {
+        metadata.EXPERIMENT_TAG: HParamsPluginData(experiment=Experiment(hparam_infos=names, metric_infos=curves)),
+        metadata.SESSION_START_INFO_TAG: HParamsPluginData(session_start_info=start),
+        metadata.SESSION_END_INFO_TAG: HParamsPluginData(
+            session_end_info=SessionEndInfo(status=Status.Value("STATUS_SUCCESS"))
+        ),
+    }
+    return [
+        Summary(value=[Summary.Value(tag=tag, metadata=metadata.create_summary_metadata(content))])
+        for tag, content in contents.items()
+    ]

@@ -34,11 +34,11 @@ prepare.prepare(config.data, "{path}", print)
 
 @pytest.fixture(scope="module")
 def data(tmp_path_factory):
-    """Two million rows: 40 MB, which are 100 MB and more at several places of the shuffle."""
+    """Five million rows: 100 MB, and as many at several places of the shuffle; a node's store has 100 MB."""
     path = tmp_path_factory.mktemp("data")
     rng = np.random.default_rng(0)
     most = {"user": 20_000, "item": 3000, "time": 10**9}
-    rows = pd.DataFrame({name: rng.integers(most[name], size=2_000_000) for name in most})
+    rows = pd.DataFrame({name: rng.integers(most[name], size=5_000_000) for name in most})
     rows.to_csv(path / "train_ratings.csv", index=False)
     return path
 
@@ -53,7 +53,7 @@ def whole(data, tmp_path_factory):
         patch.setattr(module, "RANGE_ROWS", RANGE_ROWS)
         patch.setattr(module, "_SHARD_ROWS", 1)
         manifest = prepare(DataConfig(data_dir=str(data)), str(tmp_path_factory.mktemp("whole")))
-    assert len(manifest.files) == 9
+    assert len(manifest.files) == 21
     return manifest
 
 
@@ -97,12 +97,14 @@ def test_a_lost_node_changes_nothing(tmp_path, data, whole, stage):
         workers = [nodes.add(), nodes.add()]
         job = start(nodes, data, tmp_path / "out")
 
-        def working():
-            return next((node for node in workers if named(f"ray::{stage}", node.pid)), None)
+        working = []
 
-        wait_for(lambda: working() or job.poll() is not None)
-        lost = working()
-        assert lost is not None, (nodes.directory / "prepare.log").read_text()
-        nodes.kill(lost)
+        def is_seen():
+            working.extend(node for node in workers if named(f"ray::{stage}", node.pid))
+            return working or job.poll() is not None
+
+        wait_for(is_seen)
+        assert working, (nodes.directory / "prepare.log").read_text()
+        nodes.kill(working[0])
         assert job.poll() is None, "ended before a node could be lost"
         assert_ends_with(job, nodes, tmp_path / "out", whole)

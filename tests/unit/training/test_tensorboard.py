@@ -1,6 +1,8 @@
 import pyarrow.fs as pafs
 import pytest
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+from tensorboard.plugins.hparams.plugin_data_pb2 import HParamsPluginData
+from torch.utils.tensorboard import SummaryWriter
 
 from bert4rec import storage
 from bert4rec.training.tensorboard import TensorBoardLog
@@ -34,3 +36,17 @@ def test_a_local_run_is_written_as_it_goes_and_once(tmp_path):
     assert losses(tmp_path / "tensorboard") == [(1, 2.0), (2, 1.0)]
     log.close_with({"training.lr": 0.1}, HISTORY[1], HISTORY)
     assert losses(tmp_path / "tensorboard") == [(1, 2.0), (2, 1.0)]
+
+
+def test_settings_are_those_that_torch_writes(tmp_path):
+    settings = {"training.lr": 0.1, "training.num_epochs": 3, "model.attention": "causal"}
+    TensorBoardLog(str(tmp_path)).close_with(settings, HISTORY[1], HISTORY)
+    with SummaryWriter(str(tmp_path / "torch")) as writer:
+        writer.add_hparams(settings, {"best/epoch": 2, "best/train_loss": 1.0, "best/seconds": 1.0}, run_name=".")
+    own, expected = (
+        EventAccumulator(str(tmp_path / name)).Reload().summary_metadata for name in ("tensorboard", "torch")
+    )
+    tags = ["_hparams_/experiment", "_hparams_/session_start_info", "_hparams_/session_end_info"]
+    for tag in tags:
+        got, wanted = (HParamsPluginData.FromString(each[tag].plugin_data.content) for each in (own, expected))
+        assert got == wanted
