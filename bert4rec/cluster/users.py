@@ -1,5 +1,6 @@
 """Runs a worker over all users of a dataset: Ray Data gives the dataset's parts to actors."""
 
+import gc
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -36,7 +37,16 @@ def map_parts(
         num_cpus=1,
         num_gpus=1 if use_gpu else 0,
     )
-    return iter(mapped.iter_batches(batch_format="numpy", batch_size=None))
+    failed = None
+    try:
+        yield from mapped.iter_batches(batch_format="numpy", batch_size=None)
+    except Exception as error:
+        failed = error.with_traceback(None)
+        failed.__context__ = None
+    if failed is not None:
+        del mapped
+        gc.collect()  # the error's frames held Ray Data's actors, whose cores the next work would wait for
+        raise failed
 
 
 class _PartWorker:
