@@ -40,7 +40,7 @@ class RowwiseAdam(torch.optim.Optimizer):
         super().__init__(groups, {"lr": lr, "step": 0, "log_decay": past, "path": past})
         self._gradients: dict[Tensor, tuple[Tensor, Tensor]] = {}
         for each in tables:
-            each.before_look_up = functools.partial(self._catch_up, each)
+            each.before_look_up = functools.partial(self._bring_up_to_date, each)
 
     @torch.no_grad()
     def collect(self, world_size: int = 1) -> list[Tensor]:
@@ -114,7 +114,7 @@ class RowwiseAdam(torch.optim.Optimizer):
         state["touched"].index_fill_(0, rows, step)
 
     @torch.no_grad()
-    def _catch_up(self, looked_up: RowTable, rows: Tensor) -> None:
+    def _bring_up_to_date(self, looked_up: RowTable, rows: Tensor) -> None:
         table = looked_up.table
         group = next(each for each in self.param_groups if any(own is table for own in each["params"]))
         if len(group["path"]) > 1:
@@ -125,7 +125,7 @@ class RowwiseAdam(torch.optim.Optimizer):
         """Bring all rows to the last step: call it before the table is read as a whole."""
         for each in self.tables:
             for rows in torch.split(torch.arange(len(each.table), device=each.table.device), _CATCH_UP_ROWS):
-                self._catch_up(each, rows)
+                self._bring_up_to_date(each, rows)
         for group in self.param_groups:
             group["log_decay"] = group["path"] = torch.zeros_like(group["path"][:1])
 
