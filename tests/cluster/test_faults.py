@@ -14,6 +14,7 @@ from pathlib import Path
 import numpy as np
 import pyarrow.parquet as pq
 import pytest
+import ray
 from ray.exceptions import RayError
 from ray.train import TrainingFailedError
 
@@ -28,7 +29,7 @@ from bert4rec.runs import checkpoint_name
 from bert4rec.training.train import train
 from tests.helpers import trainer
 from tests.helpers.datasets import random_histories, write_dataset
-from tests.helpers.processes import REPEATS, KillOnce, named, random_delay, wait_for
+from tests.helpers.processes import REPEATS, KillOnce, random_delay, wait_for
 from tests.integration.test_jobs import ROOT, without_ray
 from tests.integration.training.test_train import SMALL, without_times
 from tests.unit.model.test_network import NUM_ITEMS, make_model
@@ -192,7 +193,8 @@ def test_a_full_disk_in_scoring_is_told_and_what_was_done_is_kept(tmp_path, scor
     with pytest.raises(RayError) as raised:
         recommend(load_config(None, SCORING), dataset, model, str(tmp_path / "out"))
     assert "No space left on device" in first_line(root_cause(raised.value))
-    wait_for(lambda: not named("_PartWorker"), seconds=20, why="for the actor to give its core back")
+    cores = ray.cluster_resources()["CPU"]
+    wait_for(lambda: ray.available_resources()["CPU"] == cores, seconds=20, why="for the actor to give its core back")
     assert len(list(parts.glob("part-*.json"))) == 11
     (parts / "part-00011.csv").unlink()
     recommend(load_config(None, SCORING), dataset, model, str(tmp_path / "out"))
