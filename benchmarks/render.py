@@ -47,6 +47,7 @@ TABLES = {
     "busy": Table(
         "{implementation}, beside {beside}, hidden {hidden}, {data}", ("tokens/s", "spread", "memory, MiB", "ours is")
     ),
+    "causal": Table("{change}, seed {seed}", ("NDCG@10", "HR@10", "loss", "epochs")),
     "catalogue": Table(
         "{claim}",
         ("CPU ms a step", "of the fewest items", "memory, MiB", "of whole tables", "MB sent", "ms a step", "spread"),

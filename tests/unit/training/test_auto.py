@@ -28,13 +28,13 @@ def test_the_rule_gives_the_best_known_settings(fitted):
     assert (ROOT / "docs" / "results" / fitted.page.partition("#")[0]).exists()
 
 
-def test_a_blend_is_for_few_interactions_that_are_validated():
+def test_a_blend_is_for_data_that_are_validated_and_not_huge():
     short = next(each.facts for each in auto.FITTED_ON if "Toys" in each.data)
     assert auto.settings_of(auto.choose(short))["inference.blend"] == {"ease": "auto"}
     assert "inference.blend" not in auto.settings_of(auto.choose(short._replace(has_validation=False)))
     long = short._replace(median=30, interactions=400_000)
-    assert "inference.blend" not in auto.settings_of(auto.choose(long))
-    assert "inference.blend" in auto.settings_of(auto.choose(long._replace(interactions=200_000)))
+    assert "inference.blend" in auto.settings_of(auto.choose(long))
+    assert "inference.blend" not in auto.settings_of(auto.choose(long._replace(items=200_000)))
 
 
 @pytest.mark.parametrize("items", [100, 300_000])
