@@ -49,6 +49,9 @@ def main() -> None:
     parser.add_argument("--all", default="", metavar="OVERRIDES", help="of all rows")
     parser.add_argument("--keep", type=Path, metavar="DIR", help="for the model directory of each row, by its number")
     parser.add_argument("--threads", type=int, default=1)
+    parser.add_argument(
+        "--table", choices=["short_ablations", "causal"], default="short_ablations", help="to record in"
+    )
     add_record(parser)
     args = parser.parse_args()
     torch.set_num_threads(args.threads)
@@ -60,7 +63,7 @@ def main() -> None:
             f"{args.data}, {args.config}{' ' * bool(args.all)}{args.all}, seed {config.data.seed}, {args.threads} "
             "thread; validation, all items without the seen ones."
         )
-        publish("short_ablations", [note], [row], args.record)
+        publish(args.table, [note], [row], args.record)
 
 
 if __name__ == "__main__":

@@ -32,11 +32,11 @@ class RowTable:
 
     def __call__(self, index: Tensor) -> Tensor:
         """[N] int64 -> [N, ...]."""
-        if torch.is_grad_enabled():
-            self.before_look_up(index)
-        rows = self.table.index_select(0, index)
-        if torch.is_grad_enabled():
-            self._looked_up.append((index, rows.requires_grad_()))
+        if not torch.is_grad_enabled():
+            return self.table.index_select(0, index)
+        self.before_look_up(index)
+        rows = self.table.index_select(0, index).requires_grad_()
+        self._looked_up.append((index, rows))
         return rows
 
     def add(self, index: Tensor, gradients: Tensor) -> None:
