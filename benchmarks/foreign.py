@@ -34,7 +34,7 @@ def rankings(config: Config, checkpoint: str, num_users: int) -> tuple[dict[str,
     model = load_for(dataset, checkpoint, ranking)
     if ranking.blend is not None:
         ranking = Ranking(blend=read(ranking.blend, checkpoint, model, ranking.popularity_discount))
-    sequences = dataset.sequences(with_times=bool(model.config.time_parts))
+    sequences = dataset.sequences(with_times=model.reads_times)
     asked = config.evaluation.query_time, model.usual_gap
     windows = Windows.from_sequences(sequences)
     histories, targets = held_out(windows, config.data, evaluated_split(config), sequences.before, *asked)

@@ -469,8 +469,10 @@ class EvaluationConfig(_Group):
 class InferenceConfig(_Group):
     """How `jobs.recommend` scores users and what it writes."""
 
-    checkpoint_path: str | None = None
-    """Model directory to score with. Default: the best model of run.name, or of the newest run in run.storage_path."""
+    checkpoint_path: tuple[str, ...] | None = Field(None, min_length=1)
+    """Model directory to score with, or run, whose best model it is. With several, [a, b, c], the scores are the mean
+    of theirs: models of one catalogue, such as of some seeds. Default: the best model of run.name, or of the newest run
+    in run.storage_path."""
     topk: int = Field(10, ge=1)
     """Largest number of recommendations per user."""
     batch_size: int = Field(512, ge=1)
@@ -528,6 +530,11 @@ class InferenceConfig(_Group):
     similar_to: tuple[int | str, ...] | None = Field(None, min_length=1)
     """For each of these items, for example [50, 100], print the topk items with the most similar vectors in the model
     (cosine)."""
+
+    @field_validator("checkpoint_path", mode="before")
+    @classmethod
+    def _one_path_is_a_list(cls, paths: object) -> object:
+        return [paths] if isinstance(paths, str) else paths
 
     @field_validator("at", mode="before")
     @classmethod

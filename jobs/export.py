@@ -21,6 +21,7 @@ from bert4rec.inference.export import (
 from bert4rec.inference.ranking import NO_RULES, Ranking
 from bert4rec.inference.recommender import load
 from bert4rec.inference.vectors import ITEM_VECTORS, USER_VECTORS, export_vectors
+from bert4rec.model.network import BERT4Rec
 from bert4rec.runs import checkpoint_and_output
 
 
@@ -47,15 +48,20 @@ def export_model(config: Config) -> str:
 def _export_programs(config: Config, checkpoint: str, forms: list[Literal["torch", "onnx"]], output_path: str) -> None:
     """Write the scoring function in each of `forms`."""
     recommender = load(checkpoint)
-    topk, num_items = config.export.topk, recommender.model.num_items
+    model = recommender.model
+    if not isinstance(model, BERT4Rec):
+        raise InputError(
+            f"{checkpoint}: is an average of models, and a program has one network; export.formats=[vectors] exports it"
+        )
+    topk, num_items = config.export.topk, model.num_items
     if topk is not None and topk > num_items:
         raise InputError(f"export.topk={topk} is larger than the catalogue, which has {num_items} items")
     ranking = Ranking.of(config.inference)
     later = ranking.identity().keys() - NO_RULES.identity().keys()
     items = recommender.items if later else None
-    program = export_program(ScoringFunction(recommender.model, topk, ranking, items))
+    program = export_program(ScoringFunction(model, topk, ranking, items))
     times = ", times [users, length] int64 Unix seconds, at [users] int64 Unix seconds"
-    inputs = "history [users, length] int64" + times * bool(recommender.model.config.time_parts)
+    inputs = "history [users, length] int64" + times * model.reads_times
     print(f"{inputs} -> " + _outputs(topk, num_items))
     for form in forms:
         print(f"{form}: {_write(form, program, output_path)}")

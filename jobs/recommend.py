@@ -82,7 +82,7 @@ def _few_users(config: Config, dataset: PreparedDataset, recommender: Recommende
     sequences, notes = users_of_file(path, recommender.items, config.data)
     for note in notes:
         print(f"note: {path}: {note}")
-    if sequences.times is None and recommender.model.config.time_parts:
+    if sequences.times is None and recommender.model.reads_times:
         raise InputError(f"{path}: no column time, which the model needs (model.time_encoding)")
     last = None if sequences.times is None else int(sequences.times.max())
     return sequences if users is None else choose_users(sequences, users, path), last

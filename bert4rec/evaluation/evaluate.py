@@ -39,7 +39,7 @@ from bert4rec.inference.ranking import (
 from bert4rec.inference.rules import Offer, Rules, UserLists
 from bert4rec.inference.selection import best_list, item_vectors_of
 from bert4rec.inference.sort_lists import sort_lists
-from bert4rec.model.network import BERT4Rec
+from bert4rec.model.average import Model, read_model
 from bert4rec.progress import Progress, Reporter
 
 RERANKED: Literal["re-ranked"] = "re-ranked"
@@ -134,7 +134,7 @@ def evaluate(config: Config, dataset_path: str, checkpoint: str) -> Evaluation:
     if fitted:
         print(f"fitting {', '.join(fitted)} on {dataset.num_items:,} items", flush=True)
         ray.wait(list(fitted.values()), num_returns=len(fitted))  # before the actors take all cores
-    query_time = config.evaluation.query_time if model.config.time_parts else None
+    query_time = config.evaluation.query_time if model.reads_times else None
     systems = _systems(names, query_time, ranking)
     protocols = evaluated_protocols(config)
     keys, listers = _keys(systems, protocols), _listers(systems, ranking)
@@ -231,7 +231,7 @@ def evaluated_protocols(config: Config) -> list[Protocol]:
     return list(dict.fromkeys(wanted))
 
 
-def _check_is_held_out(config: Config, dataset: PreparedDataset, model: BERT4Rec, checkpoint: str) -> None:
+def _check_is_held_out(config: Config, dataset: PreparedDataset, model: Model, checkpoint: str) -> None:
     split, data = evaluated_split(config), config.data
     if data.split == "leave-one-out" and split == "test" and data.holdout == 1 and config.monitor != "train_loss":
         raise InputError(
@@ -369,7 +369,7 @@ class _Evaluator:
         self.systems, self.plain = systems, replace(ranking, blend=None)
         self.device = torch.device("cuda" if use_gpu else "cpu")
         self.dataset = PreparedDataset(dataset_path, fingerprint=fingerprint)
-        self.model = BERT4Rec.from_pretrained(checkpoint).to(self.device)
+        self.model = read_model(checkpoint).to(self.device)
         self.popularity, self.recent = item_counts
         self.thirds = metrics.popularity_thirds(self.popularity)
         self.fitted = {name: ray.get(reference) for name, reference in fitted.items()}
@@ -383,7 +383,7 @@ class _Evaluator:
             self.rules = Rules(replace(ranking, exclude_seen=False), self.dataset.items(), self.device)
 
     def __call__(self, part: Part) -> dict[str, np.ndarray]:
-        sequences = self.dataset.read_part(part, with_times=bool(self.model.config.time_parts))
+        sequences = self.dataset.read_part(part, with_times=self.model.reads_times)
         everyone, split = Windows.from_sequences(sequences), evaluated_split(self.config)
         data, query_time = self.config.data, self.config.evaluation.query_time
         gap = self.model.usual_gap

@@ -23,7 +23,8 @@ from bert4rec import storage
 from bert4rec.config import ItemModel
 from bert4rec.data.windows import Windows
 from bert4rec.errors import InputError
-from bert4rec.model.network import BERT4Rec, weights_of
+from bert4rec.model.average import Model
+from bert4rec.model.network import weights_of
 
 if TYPE_CHECKING:
     import scipy.sparse
@@ -96,7 +97,7 @@ class Blend:
 
     def added(
         self,
-        network: tuple[BERT4Rec, float],
+        network: tuple[Model, float],
         histories: Windows,
         states: Tensor,
         output: tuple[Tensor, Tensor],
@@ -120,7 +121,7 @@ class Blend:
         return self._sparse(histories, own, scored, columns)
 
     def _deviation(
-        self, network: tuple[BERT4Rec, float], states: Tensor, output: tuple[Tensor, Tensor], scored: Tensor
+        self, network: tuple[Model, float], states: Tensor, output: tuple[Tensor, Tensor], scored: Tensor
     ) -> Tensor:
         """[B] float64 deviation of the network's scores."""
         made = self._made.get("covariance")
@@ -230,7 +231,7 @@ def places_in(ascending: Tensor, values: Tensor) -> tuple[Tensor, Tensor]:
     return inside, place[inside]
 
 
-def read(blend: Blend, checkpoint: str, model: BERT4Rec, popularity_discount: float) -> Blend:
+def read(blend: Blend, checkpoint: str, model: Model, popularity_discount: float) -> Blend:
     """The blend with what is stored beside the model.
 
     Raises

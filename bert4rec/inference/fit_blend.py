@@ -26,7 +26,8 @@ from bert4rec.errors import InputError
 from bert4rec.inference.blend import BLEND, Blend, stored
 from bert4rec.inference.item_item import FITTED, PARAMETERS, ItemWeights
 from bert4rec.inference.ranking import Exclusions, Ranking, rank_of_target, score_next
-from bert4rec.model.network import BERT4Rec, weights_of
+from bert4rec.model.average import Model, read_model
+from bert4rec.model.network import weights_of
 from bert4rec.progress import Progress, Reporter
 
 GRID = (0.0, 0.03, 0.06, 0.1, 0.2, 0.3, 0.5, 1.0)
@@ -39,7 +40,7 @@ LEASE = f"blend.{lease.HOLDER}"
 
 
 def settled(
-    ranking: Ranking, config: Config, dataset: PreparedDataset, checkpoint: str, model: BERT4Rec
+    ranking: Ranking, config: Config, dataset: PreparedDataset, checkpoint: str, model: Model
 ) -> tuple[Ranking, list[str]]:
     """The ranking with what its blend depends on, found without any work, and lines for the user. `model` is that of
     the checkpoint.
@@ -271,11 +272,11 @@ class _Weigher:
         self.config, self.ranking, self.step, self.reporter = config, ranking, step, reporter
         self.dataset = PreparedDataset(dataset_path, fingerprint=fingerprint)
         self.device = torch.device("cuda" if use_gpu else "cpu")
-        self.model = BERT4Rec.from_pretrained(checkpoint).to(self.device)
+        self.model = read_model(checkpoint).to(self.device)
 
     def __call__(self, part: Part) -> dict[str, np.ndarray]:
         """Counts of weights, by their place in the grid, and ranks, of which all beyond the cut-off are one."""
-        sequences, config = self.dataset.read_part(part, bool(self.model.config.time_parts)), self.config
+        sequences, config = self.dataset.read_part(part, self.model.reads_times), self.config
         everyone, before = Windows.from_sequences(sequences), sequences.before
         asked = config.evaluation.query_time, self.model.usual_gap
         histories, targets = held_out(everyone, config.data, "validation", before, *asked)

@@ -20,9 +20,9 @@ from bert4rec.data.windows import Windows
 from bert4rec.errors import InputError
 from bert4rec.inference.blend import Added, Blend, places_in
 from bert4rec.inference.item_lists import ItemList, read_list
+from bert4rec.model.average import Average, Model, read_model
 from bert4rec.model.batches import ask_next, by_length, pack
 from bert4rec.model.layers import product
-from bert4rec.model.network import BERT4Rec
 
 Scorer = Callable[[int, int], Tensor]
 """scores(low, high) -> [B, high-low] of items low..high-1, counted from 0 (item i is token i+1).
@@ -114,7 +114,7 @@ class Ranking:
             if name in first or value != getattr(default, name)
         }
 
-    def output_weights(self, model: BERT4Rec) -> tuple[Tensor, Tensor]:
+    def output_weights(self, model: Model) -> tuple[Tensor, Tensor]:
         """Weights [V, D] and bias [V]: a state's product with them gives the scores of all items."""
         return model.output_weights(self.popularity_discount)
 
@@ -299,7 +299,7 @@ def _rows(ascending: Tensor, row: Tensor, item: Tensor) -> tuple[Tensor, Tensor]
     return row, item
 
 
-def load_for(dataset: PreparedDataset, checkpoint: str, ranking: Ranking) -> BERT4Rec:
+def load_for(dataset: PreparedDataset, checkpoint: str, ranking: Ranking) -> Model:
     """The model of `checkpoint`, if it was trained on this dataset's catalogue and can be scored by the rules.
 
     Raises
@@ -307,7 +307,7 @@ def load_for(dataset: PreparedDataset, checkpoint: str, ranking: Ranking) -> BER
     InputError
         If not, or if it is damaged.
     """
-    model = BERT4Rec.from_pretrained(checkpoint)
+    model = read_model(checkpoint)
     model.discounted_bias(ranking.popularity_discount)  # raises where there can be none
     if model.catalogue != dataset.manifest.catalogue:
         raise InputError(
@@ -315,16 +315,18 @@ def load_for(dataset: PreparedDataset, checkpoint: str, ranking: Ranking) -> BER
             f"{model.num_items} items) than {dataset.path} (fingerprint {dataset.manifest.catalogue}, "
             f"{dataset.num_items} items); train on this dataset, or name a checkpoint that was"
         )
-    if model.config.time_parts:
+    if model.reads_times:
         dataset.time_span()  # raises where there are no times
     return model
 
 
 @torch.inference_mode()
-def next_item_states(model: BERT4Rec, histories: Windows) -> Tensor:
+def next_item_states(model: Model, histories: Windows) -> Tensor:
     """[B, D] projected states that `output_weights` turn into scores of each history's next item: at a [MASK] behind
-    it (Section 3.6), or with causal attention at its last item."""
-    states = torch.empty(len(histories), model.config.hidden_units, device=model.output_bias.device)
+    it (Section 3.6), or with causal attention at its last item. Those of an average are side by side."""
+    if isinstance(model, Average):
+        return torch.cat([next_item_states(network, histories) for network in model.networks], dim=1)
+    states = torch.empty(len(histories), model.config.hidden_units, device=model.device)
     for rows in by_length((histories.lengths + 1).clamp(max=model.config.max_len), PASS_TOKENS):
         tokens, times = ask_next(histories.users(rows), model.config, model.num_items)
         states[rows] = model.project(model.encode(pack(tokens, None, tokens.device, times=times))).float()
@@ -370,7 +372,7 @@ class NextScores:
 
 @torch.inference_mode()
 def score_next(
-    model: BERT4Rec, histories: Windows, ranking: Ranking = NO_RULES, columns: Tensor | None = None
+    model: Model, histories: Windows, ranking: Ranking = NO_RULES, columns: Tensor | None = None
 ) -> NextScores:
     """Scores of items, or only of those in `columns` [A], as the next one of each history, by those rules that are the
     same for all users, and with `ranking.blend`, which was read or fitted."""
@@ -393,11 +395,11 @@ def masked(scores: Scorer, exclusions: Exclusions) -> Scorer:
 
 
 @torch.inference_mode()
-def score_similar(model: BERT4Rec, items: Tensor) -> Scorer:
+def score_similar(model: Model, items: Tensor) -> Scorer:
     """Cosine of the input vectors of `items` [B], counted from 0, with those of all items."""
     own = F.normalize(model.items(items + 1), dim=1)
     # A new item without any metadata has nothing to be compared by.
-    unknown = model.get_buffer("unrankable")
+    unknown = model.unrankable
 
     @torch.inference_mode()
     def scores(low: int, high: int) -> Tensor:

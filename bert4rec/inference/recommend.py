@@ -27,7 +27,8 @@ from bert4rec.inference.ranking import Ranking, load_for
 from bert4rec.inference.recommender import Ranked, Recommender
 from bert4rec.inference.rules import Rules
 from bert4rec.inference.sort_lists import sort_lists
-from bert4rec.model.network import BERT4Rec, weights_of
+from bert4rec.model.average import read_model
+from bert4rec.model.network import weights_of
 from bert4rec.progress import Progress, Reporter
 
 UNFINISHED = "_unfinished"
@@ -216,7 +217,7 @@ class _Recommender:
     ) -> None:
         self.inference, self.ranking, self.work, self.reporter = inference, ranking, work, reporter
         self.dataset = PreparedDataset(dataset_path, fingerprint=fingerprint)
-        model = BERT4Rec.from_pretrained(checkpoint).to("cuda" if use_gpu else "cpu")
+        model = read_model(checkpoint).to("cuda" if use_gpu else "cpu")
         self.recommender = Recommender(model, self.dataset.items())
 
     def __call__(self, part: Part) -> dict[str, list[int]]:

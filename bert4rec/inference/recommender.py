@@ -26,7 +26,7 @@ from bert4rec.inference.item_lists import UserItems, list_of_items
 from bert4rec.inference.ranking import Exclusions, Ranking, score_next, score_similar, top_k
 from bert4rec.inference.rules import Rules, UserLists
 from bert4rec.inference.selection import best_list, item_vectors_of
-from bert4rec.model.network import BERT4Rec
+from bert4rec.model.average import Model, read_model
 
 ItemId = int | str
 Moment = int | float | str | datetime | date
@@ -52,7 +52,7 @@ class Ranked(NamedTuple):
 class Recommender:
     """Ranks the items of a catalogue for histories, and by their likeness to an item."""
 
-    model: BERT4Rec
+    model: Model
     items: ItemTable
     checkpoint: str | None = None
     """The model directory, if a ranking's blend is to be read from there."""
@@ -73,7 +73,7 @@ class Recommender:
                 found = replace(
                     ranking, blend=read(ranking.blend, self.checkpoint, self.model, ranking.popularity_discount)
                 )
-            self._made[:] = [(ranking, Rules(found, self.items, self.model.output_bias.device))]
+            self._made[:] = [(ranking, Rules(found, self.items, self.model.device))]
         return self._made[0][1]
 
     def rank(
@@ -87,7 +87,7 @@ class Recommender:
             Of these users. None: read them, where a rule has lists of users.
         """
         windows = Windows.from_sequences(sequences)
-        device = self.model.output_bias.device
+        device = self.model.device
         rules = self.rules(ranking)
         lists = rules.lists_of(sequences) if lists is None else lists
         for users in torch.split(torch.arange(len(windows)), inference.batch_size):
@@ -265,8 +265,8 @@ class Recommender:
         InputError
             If the item is not in the catalogue, or has neither interactions nor metadata.
         """
-        index = torch.from_numpy(self.tokens([item])).to(self.model.output_bias.device)
-        if self.model.get_buffer("unrankable")[index].any():
+        index = torch.from_numpy(self.tokens([item])).to(self.model.device)
+        if self.model.unrankable[index].any():
             raise InputError(f"item {item!r} has neither interactions nor metadata that this model knows")
         itself = Exclusions(torch.zeros_like(index), index)
         values, items = top_k(score_similar(self.model, index), itself, 1, self.model.num_items, topk)
@@ -292,10 +292,9 @@ class Recommender:
 
     def _sequences(self, tokens: list[np.ndarray], times: Sequence[Sequence[Moment]] | None) -> Sequences:
         """N histories [S] int64 tokens, with their times, checked."""
-        if times is None and self.model.config.time_parts:
+        if times is None and self.model.reads_times:
             raise InputError(
-                f"this model reads times (model.time_encoding={self.model.config.time_encoding}); expected times=, "
-                "one for each item of the history"
+                "this model reads times (model.time_encoding); expected times=, one for each item of the history"
             )
         seconds = None
         if times is not None:
@@ -356,7 +355,7 @@ def load(checkpoint: str, device: str = "cpu") -> Recommender:
         If it is no whole model directory.
     """
     checkpoint = storage.absolute(checkpoint)
-    model = BERT4Rec.from_pretrained(checkpoint).to(device)
+    model = read_model(checkpoint).to(device)
     path = storage.join(checkpoint, ITEMS)
     if not storage.exists(path):
         raise InputError(

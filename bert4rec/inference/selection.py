@@ -15,7 +15,7 @@ from torch import Tensor
 from bert4rec.data.dataset import ItemTable
 from bert4rec.errors import InputError
 from bert4rec.inference.ranking import DEFAULT_SCORE_BYTES, NextScores, Ranking, top_k
-from bert4rec.model.network import BERT4Rec
+from bert4rec.model.average import Model
 
 if TYPE_CHECKING:
     from bert4rec.inference.rules import Offer
@@ -295,6 +295,6 @@ def _converted(values: Tensor, selection: Selection, log_sum: Tensor | None) -> 
             assert_never(selection.scores)
 
 
-def item_vectors_of(model: BERT4Rec) -> VectorsOf:
+def item_vectors_of(model: Model) -> VectorsOf:
     """The vectors that the network reads for items, divided by their lengths; a vector of zeros stays."""
     return lambda items: F.normalize(model.items(items + 1), dim=-1)

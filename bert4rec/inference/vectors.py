@@ -21,7 +21,7 @@ from bert4rec.inference.export import refuse_blend
 from bert4rec.inference.moment import read_asked, settled
 from bert4rec.inference.ranking import Ranking, load_for, next_item_states
 from bert4rec.inference.rules import Rules
-from bert4rec.model.network import BERT4Rec
+from bert4rec.model.average import Model, read_model
 from bert4rec.progress import Progress, Reporter
 
 ITEM_VECTORS = "items.parquet"
@@ -79,7 +79,7 @@ def export_vectors(config: Config, dataset: PreparedDataset, checkpoint: str, ou
 
 
 @torch.inference_mode()
-def item_vectors(model: BERT4Rec, ranking: Ranking, rules: Rules) -> tuple[np.ndarray, np.ndarray]:
+def item_vectors(model: Model, ranking: Ranking, rules: Rules) -> tuple[np.ndarray, np.ndarray]:
     """[A] places in the catalogue of the items that somebody may get, and their vectors [A, D+1] float32."""
     weights, bias = ranking.output_weights(model)
     if rules.forbidden is not None:
@@ -89,7 +89,7 @@ def item_vectors(model: BERT4Rec, ranking: Ranking, rules: Rules) -> tuple[np.nd
 
 
 @torch.inference_mode()
-def user_vectors(model: BERT4Rec, histories: Windows) -> Tensor:
+def user_vectors(model: Model, histories: Windows) -> Tensor:
     """[B, D+1] float32 vectors of users with these histories."""
     states = next_item_states(model, histories)
     return torch.cat([states, torch.ones_like(states[:, :1])], dim=1)
@@ -110,16 +110,14 @@ class _UserVectors:
     ) -> None:
         self.inference, self.work, self.reporter = inference, work, reporter
         self.dataset = PreparedDataset(dataset_path, fingerprint=fingerprint)
-        self.model = BERT4Rec.from_pretrained(checkpoint).to("cuda" if use_gpu else "cpu")
+        self.model = read_model(checkpoint).to("cuda" if use_gpu else "cpu")
 
     def __call__(self, part: Part) -> dict[str, list[int]]:
         sequences = read_asked(self.dataset, part, self.model, self.inference)
         windows = Windows.from_sequences(sequences)
         vectors = []
         for users in torch.split(torch.arange(len(windows)), self.inference.batch_size):
-            vectors.append(
-                user_vectors(self.model, windows.users(users).to(self.model.output_bias.device)).cpu().numpy()
-            )
+            vectors.append(user_vectors(self.model, windows.users(users).to(self.model.device)).cpu().numpy())
             self.reporter.advance(len(users))
         path = storage.join(self.work, _name_of(part))
         _write(path, "user", sequences.users, np.concatenate(vectors))

@@ -32,6 +32,7 @@ from bert4rec.model.times import TimeEncoding, follows
 WEIGHTS = "model.safetensors"
 INDEX = "model.safetensors.index.json"  # of a model in shards, instead of the former
 CONFIG = "config.json"
+AVERAGE_OF = "average_of"  # in the latter, of an average of models (`average.py`)
 _TITLES = "items.titles"
 _MAPPED_BYTES = 2**28
 
@@ -149,6 +150,9 @@ class BERT4Rec(nn.Module):
     Positions count from the end of the sequence (0 is the last item), so padding on the left changes nothing.
     """
 
+    unrankable: Tensor
+    """[V] bool: items with neither interactions nor metadata."""
+
     def __init__(
         self,
         config: ModelConfig,
@@ -186,7 +190,7 @@ class BERT4Rec(nn.Module):
             self.items.set_tables(metadata)
         if isinstance(metadata, Metadata) and num_new_items:
             new = torch.arange(num_items - num_new_items, num_items)
-            self.get_buffer("unrankable")[new] = ~self.items.have_metadata(new + 1)
+            self.unrankable[new] = ~self.items.have_metadata(new + 1)
         self.position_embedding = nn.Embedding(config.max_len, width)
         self.is_causal = config.attention == "causal"
         self.is_rotary = config.position_encoding == "rotary"
@@ -297,6 +301,16 @@ class BERT4Rec(nn.Module):
         return own + (self.num_items + 2 - shard.num_rows) * width + self.num_items - shard.size
 
     @property
+    def device(self) -> torch.device:
+        """Where the weights are."""
+        return self.output_bias.device
+
+    @property
+    def reads_times(self) -> bool:
+        """Whether it needs the times of a history."""
+        return self.times is not None
+
+    @property
     def usual_gap(self) -> int:
         """`windows.usual_gap` of the training data, in seconds; 0 of a model that reads no times."""
         return 0 if self.times is None else int(self.times.get_buffer("usual_gap"))
@@ -325,7 +339,7 @@ class BERT4Rec(nn.Module):
                 fused = self.items.fuse(torch.arange(1, self.num_items + 1, device=bias.device))
                 self._fused = fused if torch.is_inference_mode_enabled() else None
             # A new item without metadata has an untrained vector, so nothing can score it.
-            return fused, bias.masked_fill(self.get_buffer("unrankable"), -torch.inf)
+            return fused, bias.masked_fill(self.unrankable, -torch.inf)
         return self.items.embedding.weight[1:-1] if self.config.share_embeddings else self.output_embedding, bias
 
     def discounted_bias(self, popularity_discount: float) -> Tensor:
@@ -463,9 +477,11 @@ class BERT4Rec(nn.Module):
         Raises
         ------
         InputError
-            If a file is missing or damaged.
+            If a file is missing or damaged, or it is of an average of models.
         """
         content = storage.read_sealed(storage.join(directory, CONFIG))
+        if AVERAGE_OF in content:
+            raise InputError(f"{directory}: is an average of models; expected a single one")
         try:
             with torch.device("meta"):  # without weights
                 model = cls(

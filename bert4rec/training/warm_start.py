@@ -77,6 +77,7 @@ def begin_from(model: BERT4Rec, directory: str, ids: pa.Array) -> None:
             f"training.start_from={directory}: a model of other data: none of its {len(old_ids):,} items, such as "
             f"{some_of(old_ids)}, is among these {len(ids):,}, such as {some_of(ids)}"
         )
+    assert isinstance(old.model, BERT4Rec)  # `check_start` refuses an average
     before = dict(old.model.named_parameters())
     for name, own in model.named_parameters():
         if name == "items.embedding.weight":  # padding, the items, [MASK]

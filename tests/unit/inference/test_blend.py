@@ -138,7 +138,7 @@ class Place:
     def fitted(self, *more):
         """The ranking that jobs rank with."""
         config, dataset = self.config(*more), PreparedDataset(self.path)
-        model = recommend.BERT4Rec.from_pretrained(self.checkpoint)
+        model = recommend.read_model(self.checkpoint)
         ranking, notes = fit_blend.settled(Ranking.of(config.inference), config, dataset, self.checkpoint, model)
         return fit_blend.fit(ranking, config, dataset, self.checkpoint), notes
 

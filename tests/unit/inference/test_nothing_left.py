@@ -49,7 +49,7 @@ def test_recommend_says_it(config, capsys):
 def _of(config):
     return [
         f"run.storage_path={config.run.storage_path}",
-        f"inference.checkpoint_path={config.inference.checkpoint_path}",
+        f"inference.checkpoint_path={config.inference.checkpoint_path[0]}",
         "data.data_dir=/d",
     ]
 

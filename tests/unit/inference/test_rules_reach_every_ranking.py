@@ -88,7 +88,7 @@ def rows_of(directory):
 def everything(settings, tmp_path, name, where=EVERYWHERE):
     """What each of `where` gives."""
     config = load_config(None, settings)
-    checkpoint, path = config.inference.checkpoint_path, config.prepared_path
+    (checkpoint,), path = config.inference.checkpoint_path, config.prepared_path
     dataset, found = PreparedDataset(path), {}
     ranking = Ranking.of(config.inference)
     recommend.recommend(config, path, checkpoint, str(tmp_path / name / "all"))
@@ -100,7 +100,7 @@ def everything(settings, tmp_path, name, where=EVERYWHERE):
         output = tmp_path / name / what
         few.recommend_users(load_config(None, [*settings, more, f"inference.output_path={output}"]))
         found[what] = rows_of(output)
-    model = recommend.BERT4Rec.from_pretrained(checkpoint)
+    model = recommend.read_model(checkpoint)
     history = [100 + token for token in HISTORIES[1]]
     if "one history" in where:
         recommender = Recommender(model, dataset.items(), checkpoint)
@@ -143,7 +143,7 @@ def test_evaluation_obeys_on_request(rule, place, tmp_path):
     value = RULES[rule][0]
     value = str(tmp_path / f"{value.lower()}.csv") if value in ("FOR_ALL", "EVEN") else value
     before, after = (
-        evaluate.evaluate(config := load_config(None, each), config.prepared_path, config.inference.checkpoint_path)
+        evaluate.evaluate(config := load_config(None, each), config.prepared_path, config.inference.checkpoint_path[0])
         for each in (base, [*base, f"inference.{rule}={value}"])
     )
     for protocol in ("all", "uniform-100"):
@@ -177,14 +177,14 @@ def test_a_list_is_compared_with_the_catalogue_before_any_work(place, tmp_path):
         recommend.check_request(none, dataset, output)
     settings = [*place, f"inference.candidates={tmp_path / 'none.csv'}"]
     with pytest.raises(InputError, match=r"none\.csv"):
-        evaluate.evaluate(load_config(None, settings), dataset.path, config.inference.checkpoint_path)
+        evaluate.evaluate(load_config(None, settings), dataset.path, config.inference.checkpoint_path[0])
 
 
 def test_a_rule_counts_by_its_content(place):
     """Where a rule is read from a file, another content under the same path makes recommendations anew."""
     config = load_config(None, place)
     of = [
-        recommend._identity(config.inference.checkpoint_path, config.inference, each)
+        recommend._identity(config.inference.checkpoint_path[0], config.inference, each)
         for each in (Ranking(popularity_discount=0.1), Ranking(popularity_discount=0.2))
     ]
     assert of[0] != of[1]
