@@ -335,6 +335,9 @@ class TrainingConfig(_Group):
     """cross-entropy compares each target with all items. For large catalogues, the others compare it with num_negatives
     sampled items: sampled-softmax with log-Q correction, gbce by generalised binary cross-entropy (Petrov and Macdonald
     2023, arXiv 2308.07192)."""
+    label_smoothing: float = Field(0.0, ge=0, lt=1)
+    """Probability that cross-entropy takes from the target and gives to all items alike (Szegedy et al. 2016, arXiv
+    1512.00567), so that a network on little data is less sure. Needs training.loss=cross-entropy without shards."""
     num_negatives: int = Field(256, ge=1)
     """Negatives drawn per forward pass and shared by all its targets. Only losses that sample items use them."""
     negative_sampling: Literal["uniform", "popularity"] = "uniform"
@@ -395,6 +398,15 @@ class TrainingConfig(_Group):
                     "training.item_optimizer=rowwise needs training.precision=32-true or bf16-mixed, whose gradients "
                     "are not scaled"
                 )
+        return self
+
+    @model_validator(mode="after")
+    def _labels_can_be_smoothed(self) -> Self:
+        if self.label_smoothing and (self.loss != "cross-entropy" or self.shard_items):
+            raise ValueError(
+                f"training.label_smoothing={self.label_smoothing:g} needs training.loss=cross-entropy and "
+                "training.shard_items=false"
+            )
         return self
 
     @model_validator(mode="after")

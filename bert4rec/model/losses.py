@@ -49,6 +49,19 @@ def linear_cross_entropy(hidden: Tensor, weights: Tensor, bias: Tensor, labels: 
     return loss
 
 
+def smoothed_cross_entropy(hidden: Tensor, weights: Tensor, bias: Tensor, labels: Tensor, smoothing: float) -> Tensor:
+    """Sum over targets of the cross-entropy with label smoothing (Szegedy et al. 2016, arXiv 1512.00567): the target
+    has 1 - smoothing of the probability, and all items share the rest alike.
+
+    This is the plain cross-entropy plus smoothing times (the target's logit - the mean of all logits), and the mean of
+    all logits is the logit of the mean weights.
+    """
+    states = hidden.float()
+    target = (states * weights.index_select(0, labels)).sum() + bias.index_select(0, labels).sum()
+    mean = (states.sum(0) * weights.float().mean(0)).sum() + len(hidden) * bias.float().mean()
+    return linear_cross_entropy(hidden, weights, bias, labels) + smoothing * (target - mean)
+
+
 def logit_rows(num_items: int, device: torch.device) -> int:
     """How many rows of logits to make at a time."""
     row_bytes = 4 * num_items
@@ -122,7 +135,11 @@ def make_loss(training: TrainingConfig, counts: Tensor | None = None) -> Loss:
 
     match training.loss:
         case "cross-entropy":
-            return linear_cross_entropy
+            if not training.label_smoothing:
+                return linear_cross_entropy
+            return lambda hidden, weights, bias, labels: smoothed_cross_entropy(
+                hidden, weights, bias, labels, training.label_smoothing
+            )
         case "sampled-softmax":
             return sampled
         case "gbce":

@@ -108,6 +108,7 @@ CHANGES = {
     "training.scheduler": Key("cosine", TRAINED),
     "training.warmup_epochs": Key("2", TRAINED),
     "training.loss": Key("gbce", TRAINED),
+    "training.label_smoothing": Key("0.1", TRAINED),
     "training.num_negatives": Key("7", TRAINED),
     "training.negative_sampling": Key("popularity", TRAINED, SAMPLED),
     "training.gbce_t": Key("0.5", TRAINED),

@@ -6,7 +6,8 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from bert4rec.config import SAMPLED_LOSSES, Loss, TrainingConfig
+from bert4rec.config import SAMPLED_LOSSES, Loss, TrainingConfig, load_config
+from bert4rec.errors import InputError
 from bert4rec.model.losses import gbce, linear_cross_entropy, make_loss, sampled_softmax
 
 pytestmark = pytest.mark.unit
@@ -41,6 +42,27 @@ def test_a_name_trains_its_own_loss(name):
     values = {other: float(loss(inputs, negatives)) for other, loss in LOSSES.items()}
     assert got.item() == pytest.approx(values[name])
     assert len({round(value, 4) for value in values.values()}) == len(LOSSES)
+
+
+@pytest.mark.parametrize("num_targets", [0, 1, 6])
+def test_smoothed_labels_are_torchs(num_targets):
+    """The same sum and gradients as torch's label smoothing, whose input is the logits."""
+    *inputs, labels = scores_of_random_items(num_targets)
+    ours, theirs = ([each.clone().requires_grad_() for each in inputs] for _ in range(2))
+    got = make_loss(TrainingConfig(label_smoothing=0.2))(*ours, labels)
+    logits = F.linear(*theirs)
+    expected = F.cross_entropy(logits, labels, label_smoothing=0.2, reduction="sum")
+    assert got.item() == pytest.approx(expected.item(), rel=1e-5)
+    got.backward()
+    expected.backward()
+    for own, other in zip(ours, theirs, strict=True):
+        torch.testing.assert_close(own.grad, other.grad, rtol=1e-4, atol=1e-6)
+
+
+@pytest.mark.parametrize("other", ["training.loss=gbce", "training.shard_items=true"])
+def test_labels_are_smoothed_only_in_the_full_cross_entropy(other):
+    with pytest.raises(InputError, match=r"label_smoothing=0\.1 needs training\.loss=cross-entropy and"):
+        load_config(None, ["training.label_smoothing=0.1", other])
 
 
 @pytest.mark.parametrize("repeats", [[1] * 9, [5, 1, 1, 2, 3, 1, 1, 1, 1]])
