@@ -20,7 +20,7 @@ import ray
 import ray.util
 from ray._private.services import canonicalize_bootstrap_address
 from ray._raylet import ActorID, PlacementGroupID
-from ray.core.generated.gcs_pb2 import PlacementGroupTableData
+from ray.core.generated.gcs_pb2 import ActorTableData, PlacementGroupTableData
 from ray.exceptions import RayError
 from ray.util.placement_group import PlacementGroup, remove_placement_group
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
@@ -289,12 +289,17 @@ def releasing_abandoned() -> Iterator[None]:
 
 
 def _release_abandoned() -> None:
-    job = ray.get_runtime_context().get_job_id()
-    for serialized in ray._private.state.state._connect_and_get_accessor().get_placement_group_table():
+    job, state = ray.get_runtime_context().get_job_id(), ray._private.state.state._connect_and_get_accessor()
+    for serialized in state.get_placement_group_table():
         group = PlacementGroupTableData.FromString(serialized)
-        is_actors = not ActorID(group.creator_actor_id).is_nil()  # Ray Train's; Ray Tune's own are the driver's
-        is_abandoned = group.creator_job_id.hex() == job and is_actors and group.creator_actor_dead
-        if is_abandoned and group.state != PlacementGroupTableData.REMOVED:
+        if group.creator_job_id.hex() != job or group.state == PlacementGroupTableData.REMOVED:
+            continue
+        creator = ActorID(group.creator_actor_id)
+        if creator.is_nil():  # Ray Tune's own, which the driver made; an actor made Ray Train's
+            continue
+        # A group that was registered after its actor's death does not say that the actor is dead.
+        actor = state.get_actor_info(creator)
+        if actor is None or ActorTableData.FromString(actor).state == ActorTableData.DEAD:
             remove_placement_group(PlacementGroup(PlacementGroupID(group.placement_group_id)))
 
 

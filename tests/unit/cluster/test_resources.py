@@ -5,6 +5,7 @@ import socket
 import sys
 import time
 from concurrent import futures
+from types import SimpleNamespace
 
 import grpc
 import pytest
@@ -215,3 +216,38 @@ def test_a_name_server_that_does_not_answer_is_not_waited_for(monkeypatch):
     monkeypatch.setattr(socket, "create_connection", look_up)
     with pytest.raises(InputError, match=r"head\.example\.org is not found in 0\.2 s"):
         resources._check_answers("head.example.org:6379")
+
+
+@pytest.mark.parametrize("says_so", [True, False])
+def test_places_of_dead_trainings_are_released(monkeypatch, says_so):
+    """Ray registers a group after the death of its actor now and then, and the group never says that it is dead."""
+    actors = {name: bytes([number]) * 12 + b"\1\0\0\0" for number, name in enumerate(("alive", "dead", "unknown"), 1)}
+    actors["driver"] = resources.ActorID.nil().binary()
+    Group, Actor = resources.PlacementGroupTableData, resources.ActorTableData  # noqa: N806
+    groups = {
+        name: Group(
+            placement_group_id=bytes([number]) * 14 + b"\1\0\0\0",
+            creator_job_id=bytes.fromhex("02000000" if name == "another job" else "01000000"),
+            creator_actor_id=actors.get(name, actors["dead"]),
+            creator_actor_dead=says_so and name not in ("alive", "driver"),
+            state=Group.REMOVED if name == "removed" else Group.CREATED,
+        )
+        for number, name in enumerate((*actors, "another job", "removed"))
+    }
+
+    class State:
+        def get_placement_group_table(self):
+            return [group.SerializeToString() for group in groups.values()]
+
+        def get_actor_info(self, actor):
+            states = {actors["alive"]: Actor.ALIVE, actors["dead"]: Actor.DEAD}
+            if actor.binary() not in states:
+                return None
+            return Actor(actor_id=actor.binary(), state=states[actor.binary()]).SerializeToString()
+
+    removed = []
+    monkeypatch.setattr(ray._private.state.state, "_connect_and_get_accessor", State)
+    monkeypatch.setattr(ray, "get_runtime_context", lambda: SimpleNamespace(get_job_id=lambda: "01000000"))
+    monkeypatch.setattr(resources, "remove_placement_group", lambda group: removed.append(group.id.binary()))
+    resources._release_abandoned()
+    assert removed == [groups[name].placement_group_id for name in ("dead", "unknown")]
