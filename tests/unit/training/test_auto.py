@@ -75,11 +75,11 @@ def test_overrides_stand_and_reasons_are_kept(tmp_path):
     overrides = ["model.hidden_units=8", "data.seed=3", "training.lr=0.5"]
     config, lines = auto.config_for(dataset, overrides)
     assert (config.model.hidden_units, config.data.seed, config.training.lr) == (8, 3, 0.5)
-    assert (config.training.num_epochs, config.data.batch_size) == (80, 32)
+    assert (config.training.num_epochs, config.data.batch_size) == (24, 16)
     assert config.inference.blend == {"ease": "auto"}
     chosen, blend = config.run.chosen.values()
     assert blend.startswith("inference.blend={ease: auto}: ")
-    assert "training.num_epochs=80" in chosen
+    assert "training.num_epochs=24" in chosen
     assert "hidden_units" not in chosen  # was given
     assert lines[0].startswith("--config auto found 60 users, 30 items,")
     assert chosen in lines[1]
@@ -103,7 +103,7 @@ def test_jobs_choose_for_the_prepared_data(tmp_path, monkeypatch, capsys, prepar
     plain = cli._load("auto", overrides)
     assert plain == load_config(None, overrides)
     for _ in range(2):
-        assert cli._chosen(plain, overrides, prepares).training.num_epochs == 80
+        assert cli._chosen(plain, overrides, prepares).training.num_epochs == 24
     assert len(calls) == (2 if prepares else 1)
     assert "--config auto found 60 users" in capsys.readouterr().out
 
