@@ -12,7 +12,7 @@ from bert4rec.evaluation.evaluate import Evaluation
 from bert4rec.evaluation.evaluate import evaluate as _evaluate
 from bert4rec.inference.recommend import RecommendResult
 from bert4rec.inference.recommend import recommend as _recommend
-from bert4rec.runs import checkpoint_and_output
+from bert4rec.model.average import checkpoint_and_output
 from bert4rec.training.train import TrainResult
 from bert4rec.training.train import train as _train
 

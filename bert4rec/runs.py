@@ -1,7 +1,6 @@
 """A run's directory: the names of its files, how to start it, and how to find it."""
 
 import json
-import os
 from typing import Any
 
 import pyarrow.fs as pafs
@@ -107,41 +106,3 @@ def newest_run(storage_path: str) -> str:
     if not times:
         raise InputError(f"{root}: no trained run; run `python -m jobs.train` first, or set inference.checkpoint_path")
     return storage.join(root, max(times)[1])
-
-
-def checkpoint_and_output(config: Config, checkpoint: str | None = None) -> tuple[str, str]:
-    """Return the model directory to score with (`checkpoint` if given), and the directory for recommendations.
-
-    Raises
-    ------
-    InputError
-        If the named run, or without a name any run, has not finished training.
-    """
-    given = (checkpoint,) if checkpoint else config.inference.checkpoint_path
-    if given is None:
-        root = storage.absolute(config.run.storage_path)
-        run = storage.join(root, config.run.name) if config.run.name else newest_run(root)
-        if not storage.exists(storage.join(run, RUN)):
-            raise InputError(f"{run}: no finished training ({RUN} is missing); run `python -m jobs.train` first")
-        given = (run,)
-    found = [_best_of(storage.absolute(path)) for path in given]
-    checkpoint = found[0] if len(found) == 1 else _average_of(found, config)
-    output = config.inference.output_path or storage.join(os.path.dirname(checkpoint.rstrip("/")), "recommendations")
-    return checkpoint, storage.absolute(output)
-
-
-def _best_of(path: str) -> str:
-    """The best model of a run; a path that is no finished run is that of a model itself."""
-    result = storage.join(path, RUN)
-    return storage.inside(path, str(storage.read_json(result)["best_checkpoint"])) if storage.exists(result) else path
-
-
-def _average_of(checkpoints: list[str], config: Config) -> str:
-    """The model directory of their average, which it writes into run.storage_path."""
-    from bert4rec.model.average import write_average  # needs torch, which other jobs start without
-
-    name = f"average-{storage.fingerprint(checkpoints)}"
-    directory = storage.join(storage.absolute(config.run.storage_path), name, "model")
-    write_average(checkpoints, directory)
-    print(f"{directory}: the average of {', '.join(checkpoints)}")
-    return directory

@@ -8,7 +8,8 @@ from bert4rec.cli import run_job
 from bert4rec.config import Config
 from bert4rec.evaluation.evaluate import RECOMMENDED, Evaluation, evaluate
 from bert4rec.evaluation.protocols import ASKED, BLENDED, MODEL, OTHER_QUERY, PROTOCOLS
-from bert4rec.runs import EVALUATION, checkpoint_and_output
+from bert4rec.model.average import checkpoint_and_output
+from bert4rec.runs import EVALUATION
 
 
 def evaluate_model(config: Config, checkpoint: str | None = None) -> Evaluation:

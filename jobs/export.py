@@ -21,8 +21,8 @@ from bert4rec.inference.export import (
 from bert4rec.inference.ranking import NO_RULES, Ranking
 from bert4rec.inference.recommender import load
 from bert4rec.inference.vectors import ITEM_VECTORS, USER_VECTORS, export_vectors
+from bert4rec.model.average import checkpoint_and_output
 from bert4rec.model.network import BERT4Rec
-from bert4rec.runs import checkpoint_and_output
 
 
 def export_model(config: Config) -> str:

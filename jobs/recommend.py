@@ -10,8 +10,8 @@ from bert4rec.inference.moment import moment_asked
 from bert4rec.inference.ranking import Ranking, load_for
 from bert4rec.inference.recommend import CSV, PARQUET, RecommendResult, check_request, recommend, write_few
 from bert4rec.inference.recommender import Ranked, Recommender, device_for
+from bert4rec.model.average import checkpoint_and_output
 from bert4rec.progress import duration
-from bert4rec.runs import checkpoint_and_output
 
 SHOWN_NEW_USERS, SHOWN_HISTORY = 10, 5
 

@@ -7,6 +7,7 @@ Shapes: V items, K networks, D hidden_units of each.
 """
 
 import hashlib
+import os
 from typing import Self
 
 import torch
@@ -14,10 +15,11 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from bert4rec import storage
-from bert4rec.config import DataConfig
+from bert4rec.config import Config, DataConfig
 from bert4rec.data.dataset import ITEMS
 from bert4rec.errors import InputError
 from bert4rec.model.network import AVERAGE_OF, CONFIG, BERT4Rec, weights_of
+from bert4rec.runs import RUN, newest_run
 
 
 class Average:
@@ -118,3 +120,39 @@ def write_average(checkpoints: list[str], directory: str) -> None:
     sha256 = hashlib.sha256("".join(members.values()).encode()).hexdigest()
     content = {AVERAGE_OF: members, "weights_sha256": sha256}
     storage.write_sealed(storage.join(directory, CONFIG), content)
+
+
+def checkpoint_and_output(config: Config, checkpoint: str | None = None) -> tuple[str, str]:
+    """Return the model directory to score with (`checkpoint` if given), and the directory for recommendations.
+
+    Raises
+    ------
+    InputError
+        If the named run, or without a name any run, has not finished training.
+    """
+    given = (checkpoint,) if checkpoint else config.inference.checkpoint_path
+    if given is None:
+        root = storage.absolute(config.run.storage_path)
+        run = storage.join(root, config.run.name) if config.run.name else newest_run(root)
+        if not storage.exists(storage.join(run, RUN)):
+            raise InputError(f"{run}: no finished training ({RUN} is missing); run `python -m jobs.train` first")
+        given = (run,)
+    found = [_best_of(storage.absolute(path)) for path in given]
+    checkpoint = found[0] if len(found) == 1 else _average_of(found, config)
+    output = config.inference.output_path or storage.join(os.path.dirname(checkpoint.rstrip("/")), "recommendations")
+    return checkpoint, storage.absolute(output)
+
+
+def _best_of(path: str) -> str:
+    """The best model of a run; a path that is no finished run is that of a model itself."""
+    result = storage.join(path, RUN)
+    return storage.inside(path, str(storage.read_json(result)["best_checkpoint"])) if storage.exists(result) else path
+
+
+def _average_of(checkpoints: list[str], config: Config) -> str:
+    """The model directory of their average, which it writes into run.storage_path."""
+    name = f"average-{storage.fingerprint(checkpoints)}"
+    directory = storage.join(storage.absolute(config.run.storage_path), name, "model")
+    write_average(checkpoints, directory)
+    print(f"{directory}: the average of {', '.join(checkpoints)}")
+    return directory

@@ -24,7 +24,7 @@ from bert4rec.config import load_config
 from bert4rec.data.dataset import PreparedDataset
 from bert4rec.errors import InputError
 from bert4rec.inference.recommend import recommend
-from bert4rec.runs import checkpoint_and_output
+from bert4rec.model.average import checkpoint_and_output
 from jobs.evaluate import evaluate_model
 from jobs.export import export_model
 from jobs.pipeline import run_pipeline

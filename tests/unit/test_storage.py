@@ -9,8 +9,8 @@ from bert4rec.config import load_config
 from bert4rec.data.dataset import PreparedDataset, Sequences
 from bert4rec.data.windows import Windows
 from bert4rec.errors import InputError
+from bert4rec.model.average import checkpoint_and_output
 from bert4rec.model.batches import last_items
-from bert4rec.runs import checkpoint_and_output
 from tests.helpers.datasets import random_histories, random_times, write_dataset
 
 pytestmark = pytest.mark.unit

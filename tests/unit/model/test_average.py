@@ -17,9 +17,8 @@ from bert4rec.inference.ranking import Ranking, score_next, score_similar
 from bert4rec.inference.recommender import load
 from bert4rec.inference.rules import Rules
 from bert4rec.inference.vectors import item_vectors, user_vectors
-from bert4rec.model.average import Average, read_model
+from bert4rec.model.average import Average, checkpoint_and_output, read_model
 from bert4rec.model.network import BERT4Rec
-from bert4rec.runs import checkpoint_and_output
 from jobs.export import export_model
 from tests.helpers.datasets import random_histories, write_dataset
 from tests.helpers.in_process import without_ray
