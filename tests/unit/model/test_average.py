@@ -63,6 +63,23 @@ def test_scores_are_the_mean_of_the_networks_scores():
     torch.testing.assert_close(some, together[:, columns], rtol=1e-5, atol=1e-5)
 
 
+def test_an_average_moves_as_a_whole():
+    average = Average(networks())
+    average.output_weights()  # which it keeps
+    average.to("meta")
+    assert average.device.type == "meta"
+    assert [each.device.type for each in average.output_weights()] == ["meta", "meta"]
+
+
+def test_an_average_reads_times_if_a_network_does():
+    made = networks()
+    made[2].times.usual_gap.fill_(7200)
+    assert Average(made).reads_times
+    assert Average(made).usual_gap == 7200
+    assert not Average(made[:2]).reads_times
+    assert Average(made[:2]).usual_gap == 0
+
+
 def test_likeness_is_the_mean_of_the_networks_cosines():
     made, items = networks(), torch.tensor([3, 8])
     made[1].unrankable[5] = True
@@ -104,6 +121,8 @@ def test_jobs_rank_with_the_mean(place, capsys):
     checkpoint, output = checkpoint_and_output(config)
     assert f"{checkpoint}: the average of {', '.join(place.models)}" in capsys.readouterr().out
     assert checkpoint_and_output(place.config(place.models))[0] == checkpoint
+    for alone in (place.models[0], str(place.root / "0")):
+        assert checkpoint_and_output(place.config([alone]))[0] == place.models[0]
     result = evaluate.evaluate(place.config(place.models, "data.holdout=2"), place.path, checkpoint)
     recommend.recommend(place.config(place.models), place.path, checkpoint, output)
     rows = pq.read_table(f"{output}/recommendations.parquet").to_pylist()
